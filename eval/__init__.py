@@ -1,0 +1,1 @@
+"""Programs that measure and print one JSON document: `llmmix eval NAME`."""

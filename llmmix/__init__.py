@@ -1,0 +1,30 @@
+"""Fine-tuning losses and data mixing that TRL lacks, on TRL's own trainers.
+
+Public names are imported on first use, so that `import llmmix` and `llmmix ls` stay instant.
+"""
+
+import importlib
+
+_HOMES = {
+    "DCOConfig": "dco",
+    "DCOTrainer": "dco",
+    "SFTMixConfig": "sftmix",
+    "SFTMixTrainer": "sftmix",
+    "RPOConfig": "rpo",
+    "RPOTrainer": "rpo",
+    "attach_head": "head",
+    "linear_logprobs": "logprobs",
+}
+
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmmix' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llmmix.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,207 @@
+"""`llmmix ls | cp | run | eval`: list, copy and launch recipes and evaluations.
+
+    llmmix run --num_processes 2 sftmix --model_name_or_path ... --dataset_name ...
+               launcher flags    name   flags of the recipe
+
+What stands before the name is the launcher's, what stands after it the recipe's.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import os
+import runpy
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+KINDS = {"run": "llmmix.recipes", "eval": "llmmix.eval"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    # TRL reports each run to the Hub unless told not to; whoever wants that can set it to 0
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="llmmix", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | cp | run | eval")
+    commands.add_parser("ls", help="list recipes and evaluations")
+    copy = commands.add_parser("cp", help="copy a recipe and its YAML, to make them your own")
+    copy.add_argument("name")
+    copy.add_argument("to", nargs="?", default=".", help="folder or file name (default: here)")
+    for command, what in (("run", "a recipe"), ("eval", "an evaluation")):
+        launch = commands.add_parser(
+            command,
+            help=f"launch {what}: llmmix {command} [launcher flags] NAME [its flags]",
+            usage=f"llmmix {command} [launcher flags] NAME [flags of NAME; --help lists them]",
+            allow_abbrev=False,
+        )
+        launch.add_argument(
+            "--num_processes", type=int, default=1, help="processes on this machine"
+        )
+        launch.add_argument(
+            "--accelerate_config",
+            help="ddp, fsdp2, deepspeed_zero3, or a file that `accelerate config` wrote",
+        )
+        launch.add_argument("name", help="a name that `llmmix ls` shows, or a file of your own")
+        launch.add_argument("flags", nargs=argparse.REMAINDER)
+    args = parser.parse_args(argv)
+    try:
+        return COMMANDS[args.command](args)
+    except UsageError as error:
+        print(f"llmmix: {error}", file=sys.stderr)
+        return 2
+
+
+class UsageError(ValueError):
+    """A mistake on the command line, shown without a traceback."""
+
+
+def list_recipes(_args) -> int:
+    """Print every recipe and evaluation with the first line of its docstring."""
+    for command, package in KINDS.items():
+        print(f"llmmix {command} ...")
+        for path in _scripts(package):
+            summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+            print(f"  {path.stem:16} {summary}")
+    return 0
+
+
+def copy_recipe(args) -> int:
+    """Copy a recipe's script and YAML."""
+    source = _find(args.name, "llmmix.recipes")
+    to = Path(args.to)
+    script = to / source.name if to.is_dir() else to.with_suffix(".py")
+    for suffix in (".py", ".yaml"):
+        if (file := source.with_suffix(suffix)).exists():
+            target = script.with_suffix(suffix)
+            if target.exists():
+                raise UsageError(f"{target} exists; name another file or remove it.")
+            shutil.copy(file, target)
+            print(f"wrote {target}")
+    print(f"run it with: llmmix run {script}")
+    return 0
+
+
+def launch(args) -> int:
+    """Run a script here, under torchrun, or under `accelerate launch`."""
+    package = KINDS[args.command]
+    if args.name.endswith(".py"):
+        if not Path(args.name).is_file():
+            raise UsageError(f"no file {args.name}.")
+        target = [args.name]
+    else:
+        target = ["-m", f"{package}.{_find(args.name, package).stem}"]
+    if args.accelerate_config is not None:
+        options = ["--config_file", _accelerate_config(args.accelerate_config)]
+        if args.num_processes > 1:
+            options += ["--num_processes", str(args.num_processes)]
+        return _become("accelerate.commands.launch", [*options, *target, *args.flags])
+    if args.num_processes > 1:
+        # On a CPU, `accelerate launch` starts one process whatever it is told; torchrun starts all
+        options = ["--standalone", f"--nproc_per_node={args.num_processes}"]
+        return _become("torch.distributed.run", [*options, *target, *args.flags])
+    sys.argv = [args.name, *args.flags]
+    try:
+        if target[0] == "-m":
+            runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target[0], run_name="__main__")
+    except UsageError as error:
+        print(f"llmmix {args.command} {args.name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+COMMANDS = {"ls": list_recipes, "cp": copy_recipe, "run": launch, "eval": launch}
+
+
+def parse_args(dataclass_types: tuple[type, ...], script: str, argv: list[str] | None = None):
+    """Parse a script's flags with TRL's parser, over its own YAML and the user's `--config`.
+
+    Later wins: the dataclass's default, `SCRIPT.yaml` beside the script, `--config`, the flags.
+
+    Args:
+        dataclass_types: As for `trl.TrlParser`.
+        script: The script's `__file__`.
+        argv: Flags; those of the process by default.
+
+    Returns:
+        One instance a dataclass.
+
+    Raises:
+        UsageError: A key or flag that is none of the fields, with the nearest one; a `--config`
+            that is missing or no mapping.
+    """
+    import yaml
+    from trl import TrlParser
+
+    script = Path(script)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser(dataclass_types, prog=f"llmmix run {script.stem}", allow_abbrev=False)
+    known = {f.name for kind in dataclass_types for f in dataclasses.fields(kind)}
+    defaults = script.with_suffix(".yaml")
+    if defaults.exists():
+        # Flags of a YAML file are plain `key: value` pairs: nothing in it is code
+        given = yaml.safe_load(defaults.read_text()) or {}
+        _check_keys(given, known, str(defaults))
+        parser.set_defaults_with_config(**given)
+    if "--config" in argv:
+        place = argv.index("--config")
+        path = Path(argv[place + 1]) if place + 1 < len(argv) else Path("")
+        if not path.is_file():
+            raise UsageError(f"`--config` names no file: {path}.")
+        given = yaml.safe_load(path.read_text())
+        if not isinstance(given, dict):
+            raise UsageError(f"{path} must hold `key: value` lines.")
+        _check_keys(given, known | {"env"}, str(path))
+    *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    flags = [flag for flag in rest if flag.startswith("--")]
+    _check_keys([flag[2:].partition("=")[0] for flag in flags], known, "the command line")
+    if rest:
+        raise UsageError(f"unexpected {' '.join(rest)!r} on the command line.")
+    return tuple(parsed)
+
+
+def _check_keys(given, known: set[str], where: str) -> None:
+    for key in given:
+        if key not in known and not (key.startswith("no_") and key[3:] in known):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists all."
+            raise UsageError(f"unknown option {key!r} in {where}{hint}")
+
+
+def _scripts(package: str) -> list[Path]:
+    folder = Path(find_spec(package).submodule_search_locations[0])
+    return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _find(name: str, package: str) -> Path:
+    paths = {path.stem: path for path in _scripts(package)}
+    if name not in paths:
+        near = difflib.get_close_matches(name, paths, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(paths)}."
+        raise UsageError(f"no {name!r} in {package}; {hint}")
+    return paths[name]
+
+
+def _accelerate_config(name: str) -> str:
+    folder = Path(find_spec("llmmix.recipes").submodule_search_locations[0]) / "accelerate"
+    shipped = {path.stem: path for path in folder.glob("*.yaml")}
+    if name in shipped:
+        return str(shipped[name])
+    if not Path(name).is_file():
+        raise UsageError(f"`--accelerate_config` {name!r} is neither a file nor {sorted(shipped)}.")
+    return name
+
+
+def _become(module: str, arguments: list[str]) -> int:
+    """Replace this process by `python -m module`, so that signals and the exit status are its."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""DCO, Direct Coverage Optimization: a loss that trains for pass@N (arXiv 2502.07154).
+
+    loss_N(p) = -log(1 - (1 - p)^N)
+    gradient  = F(N, p) * gradient of (-log p),   F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
+
+F falls from 1 to 0 as p passes 1/N: an example stops pulling once N draws would solve it. p is the
+model's probability of the whole completion, never of a token and never length-normalised. With
+N = 1 the loss is -log p.
+
+    symbol   name
+    log p    logps       summed over the completion's tokens
+    N        n_samples   how many completions may be drawn at test time
+    F        dco_weight  detached, from the same forward as the loss
+
+Recipe: recipes/dco.py. Evaluation: eval/pass_at_n.py. Invariants: tests/test_invariants.py.
+"""
+
+import math
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+
+from llmmix.data import check_sft_dataset, log_dropped
+from llmmix.head import ForwardRecorder, attach_head
+
+logger = get_logger(__name__)
+
+
+def dco_loss(logps: Tensor, n_samples: int) -> Tensor:
+    """-log(1 - (1-p)^N), stable for every log p, with the gradient -F(N, p).
+
+    Args:
+        logps: (B,) summed completion log-probabilities, in nats; values above 0 count as 0.
+        n_samples: N, at least 1.
+
+    Returns:
+        (B,) in fp64 for fp64 input, else fp32.
+
+    Raises:
+        ValueError: `n_samples` below 1.
+    """
+    return _DCOLoss.apply(logps, _check_n(n_samples))
+
+
+def dco_weight(logps: Tensor, n_samples: int) -> Tensor:
+    """F(N, p) = N p (1-p)^(N-1) / (1 - (1-p)^N), in [0, 1] and detached.
+
+    Args:
+        logps: (B,) summed completion log-probabilities, in nats; values above 0 count as 0.
+        n_samples: N, at least 1.
+
+    Returns:
+        (B,) in fp64 for fp64 input, else fp32.
+
+    Raises:
+        ValueError: `n_samples` below 1.
+    """
+    return _loss_and_weight(logps.detach(), _check_n(n_samples))[1]
+
+
+class _DCOLoss(torch.autograd.Function):
+    """The backward is -F * upstream: autograd through the forward gives NaN as p -> 1."""
+
+    @staticmethod
+    def forward(ctx, logps, n_samples):
+        loss, weight = _loss_and_weight(logps, n_samples)
+        ctx.save_for_backward(weight)
+        ctx.dtype = logps.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return (-weight * grad).to(ctx.dtype), None
+
+
+def _loss_and_weight(logps: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    lp = logps.to(torch.float64 if logps.dtype == torch.float64 else torch.float32).clamp(max=0)
+    if n == 1:
+        return -lp, torch.ones_like(lp)
+    # Below the cut, 1 - (1-p)^N = N p to the last digit
+    cut = -36.0 if lp.dtype == torch.float64 else -25.0
+    tiny = lp + math.log(n) < cut
+    safe = torch.where(tiny, -1.0, lp)
+    log_miss = _log1mexp(safe)  # log(1 - p)
+    log_cover = _log1mexp(n * log_miss)  # log(1 - (1-p)^N)
+    weight = torch.exp(math.log(n) + (n - 1) * log_miss + safe - log_cover)
+    return (
+        torch.where(tiny, -lp - math.log(n), -log_cover),
+        torch.where(tiny, 1.0, weight),
+    )
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0, by whichever form keeps the digits."""
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def _check_n(n_samples: int) -> int:
+    n = operator.index(n_samples)
+    if n < 1:
+        raise ValueError(f"`n_samples` must be at least 1, got {n}; 1 is plain cross-entropy.")
+    return n
+
+
+@dataclass
+class DCOConfig(SFTConfig):
+    """TRL's `SFTConfig` with the fields of DCO.
+
+    Args:
+        n_samples: N, the number of completions the model may draw at test time. 1 is sequence
+            cross-entropy; larger N trades pass@1 for pass@N.
+        reduction: `"sum"` is the loss whose gradient is exact: per example, on the summed
+            log-probability. `"token_mean"` is the authors' released code: F times the mean token
+            loss, so a long completion pulls less per token.
+    """
+
+    n_samples: int = field(
+        default=64,
+        metadata={"help": "N: train for pass@N. 1 is sequence cross-entropy."},
+    )
+    reduction: str = field(
+        default="sum",
+        metadata={
+            "help": "'sum': the exact gradient. 'token_mean': F times the mean token loss, as in "
+            "the authors' released code.",
+            "choices": ["sum", "token_mean"],
+        },
+    )
+
+    def __post_init__(self):
+        _check_n(self.n_samples)
+        if self.reduction not in ("sum", "token_mean"):
+            raise ValueError(f"`reduction` must be 'sum' or 'token_mean', got {self.reduction!r}.")
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.accelerator.is_available()  # on a CPU, bf16 is several times slower
+        super().__post_init__()
+
+
+class DCOTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` on the DCO loss, averaged over examples, never over tokens.
+
+    Takes the dataset formats of `SFTTrainer` and its arguments. Logs, beside TRL's metrics,
+    `dco/weight` (mean F) and `dco/braked` (share of examples with F below 0.1).
+
+    Raises:
+        ValueError: Packing or padding-free batches, which merge the examples whose probability the
+            loss is about; context or sequence parallelism, which split them.
+    """
+
+    _tag_names = ["llmmix", "dco"]
+    _name = "DCO"
+    loss_is_scaled_for_ga = True  # the loss is divided by the examples of the whole window
+
+    def __init__(self, model, args: DCOConfig | None = None, train_dataset=None, **kwargs):
+        args = args or DCOConfig("dco-output")
+        check_unpacked("DCO", args)
+        train_dataset = check_sft_dataset(
+            train_dataset, "train_dataset", args.dataset_text_field, kwargs.get("processing_class")
+        )
+        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        log_dropped(train_dataset, self.train_dataset, args.max_length)
+        check_unsharded("DCO", self.accelerator)
+        attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        self._warned_unbraked = False
+
+    def _send_telemetry(self):
+        """Send nothing: TRL would report the run to the Hub."""
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Count examples, where TRL counts tokens, over the accumulation window of every rank."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(int((b["labels"][:, 1:] != -100).any(1).sum()) for b in batches)
+        count = self.accelerator.gather(torch.tensor(count, device=device)).sum()
+        return batches, count.clamp(min=1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """DCO on the same forward that TRL's metrics come from."""
+        recorder = ForwardRecorder(model)
+        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        output = recorder.output
+        lengths = output.label_mask.sum(1)
+        logps = output.log_probs.sum(1)
+        weight = dco_weight(logps, self.args.n_samples)
+        if self.args.reduction == "sum":
+            losses = dco_loss(logps, self.args.n_samples)
+        else:
+            losses = weight * -logps / lengths.clamp(min=1)
+        scored = lengths > 0
+        losses = losses * scored  # F is 0 at p = 1, so a row without targets adds an exact zero
+        if num_items_in_batch is None:
+            loss = losses.sum() / scored.sum().clamp(min=1)
+        else:  # DDP averages gradients over ranks
+            loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
+        self._record(weight[scored])
+        return (loss, result[1]) if return_outputs else loss
+
+    def _record(self, weight: Tensor) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        weight = self.accelerator.gather_for_metrics(weight)
+        if weight.numel():
+            metrics["dco/weight"].append(weight.mean().item())
+            metrics["dco/braked"].append((weight < 0.1).float().mean().item())
+            metrics["dco/unbraked"].append((weight > 0.99).float().mean().item())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, with one warning when the loss is cross-entropy in all but name."""
+        unbraked = self._metrics["train"].pop("dco/unbraked", [])
+        self._metrics["eval"].pop("dco/unbraked", None)
+        if unbraked and self.args.n_samples > 1 and not self._warned_unbraked:
+            if sum(unbraked) / len(unbraked) > 0.99:
+                self._warned_unbraked = True
+                logger.warning(
+                    "More than 99%% of the examples since the last log have a DCO weight above "
+                    "0.99, so this is cross-entropy so far: their completions are far less likely "
+                    "than 1/N = 1/%d. Expected early in training; if it lasts, completions are too "
+                    "long for DCO on whole sequences.",
+                    self.args.n_samples,
+                )
+        super().log(logs, start_time)
+
+
+def check_unpacked(method: str, args: SFTConfig) -> None:
+    """Refuse what merges examples into one row.
+
+    Raises:
+        ValueError: `packing` or `padding_free` is on.
+    """
+    for name in ("packing", "eval_packing", "padding_free"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}=True` merges examples into one row, and {method} needs each example's "
+                f"own tokens. Set `{name}=False`."
+            )
+
+
+def check_unsharded(method: str, accelerator) -> None:
+    """Refuse what splits one example over ranks.
+
+    Raises:
+        ValueError: Context or sequence parallelism is on.
+    """
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"Context and sequence parallelism split an example over ranks, and {method} needs it "
+            "whole. Set `cp_size` and `sp_size` to 1."
+        )

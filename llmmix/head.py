@@ -1,0 +1,225 @@
+"""Attach the fused head of `llmmix.logprobs` to any Hugging Face causal language model.
+
+After `attach_head(model)`, `model(..., labels=labels, fused_lm_head=True)` answers with per-token
+log-probabilities instead of logits, as TRL's own fused head does and with the same fields, so that
+TRL's trainers run on it too. Every other call, generation included, is the model's own.
+
+The head runs inside the model's forward: DDP, FSDP and gradient checkpointing see one module and
+one forward. A trainer that needs more than log-probabilities (SFTMix mixes hidden states) passes
+`head_objective`, a function that the forward calls with the hidden states and the head at hand.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import ModelOutput, is_peft_available
+
+from llmmix.logprobs import HeadScaling, HeadStatistics, linear_statistics
+
+# Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
+# a function (hidden (N, H), targets (N,) or (N, K)) -> log p, to a dict of tensors.
+HeadObjective = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class FusedHeadOutput(ModelOutput):
+    """What a model with the fused head answers. Per-token fields are zero where the label is -100.
+
+    Args:
+        loss: Negative log-likelihood summed over scored tokens, divided by `num_items_in_batch`
+            (their count when it is not given), plus the weighted router loss of an MoE model.
+        log_probs: (B, T-1), or (B, T) with `shift_labels`: log p of each next token.
+        entropy: Same shape; entropy of the next-token distribution in nats.
+        log_sum_sq_probs: Same shape; log of the sum of squared probabilities.
+        mean_logits: Same shape; mean of the logits over the vocabulary.
+        is_top1: Same shape; whether the label is the most likely token.
+        label_mask: Same shape; whether the label counts.
+        aux_loss: Router load-balancing loss, when the model returns router logits.
+        objective: What `head_objective` returned.
+    """
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+    objective: dict[str, Tensor] | None = None
+
+
+def attach_head(model: nn.Module, *, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+    """Make `model(..., labels=y, fused_lm_head=True)` return a `FusedHeadOutput`.
+
+    Works before or after PEFT wraps the model, and over a head that TRL attached. Attaching again
+    replaces `outputs`. Saving, loading and generation are untouched.
+
+    Args:
+        model: A causal language model, or a `PeftModel` around one.
+        outputs: Per-token fields to compute, among `llmmix.logprobs.STATISTICS`.
+
+    Raises:
+        TypeError: The model has no output embeddings to take log-probabilities from.
+        ValueError: An adapter sits on the head itself, which the fused head would leave out.
+    """
+    base = _base_model(model)
+    if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
+        raise TypeError(
+            f"`model` must be a Hugging Face causal language model with an output embedding, "
+            f"got {type(model).__name__}."
+        )
+    # A head attached before is replaced, not wrapped
+    own_forward = getattr(base.forward, "own_forward", base.forward)
+
+    # `generate` checks its arguments against the signature of the model's own forward
+    @functools.wraps(type(base).forward)
+    def forward(self, *args, fused_lm_head=False, head_objective=None, **kwargs):
+        """The model's own forward, or with `fused_lm_head=True` a `FusedHeadOutput`."""
+        if fused_lm_head:
+            return _fused_forward(self, outputs, head_objective, *args, **kwargs)
+        return own_forward(*args, **kwargs)
+
+    forward.own_forward = own_forward
+    base.forward = types.MethodType(forward, base)
+
+
+class ForwardRecorder:
+    """Call it like the model: it keeps what the fused head answered.
+
+    TRL's `compute_loss` drops the outputs of its forward, while a loss of ours needs the same ones:
+    a second forward would double the cost, and a stale weight would not be the method.
+
+    Attributes:
+        output: The last `FusedHeadOutput`.
+    """
+
+    def __init__(self, model: nn.Module, head_objective: HeadObjective | None = None):
+        self._model = model
+        self._extra = {} if head_objective is None else {"head_objective": head_objective}
+        self.output: FusedHeadOutput | None = None
+
+    def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
+        """Call the model, with the objective added to a call of its fused head."""
+        if not fused_lm_head:
+            return self._model(*args, **kwargs)
+        self.output = self._model(*args, fused_lm_head=True, **self._extra, **kwargs)
+        return self.output
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    if not is_peft_available():
+        return model
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        return model
+    base = model.get_base_model()
+    if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "A PEFT adapter sits on the output head, whose weight the fused head reads directly, "
+            "so the adapter would not be trained. Remove the head from `target_modules`."
+        )
+    return base
+
+
+def _head_scaling(config) -> HeadScaling:
+    """How the model's own forward scales its logits, from the names configs use for it."""
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if scale is None:
+            scale = getattr(config, name, None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return HeadScaling(
+        logit_scale=1.0 if scale is None else scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _fused_forward(
+    model: PreTrainedModel,
+    outputs: tuple[str, ...],
+    objective: HeadObjective | None,
+    *args,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs,
+) -> FusedHeadOutput:
+    if labels is None and shift_labels is None:
+        raise ValueError("`fused_lm_head=True` needs `labels`: pass the token ids, -100 ignored.")
+    config = model.config.get_text_config()
+    kwargs["use_cache"] = False
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    backbone = model.base_model(*args, **kwargs)
+    head = model.get_output_embeddings()
+    hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.weight.device)
+    mask = labels != -100
+    weight, bias = _whole(head.weight), _whole(head.bias)
+    with _gathered_under_zero3(head):
+        statistics = functools.partial(
+            linear_statistics, weight=weight, bias=bias, scaling=_head_scaling(config)
+        )
+        # Only scored positions reach the head
+        rows = statistics(hidden=hidden[mask], targets=labels[mask], outputs=outputs)
+        extra = None
+        if objective is not None:
+            extra = objective(
+                hidden, labels, lambda h, y: statistics(hidden=h, targets=y).log_probs
+            )
+    fields = _scatter(rows, mask)
+    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss, aux_loss = -fields["log_probs"].sum() / count, None
+    if kwargs.get("output_router_logits"):
+        aux_loss = load_balancing_loss_func(
+            backbone.router_logits,
+            config.num_experts,
+            config.num_experts_per_tok,
+            kwargs.get("attention_mask"),
+        )
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+    return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)
+
+
+def _shift(hidden, labels, shift_labels, device) -> tuple[Tensor, Tensor]:
+    """Hidden states and the label each predicts, on the head's device."""
+    if shift_labels is None:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    else:
+        labels = shift_labels
+    return hidden.to(device), labels.to(device)
+
+
+def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Tensor | None]:
+    # `masked_scatter` stays connected when nothing is scored: a zero loss that has a gradient
+    return {
+        name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
+        for name, x in rows._asdict().items()
+    }
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    """FSDP2 shards a parameter as a DTensor, while hidden states are plain tensors."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _gathered_under_zero3(head: nn.Module):
+    """DeepSpeed ZeRO-3 gathers a weight in its module's hook, which reading it directly skips."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([p for p in (head.weight, head.bias) if p is not None])

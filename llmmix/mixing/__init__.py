@@ -1,0 +1,1 @@
+"""Which rows a trainer sees: samplers with movable weights, and mixture laws."""

@@ -1,0 +1,213 @@
+"""Figures and one self-contained HTML page from a run folder.
+
+Reads what a run leaves behind: `trainer_state.json` of the folder, or of each of its subfolders
+when it holds several runs to compare, and the JSON documents of evaluations (`pass_at_n.json`).
+Writes `report.html`, with every picture inside it, and the same pictures as PNG in `figures/`.
+"""
+
+import base64
+import html
+import json
+from io import BytesIO
+from pathlib import Path
+
+COLOURS = ["#4269d0", "#ef8636", "#3ca951", "#a463f2", "#ff725c", "#6cc5b0", "#97bbf5", "#9c6b4e"]
+
+# Not curves: bookkeeping, and totals that the Trainer logs once at the end
+SKIPPED = {"step", "epoch", "total_flos", "num_tokens", "learning_rate"}
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem;
+       color: #1b1e23; background: #fff }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+p.note { color: #5f6670; margin-top: 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .9rem; text-align: right; border-bottom: 1px solid #e4e7eb }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600; color: #5f6670 }
+td.best { font-weight: 700 }
+img { max-width: 100%; height: auto }
+"""
+
+
+def write_report(folder: str | Path, *, title: str | None = None, note: str = "") -> Path:
+    """Write `report.html` and `figures/*.png` into a run folder.
+
+    Args:
+        folder: Of one run, or of several in its subfolders.
+        title: Heading; the folder's name by default.
+        note: One plain sentence or two under the heading: what was run.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: Nothing to report: neither a trainer state nor an evaluation.
+    """
+    folder = Path(folder)
+    histories, evaluations = read_runs(folder)
+    if not histories and not evaluations:
+        raise FileNotFoundError(
+            f"Nothing to report: {folder} holds no trainer_state.json and no pass_at_n.json."
+        )
+    names = list(dict.fromkeys([*histories, *evaluations]))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    figures = {}
+    if evaluations:
+        figures["pass_at_n"] = _pass_at_n_figure(evaluations, colours)
+    if histories:
+        figures["training"] = _training_figure(histories, colours)
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, png in figures.items():
+        (folder / "figures" / f"{name}.png").write_bytes(png)
+    page = folder / "report.html"
+    page.write_text(_page(title or folder.resolve().name, note, evaluations, figures))
+    return page
+
+
+def read_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """Log histories and pass@N documents of a run folder, by run name.
+
+    A folder with a state of its own is one run; else each subfolder with one is.
+    """
+    own = [folder] if any((folder / f).exists() for f in FILES) else sorted(folder.glob("*/"))
+    histories, evaluations = {}, {}
+    for run in own:
+        name = run.resolve().name
+        if (state := run / "trainer_state.json").exists():
+            histories[name] = json.loads(state.read_text())["log_history"]
+        if (document := run / "pass_at_n.json").exists():
+            evaluations[name] = json.loads(document.read_text())
+    return histories, evaluations
+
+
+FILES = ("trainer_state.json", "pass_at_n.json")
+
+
+def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4.0))
+    for name, document in evaluations.items():
+        curve = document["pass_at_n"]
+        n = [int(k) for k in curve]
+        values = list(curve.values())
+        axis.plot(n, values, marker="o", color=colours[name], label=name, linewidth=2)
+        errors = document.get("standard_error") or {}
+        if errors and None not in errors.values():
+            low, high = (
+                [v + sign * 1.96 * e for v, e in zip(values, errors.values(), strict=True)]
+                for sign in (-1, 1)
+            )
+            axis.fill_between(n, low, high, color=colours[name], alpha=0.12, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(n, [str(k) for k in n])
+    axis.set_xlabel("N, samples drawn")
+    axis.set_ylabel("pass@N")
+    axis.set_ylim(0, 1)
+    axis.legend(frameon=False)
+    return _png(figure)
+
+
+def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) -> bytes:
+    plt = _pyplot()
+    curves = _curves(histories)
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.5 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(curves) :]:
+        axis.remove()
+    for axis, (metric, runs) in zip(axes.flat, curves.items(), strict=False):
+        for name, (steps, values) in runs.items():
+            axis.plot(steps, values, color=colours[name], linewidth=1.6, label=name)
+        axis.set_title(metric, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+    if len(histories) > 1:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    return _png(figure)
+
+
+def _curves(histories: dict[str, list[dict]]) -> dict[str, dict[str, tuple[list, list]]]:
+    """Metric -> run -> (steps, values), `loss` first, of every metric logged at least twice."""
+    curves: dict[str, dict[str, tuple[list, list]]] = {}
+    for name, history in histories.items():
+        for entry in history:
+            for metric, value in entry.items():
+                if metric in SKIPPED or not isinstance(value, int | float):
+                    continue
+                steps, values = curves.setdefault(metric, {}).setdefault(name, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
+    kept = {
+        metric: {name: curve for name, curve in runs.items() if len(curve[0]) > 1}
+        for metric, runs in curves.items()
+        if not metric.endswith(("runtime", "per_second"))
+    }
+    order = sorted(filter(kept.get, kept), key=lambda metric: (metric != "loss", "/" in metric))
+    return {metric: kept[metric] for metric in order} or {"loss": {}}
+
+
+def _page(title: str, note: str, evaluations: dict[str, dict], figures: dict[str, bytes]) -> str:
+    captions = {
+        "pass_at_n": "pass@N on held-out problems, with 95% bands over problems",
+        "training": "Training",
+    }
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(note)}</p>']
+    if evaluations:
+        parts.append(_table(evaluations))
+    for name, png in figures.items():
+        data = base64.b64encode(png).decode()
+        parts.append(f"<h2>{captions[name]}</h2>")
+        parts.append(f'<img alt="{captions[name]}" src="data:image/png;base64,{data}">')
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style>{''.join(parts)}</html>"
+    )
+
+
+def _table(evaluations: dict[str, dict]) -> str:
+    columns: dict[str, dict[str, float]] = {}
+    for name, document in evaluations.items():
+        if "loss" in document:
+            columns.setdefault("loss", {})[name] = document["loss"]
+        for n, value in document["pass_at_n"].items():
+            columns.setdefault(f"pass@{n}", {})[name] = value
+    best = {c: (min if "loss" in c else max)(values.values()) for c, values in columns.items()}
+    head = "".join(f"<th>{c}</th>" for c in columns)
+    body = ""
+    for name in evaluations:
+        cells = ""
+        for column, values in columns.items():
+            value = values.get(name)
+            mark = ' class="best"' if value == best[column] and len(evaluations) > 1 else ""
+            cells += f"<td{mark}>{'' if value is None else f'{value:.3f}'}</td>"
+        body += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
+    )
+    return plt
+
+
+def _png(figure) -> bytes:
+    import matplotlib.pyplot as plt
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,179 @@
+"""RPO, Regularized Preference Optimization (arXiv 2405.16436).
+
+    L = -log sigmoid(h) - eta * beta * log pi(chosen)        sft_reduction = "sum", the paper
+    L = -log sigmoid(h) - eta * log pi(chosen) / |chosen|    sft_reduction = "mean"
+    h = beta * [log pi/pi_ref (chosen) - log pi/pi_ref (rejected)]
+
+The second term keeps the likelihood of the chosen responses from falling, which DPO lets happen.
+It is neither the `rpo_alpha` of older TRL (arXiv 2404.19733, another paper) nor TRL's
+`loss_type=["sigmoid", "sft"]`, whose term is a token mean over the batch and not scaled by beta.
+
+    symbol   name
+    beta     beta        of DPOConfig
+    eta      rpo_eta
+    |chosen| chosen_lengths
+
+Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from llmmix.data import check_preference_dataset, log_dropped
+from llmmix.head import ForwardRecorder, attach_head
+
+
+def rpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    eta: float,
+    sft_reduction: str = "sum",
+    chosen_lengths: Tensor | None = None,
+) -> Tensor:
+    """DPO's sigmoid loss plus the SFT term on the chosen responses.
+
+    Args:
+        chosen_logps: (B,) summed log-probabilities of the chosen responses, in nats.
+        rejected_logps: (B,) of the rejected ones.
+        ref_chosen_logps: (B,) under the reference model.
+        ref_rejected_logps: (B,) under the reference model.
+        beta: Strength of the KL term, positive.
+        eta: Weight of the SFT term, not negative; 0 is DPO.
+        sft_reduction: `"sum"` (times beta, the paper) or `"mean"` over tokens (not times beta).
+        chosen_lengths: (B,) tokens of each chosen response, for `"mean"`.
+
+    Returns:
+        (B,).
+
+    Raises:
+        ValueError: A negative `eta`, an unknown reduction, or no lengths for `"mean"`.
+    """
+    h = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
+    return F.softplus(-h) + sft_term(
+        chosen_logps,
+        beta=beta,
+        eta=eta,
+        sft_reduction=sft_reduction,
+        chosen_lengths=chosen_lengths,
+    )
+
+
+def sft_term(
+    chosen_logps: Tensor,
+    *,
+    beta: float,
+    eta: float,
+    sft_reduction: str = "sum",
+    chosen_lengths: Tensor | None = None,
+) -> Tensor:
+    """The regulariser of `rpo_loss` alone, (B,); arguments and errors as there."""
+    _check_eta(eta)
+    if sft_reduction == "sum":
+        return -eta * beta * chosen_logps
+    if sft_reduction != "mean":
+        raise ValueError(f"`sft_reduction` must be 'sum' or 'mean', got {sft_reduction!r}.")
+    if chosen_lengths is None:
+        raise ValueError("`sft_reduction='mean'` needs `chosen_lengths`, the tokens of each row.")
+    return -eta * chosen_logps / chosen_lengths.clamp(min=1)
+
+
+def _check_eta(eta: float) -> None:
+    if not eta >= 0:
+        raise ValueError(f"`rpo_eta` must not be negative, got {eta}; 0 is DPO.")
+
+
+@dataclass
+class RPOConfig(DPOConfig):
+    """TRL's `DPOConfig` with the fields of RPO.
+
+    Args:
+        rpo_eta: eta, the weight of the SFT term. 0 is DPO.
+        sft_reduction: `"sum"`: summed log-probability times beta, as the paper trains chat models.
+            `"mean"`: token mean, not times beta, which its authors prefer for reasoning.
+    """
+
+    rpo_eta: float = field(
+        default=0.005, metadata={"help": "eta, the weight of the SFT term; 0 is DPO."}
+    )
+    sft_reduction: str = field(
+        default="sum",
+        metadata={
+            "help": "'sum': summed log-probability times beta (the paper). 'mean': token mean, not "
+            "times beta.",
+            "choices": ["sum", "mean"],
+        },
+    )
+
+    def __post_init__(self):
+        _check_eta(self.rpo_eta)
+        if self.sft_reduction not in ("sum", "mean"):
+            raise ValueError(
+                f"`sft_reduction` must be 'sum' or 'mean', got {self.sft_reduction!r}."
+            )
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.accelerator.is_available()  # on a CPU, bf16 is several times slower
+        super().__post_init__()
+        loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if loss_types != ["sigmoid"]:
+            raise ValueError(
+                f"RPO adds its own SFT term to DPO's sigmoid loss, so `loss_type` must be "
+                f"['sigmoid'], got {self.loss_type}."
+            )
+
+
+class RPOTrainer(DPOTrainer):
+    """TRL's `DPOTrainer` with the SFT term of RPO, from the same forward.
+
+    Takes the preference formats and the arguments of `DPOTrainer`. Logs, beside TRL's metrics
+    (`logps/chosen` among them, the log-probability that RPO keeps from falling), `rpo/dpo_loss` and
+    `rpo/sft_loss`, the two terms as they enter the loss.
+    """
+
+    _tag_names = ["llmmix", "rpo"]
+    _name = "RPO"
+
+    def __init__(
+        self, model, ref_model=None, args: RPOConfig | None = None, train_dataset=None, **kwargs
+    ):
+        args = args or RPOConfig("rpo-output")
+        train_dataset = check_preference_dataset(
+            train_dataset, "train_dataset", kwargs.get("processing_class")
+        )
+        super().__init__(model, ref_model, args=args, train_dataset=train_dataset, **kwargs)
+        log_dropped(train_dataset, self.train_dataset, args.max_length)
+        outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+        attach_head(self.model, outputs=outputs + ("log_sum_sq_probs",) * args.use_weighting)
+        if self.ref_model is not None:
+            attach_head(self.accelerator.unwrap_model(self.ref_model))
+
+    def _send_telemetry(self):
+        """Send nothing: TRL would report the run to the Hub."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's DPO loss plus the SFT term, from one policy forward."""
+        recorder = ForwardRecorder(model)
+        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        # The batch is [chosen, rejected]
+        chosen_logps = recorder.output.log_probs.sum(1).chunk(2)[0]
+        chosen_lengths = recorder.output.label_mask.sum(1).chunk(2)[0]
+        sft = sft_term(
+            chosen_logps,
+            beta=self.args.beta,
+            eta=self.args.rpo_eta,
+            sft_reduction=self.args.sft_reduction,
+            chosen_lengths=chosen_lengths,
+        ).mean()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, term in (("rpo/dpo_loss", loss), ("rpo/sft_loss", sft)):
+            metrics[name].append(self.accelerator.gather(term.detach()).mean().item())
+        loss = loss + sft
+        return (loss, outputs) if return_outputs else loss

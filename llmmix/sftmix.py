@@ -1,0 +1,366 @@
+"""SFTMix: confidence-guided mixup of hidden states (arXiv 2410.05248).
+
+    Conf(Y|X) = -(1/C) sum_c exp(mean NLL of Y under checkpoint c)       stage 1, confidence.py
+    D^c, D^u  = the confident and the unconfident half, at the median    stage 2
+    Z~ = lam Z^c + (1 - lam) Z^u,   Y~ = lam Y^c + (1 - lam) Y^u,   lam ~ Beta(alpha, alpha)
+    L  = L_NTP(D^c and D^u) + mu * CE(Y~, softmax(W Z~))                 stage 3
+
+Z are the hidden states after the final norm at the positions that predict response tokens; token n
+of one response meets token n of the other, up to the shorter one. The two-target cross-entropy
+needs no soft labels: CE(Y~) = -lam log p[y^c] - (1 - lam) log p[y^u].
+
+    symbol   name
+    alpha    mixup_alpha
+    mu       mixup_weight
+    lam      lam            one a pair
+
+Recipes: recipes/sftmix.py, recipes/confidence.py. Invariants: tests/test_invariants.py.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl import SFTConfig, SFTTrainer
+
+from llmmix.data import check_sft_dataset, log_dropped
+from llmmix.dco import check_unpacked, check_unsharded, dco_weight
+from llmmix.head import ForwardRecorder, attach_head
+from llmmix.logprobs import linear_logprobs
+
+CONFIDENCE = "confidence"  # the column that stage 1 writes and stage 2 reads
+
+
+def confidence(mean_nlls: Tensor) -> Tensor:
+    """Conf = -(1/C) sum_c exp(mean NLL_c), minus the mean perplexity over checkpoints.
+
+    Args:
+        mean_nlls: (C, B) mean response-token NLL in nats of B examples under C checkpoints.
+
+    Returns:
+        (B,) in fp64, where no mean NLL below 700 overflows.
+
+    Raises:
+        ValueError: Not of shape (C, B), or no checkpoint.
+    """
+    if mean_nlls.dim() != 2 or mean_nlls.size(0) == 0:
+        raise ValueError(
+            f"`mean_nlls` must be (C, B) with C of 1 or more, got {tuple(mean_nlls.shape)}."
+        )
+    return -mean_nlls.double().exp().mean(0)
+
+
+def confident_half(scores: Tensor) -> Tensor:
+    """Which examples lie in the confident half: the floor(B/2) of highest confidence.
+
+    Ties go to the earlier example, and the extra one of an odd number to the unconfident half.
+
+    Args:
+        scores: (B,) confidence.
+
+    Returns:
+        (B,) bool.
+
+    Raises:
+        ValueError: A confidence that is not a number, or fewer than two examples.
+    """
+    if bad := int(scores.isnan().sum()):
+        raise ValueError(
+            f"The `{CONFIDENCE}` column has {bad} NaN among {len(scores)} rows: score the dataset "
+            "again with `llmmix run confidence`, or remove those rows."
+        )
+    if len(scores) < 2:
+        raise ValueError(f"SFTMix pairs examples and needs at least two, got {len(scores)}.")
+    order = torch.argsort(scores, descending=True, stable=True)
+    confident = torch.zeros(len(scores), dtype=torch.bool)
+    confident[order[: len(scores) // 2]] = True
+    return confident
+
+
+def mixup_loss(
+    hidden_a: Tensor,
+    hidden_b: Tensor,
+    weight: Tensor,
+    targets_a: Tensor,
+    targets_b: Tensor,
+    lam: float | Tensor,
+) -> Tensor:
+    """Cross-entropy of mixed hidden states against mixed one-hot targets, position by position.
+
+        CE = -lam log p[y_a] - (1 - lam) log p[y_b],   p = softmax(W (lam h_a + (1 - lam) h_b))
+
+    Args:
+        hidden_a: (n, H), after the final norm.
+        hidden_b: (n, H).
+        weight: (V, H) of the head.
+        targets_a: (n,) token ids.
+        targets_b: (n,) token ids.
+        lam: Share of a, one for all or (n,).
+
+    Returns:
+        (n,) in fp32 or better, differentiable in both hidden states and the head.
+    """
+    lam = torch.as_tensor(lam, dtype=hidden_a.dtype, device=hidden_a.device)
+    return _mixup_loss(partial(_logprobs_of, weight), hidden_a, hidden_b, targets_a, targets_b, lam)
+
+
+def _logprobs_of(weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+    return linear_logprobs(hidden, weight, targets)
+
+
+def _mixup_loss(logprobs, hidden_a, hidden_b, targets_a, targets_b, lam) -> Tensor:
+    share = lam.expand(len(hidden_a)).unsqueeze(1)
+    mixed = share * hidden_a + (1 - share) * hidden_b
+    log_p = logprobs(mixed, torch.stack([targets_a, targets_b], dim=1))
+    share = share.to(log_p.dtype)
+    return -(torch.cat([share, 1 - share], dim=1) * log_p).sum(1)
+
+
+def mix_pairs(
+    hidden: Tensor,
+    labels: Tensor,
+    logprobs: Callable[[Tensor, Tensor], Tensor],
+    *,
+    lam: Tensor,
+) -> dict[str, Tensor]:
+    """The mixup term of a batch whose rows 2j and 2j+1 are a pair. A `head_objective`.
+
+    Args:
+        hidden: (B, T, H), B even.
+        labels: (B, T), the token that each position predicts, -100 where ignored.
+        logprobs: The model's head: (hidden, targets) -> log p.
+        lam: (B/2,), the confident row's share in each pair.
+
+    Returns:
+        `mixup_losses` (B/2,): mean over the n = min(N_c, N_u) mixed positions of each pair, and
+        `mixed_tokens`, the number of response tokens that took part.
+    """
+    mask = labels != -100
+    shared = torch.minimum(mask[0::2].sum(1), mask[1::2].sum(1))  # n of each pair
+    # The first n response positions of each row, whatever its prompt's length or padding side
+    taking_part = mask & (mask.cumsum(1) <= shared.repeat_interleave(2).unsqueeze(1))
+    a, b = taking_part[0::2], taking_part[1::2]
+    pair = torch.arange(len(shared), device=labels.device).repeat_interleave(shared)
+    losses = _mixup_loss(
+        logprobs,
+        hidden[0::2][a],
+        hidden[1::2][b],
+        labels[0::2][a],
+        labels[1::2][b],
+        lam.to(hidden.device, hidden.dtype)[pair],
+    )
+    means = losses.new_zeros(len(shared)).index_add(0, pair, losses) / shared.clamp(min=1)
+    return {"mixup_losses": means, "mixed_tokens": 2 * shared.sum()}
+
+
+class PairSampler(Sampler[int]):
+    """Confident, unconfident, confident, ...: any even batch of it is half and half, in pairs.
+
+    Both halves are shuffled anew each epoch from (seed, epoch) alone, so a resumed run draws the
+    same pairs. An epoch visits every example; with an odd number, the unconfident half is one
+    longer and its last example is paired with a confident one seen before.
+
+    Args:
+        confident: (n,) bool, the half of each example.
+        seed: Of the shuffles.
+        epoch: Returns the current epoch when an iteration begins.
+    """
+
+    def __init__(self, confident: Tensor, seed: int, epoch: Callable[[], int]):
+        self._halves = [np.flatnonzero(confident), np.flatnonzero(~confident)]
+        self._seed, self._epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return 2 * max(map(len, self._halves))
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self._seed, self._epoch()])
+        orders = [np.resize(rng.permutation(half), len(self) // 2) for half in self._halves]
+        yield from np.stack(orders, axis=1).ravel().tolist()
+
+
+@dataclass
+class SFTMixConfig(SFTConfig):
+    """TRL's `SFTConfig` with the fields of SFTMix.
+
+    Args:
+        mixup_alpha: alpha of Beta(alpha, alpha), from which each pair's share is drawn.
+        mixup_weight: mu, the weight of the mixup term. 0 is `SFTTrainer`, data order included.
+        dco_n_samples: When positive, the cross-entropy term is weighted by DCO's F(N, p) of each
+            example with this N. 0 for none.
+    """
+
+    mixup_alpha: float = field(
+        default=0.5, metadata={"help": "alpha of Beta(alpha, alpha), the law of the mixing share."}
+    )
+    mixup_weight: float = field(
+        default=0.2, metadata={"help": "mu, the weight of the mixup term; 0 is plain SFT."}
+    )
+    dco_n_samples: int = field(
+        default=0,
+        metadata={"help": "Weight the cross-entropy by DCO with this N; 0 for plain."},
+    )
+
+    def __post_init__(self):
+        if not self.mixup_alpha > 0:
+            raise ValueError(f"`mixup_alpha` must be positive, got {self.mixup_alpha}.")
+        if not self.mixup_weight >= 0:
+            raise ValueError(f"`mixup_weight` must not be negative, got {self.mixup_weight}.")
+        if self.dco_n_samples < 0:
+            raise ValueError(f"`dco_n_samples` must not be negative, got {self.dco_n_samples}.")
+        if self.mixup_weight and self.per_device_train_batch_size % 2:
+            raise ValueError(
+                f"`per_device_train_batch_size` must be even, since SFTMix batches hold pairs, got "
+                f"{self.per_device_train_batch_size}."
+            )
+        if self.mixup_weight and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` would break up the "
+                "pairs of SFTMix, which draws each batch half and half. Use 'random'."
+            )
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.accelerator.is_available()  # on a CPU, bf16 is several times slower
+        super().__post_init__()
+
+
+class SFTMixTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` with the mixup term: stages 2 and 3 of SFTMix.
+
+    `train_dataset` needs a numeric `confidence` column (higher is more confident), which
+    `llmmix run confidence` writes; the rest of it is what `SFTTrainer` takes. With `mixup_weight=0`
+    the trainer is `SFTTrainer`, data order included, and needs no such column.
+
+    Logs, beside TRL's metrics, `sftmix/ntp_loss`, `sftmix/mixup_loss`, `sftmix/lam` (mean share of
+    the confident example), `sftmix/mixed_tokens` (share of response tokens that took part) and
+    `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half).
+
+    Raises:
+        ValueError: No confidence column, or NaN in it; fewer than two examples; packing,
+            padding-free batches, streaming, context or sequence parallelism.
+    """
+
+    _tag_names = ["llmmix", "sftmix"]
+    _name = "SFTMix"
+
+    def __init__(self, model, args: SFTMixConfig | None = None, train_dataset=None, **kwargs):
+        args = args or SFTMixConfig("sftmix-output")
+        check_unpacked("SFTMix", args)
+        train_dataset = check_sft_dataset(
+            train_dataset, "train_dataset", args.dataset_text_field, kwargs.get("processing_class")
+        )
+        if args.mixup_weight:
+            _check_confidence_column(train_dataset)
+        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        log_dropped(train_dataset, self.train_dataset, args.max_length)
+        check_unsharded("SFTMix", self.accelerator)
+        attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        if args.mixup_weight:
+            # The column went through preparation with its rows: dropped rows are gone from it
+            scores = torch.as_tensor(self.train_dataset[CONFIDENCE][:], dtype=torch.float64)
+            self._confident = confident_half(scores)
+
+    def _send_telemetry(self):
+        """Send nothing: TRL would report the run to the Hub."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.args.mixup_weight:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PairSampler(self._confident, seed, epoch=lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Count the pairs of the accumulation window, over every rank."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor(sum(len(b["labels"]) // 2 for b in batches), device=device)
+        self._window_pairs = self.accelerator.gather(pairs).sum()
+        self._micro_step = 0
+        return batches, tokens
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss plus the mixup term, from one forward."""
+        mixing = self.model.training and self.args.mixup_weight > 0
+        lam = self._draw_lam(len(inputs["labels"]) // 2) if mixing else None
+        recorder = (_WeightedRecorder if self.args.dco_n_samples else ForwardRecorder)(
+            model, partial(mix_pairs, lam=lam) if mixing else None
+        )
+        recorder.n_samples = self.args.dco_n_samples
+        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        if not mixing:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        mixup_losses = recorder.output.objective["mixup_losses"]
+        if num_items_in_batch is None:
+            mixup = mixup_losses.mean()
+        else:  # DDP averages gradients over ranks
+            mixup = mixup_losses.sum() / self._window_pairs * self.accelerator.num_processes
+        self._record(recorder.output, lam)
+        loss = loss + self.args.mixup_weight * mixup
+        return (loss, outputs) if return_outputs else loss
+
+    def _draw_lam(self, pairs: int) -> Tensor:
+        """One Beta draw a pair, from (seed, step, place of the pair in the step) and nothing else.
+
+        So a resumed run draws the same, and a step split over ranks or micro-batches draws what
+        one large batch would.
+        """
+        rng = np.random.default_rng([self.args.seed, self.state.global_step])
+        place = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
+        self._micro_step += 1
+        draws = rng.beta(self.args.mixup_alpha, self.args.mixup_alpha, size=(place + 1) * pairs)
+        return torch.as_tensor(draws[-pairs:], dtype=torch.float32)
+
+    def _record(self, output, lam: Tensor) -> None:
+        nll, mask = -output.log_probs.detach(), output.label_mask
+        sums = torch.stack(
+            [
+                nll[0::2].sum(),
+                nll[1::2].sum(),
+                mask[0::2].sum(),
+                mask[1::2].sum(),
+                output.objective["mixed_tokens"],
+                output.objective["mixup_losses"].detach().sum(),
+                lam.sum().to(nll.device),
+                torch.tensor(float(len(lam)), device=nll.device),
+            ]
+        ).float()
+        sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
+        nll_c, nll_u, tokens_c, tokens_u, mixed, mixup, lam_sum, pairs = sums
+        metrics = self._metrics["train"]
+        metrics["sftmix/ntp_loss"].append((nll_c + nll_u) / max(tokens_c + tokens_u, 1))
+        metrics["sftmix/mixup_loss"].append(mixup / pairs)
+        metrics["sftmix/lam"].append(lam_sum / pairs)
+        metrics["sftmix/mixed_tokens"].append(mixed / max(tokens_c + tokens_u, 1))
+        metrics["sftmix/confidence_gap"].append(nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1))
+
+
+class _WeightedRecorder(ForwardRecorder):
+    """Hands TRL log-probabilities weighted by DCO's F of their row, so its cross-entropy is too."""
+
+    n_samples = 1
+
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        if output is not self.output:
+            return output
+        weight = dco_weight(output.log_probs.sum(1), self.n_samples).unsqueeze(1)
+        weighted = type(output)(**output)
+        weighted.log_probs = weight * output.log_probs
+        return weighted
+
+
+def _check_confidence_column(dataset) -> None:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"SFTMix needs the confidence of every row beforehand, so `train_dataset` must be a "
+            f"map-style `Dataset`, got {type(dataset).__name__}."
+        )
+    if CONFIDENCE not in dataset.column_names:
+        raise ValueError(
+            f"`train_dataset` has no `{CONFIDENCE}` column (it has {dataset.column_names}). Write "
+            "one with `llmmix run confidence`, or set `mixup_weight=0`."
+        )

@@ -1,0 +1,62 @@
+"""Stage 1 of SFTMix alone: write a dataset with each row's confidence.
+
+    llmmix run confidence --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --dataset_name rows.jsonl --output_dir runs/confidence
+
+Trains a reference with plain SFT and scores every row under its checkpoints; `--checkpoints A B`
+scores with given ones instead, of another and smaller model too. The result, OUTPUT_DIR/
+confidence.jsonl, is the `--dataset_name` of `llmmix run sftmix`. Run it again after a kill and it
+goes on where it stopped.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from trl import ModelConfig, ScriptArguments, get_peft_config
+
+from llmmix import SFTMixConfig
+from llmmix.cli import parse_args
+from llmmix.confidence import add_confidence
+from llmmix.data import load_train_and_eval, prepare_model_args, resolve_checkpoint
+
+
+@dataclass
+class ConfidenceArguments:
+    """What scores the rows."""
+
+    checkpoints: list[str] | None = field(
+        default=None, metadata={"help": "Score with these instead of training a reference."}
+    )
+    num_checkpoints: int | None = field(
+        default=None, metadata={"help": "Checkpoints of the reference; default one an epoch, >= 2."}
+    )
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: SFTMixConfig,
+    model_args: ModelConfig,
+    confidence_args: ConfidenceArguments,
+) -> None:
+    """Load, train the reference, score, write."""
+    given = [resolve_checkpoint(name) for name in confidence_args.checkpoints or []]
+    checkpoint = None if given else prepare_model_args(model_args, training_args)
+    dataset, _ = load_train_and_eval(script_args, training_args)
+    scored = add_confidence(
+        dataset,
+        training_args,
+        model=checkpoint,
+        checkpoints=given,
+        num_checkpoints=confidence_args.num_checkpoints,
+        peft_config=get_peft_config(model_args),
+    )
+    if PartialState().is_main_process:
+        out = Path(training_args.output_dir) / "confidence.jsonl"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scored.to_json(out)
+        print(f"{len(scored)} rows with confidence: {out}")
+
+
+if __name__ == "__main__":
+    main(*parse_args((ScriptArguments, SFTMixConfig, ModelConfig, ConfidenceArguments), __file__))

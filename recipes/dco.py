@@ -1,0 +1,42 @@
+"""DCO: fine-tune for pass@N, with a loss that stops where N draws would succeed.
+
+    llmmix run dco --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --dataset_name rows.jsonl --n_samples 64
+
+Rows are what `trl sft` takes: prompt and completion, chat messages, or text. Add `--use_peft` for
+LoRA. The method is described in llmmix/dco.py.
+"""
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from llmmix import DCOConfig, DCOTrainer
+from llmmix.cli import parse_args
+from llmmix.data import checkpoint_to_resume, load_train_and_eval, prepare_model_args
+from llmmix.report import write_report
+
+
+def main(script_args: ScriptArguments, training_args: DCOConfig, model_args: ModelConfig) -> None:
+    """Load, train, save."""
+    checkpoint = prepare_model_args(model_args, training_args)
+    train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
+    trainer = DCOTrainer(
+        checkpoint,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if trainer.accelerator.is_main_process:
+        print(f"Report: {write_report(training_args.output_dir)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_args((ScriptArguments, DCOConfig, ModelConfig), __file__))

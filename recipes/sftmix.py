@@ -1,0 +1,76 @@
+"""SFTMix: fine-tune with mixup between confident and unconfident examples.
+
+    llmmix run sftmix --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --dataset_name rows.jsonl
+
+Rows are what `trl sft` takes. Without a `confidence` column all three stages run: a reference is
+trained and each row scored first, into OUTPUT_DIR/confidence.jsonl, which a later run can start
+from. Add `--use_peft` for LoRA. The method is described in llmmix/sftmix.py.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from llmmix import SFTMixConfig, SFTMixTrainer
+from llmmix.cli import parse_args
+from llmmix.confidence import add_confidence
+from llmmix.data import checkpoint_to_resume, load_train_and_eval, prepare_model_args
+from llmmix.report import write_report
+from llmmix.sftmix import CONFIDENCE
+
+
+@dataclass
+class ReferenceArguments:
+    """Stage 1: what scores the rows that have no confidence yet."""
+
+    checkpoints: list[str] | None = field(
+        default=None, metadata={"help": "Score with these instead of training a reference."}
+    )
+    num_checkpoints: int | None = field(
+        default=None, metadata={"help": "Checkpoints of the reference; default one an epoch, >= 2."}
+    )
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: SFTMixConfig,
+    model_args: ModelConfig,
+    reference_args: ReferenceArguments,
+) -> None:
+    """Load, score if need be, train, save."""
+    checkpoint = prepare_model_args(model_args, training_args)
+    train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
+    if CONFIDENCE not in train_dataset.column_names and training_args.mixup_weight:
+        train_dataset = add_confidence(
+            train_dataset,
+            training_args,
+            model=checkpoint,
+            checkpoints=reference_args.checkpoints,
+            num_checkpoints=reference_args.num_checkpoints,
+            peft_config=get_peft_config(model_args),
+        )
+    trainer = SFTMixTrainer(
+        checkpoint,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if trainer.accelerator.is_main_process and training_args.mixup_weight:
+        train_dataset.to_json(Path(training_args.output_dir) / "confidence.jsonl")
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if trainer.accelerator.is_main_process:
+        print(f"Report: {write_report(training_args.output_dir)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_args((ScriptArguments, SFTMixConfig, ModelConfig, ReferenceArguments), __file__))
