@@ -206,7 +206,7 @@ def _build_tiny(out: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _train_tokenizer()
+    tokenizer = train_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -239,7 +239,8 @@ def _pretraining_text() -> list[str]:
     ]
 
 
-def _train_tokenizer():
+def train_tokenizer():
+    """The tokenizer of `builtin:tiny`: a byte-level BPE of one token a digit, with a chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,76 @@
+"""A small model and small datasets that most tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from llmmix import builtin
+
+torch.set_num_threads(1)  # small tensors, and no fight for cores with a torchrun beside
+disable_progress_bars()
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of builtin:tiny, without the minute of training its model."""
+    return builtin.train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A folder with a random two-layer Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_range=0.2,  # far from uniform, so that losses differ between rows
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return LlamaForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def math_rows():
+    """24 rows of uneven lengths, with a confidence column."""
+    rows = builtin.dataset("builtin:math", "1,3")["train"]
+    rows = rows.select([*range(12), *range(1000, 1012)])
+    generator = torch.Generator().manual_seed(0)
+    return rows.add_column("confidence", (-torch.rand(24, generator=generator)).tolist())
+
+
+@pytest.fixture(scope="session")
+def preference_rows():
+    return builtin.dataset("builtin:preferences", "1,3")["train"].select(
+        [*range(8), *range(1000, 1008)]
+    )
+
+
+@pytest.fixture
+def text_rows():
+    return Dataset.from_dict({"text": ["2+2=4", "3+4=7", "10-3=7", "6*7=42"]})

@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from llmmix import attach_head
+from llmmix.logprobs import STATISTICS
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+ARCHITECTURES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "gemma2-softcap": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
+    ),
+    "cohere-scale": (Cohere2ForCausalLM, Cohere2Config(**SMALL, logit_scale=0.5)),
+    "granite-scaling": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=3.0)),
+    "mixtral-moe": (
+        MixtralForCausalLM,
+        MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True),
+    ),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2)),
+}
+
+
+def batch(vocabulary=61):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, vocabulary, (3, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0  # padded on the right
+    mask[1, :2] = 0  # padded on the left
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[2, :4] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def build(name):
+    torch.manual_seed(0)
+    kind, config = ARCHITECTURES[name]
+    model = kind(copy.deepcopy(config)).eval()
+    for parameter in model.parameters():  # as drawn, the logits of a small model are all near zero
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_answers_as_the_models_own_logits_and_as_trls_head_do(name):
+    model, inputs = build(name), batch()
+    theirs = copy.deepcopy(model)
+    add_fused_lm_head(theirs, outputs=STATISTICS)
+    attach_head(model, outputs=STATISTICS)
+    ours, theirs = model(**inputs, fused_lm_head=True), theirs(**inputs, fused_lm_head=True)
+    for field in ("loss", *STATISTICS, "label_mask", "aux_loss"):
+        a, b = getattr(ours, field), getattr(theirs, field)
+        assert (a is None) == (b is None), field
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=field)
+    logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    expected = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = expected.masked_fill(labels == -100, 0)
+    torch.testing.assert_close(ours.log_probs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_cross_entropy():
+    ours, plain = build("llama-tied"), build("llama-tied")
+    attach_head(ours)
+    ours(**batch(), fused_lm_head=True).loss.backward()
+    plain(**batch()).loss.backward()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_other_calls_are_the_models_own(model, tokenizer):
+    ids = tokenizer("2+2=", return_tensors="pt")
+    logits, text = model(**ids).logits, model.generate(**ids, max_new_tokens=5, do_sample=False)
+    attach_head(model)
+    assert torch.equal(model(**ids).logits, logits)
+    assert torch.equal(model.generate(**ids, max_new_tokens=5, do_sample=False), text)
+
+
+def test_attaching_again_replaces_the_outputs():
+    model = build("llama")
+    attach_head(model)
+    assert model(**batch(), fused_lm_head=True).entropy is None
+    attach_head(model, outputs=("entropy",))
+    assert model(**batch(), fused_lm_head=True).entropy is not None
+    assert model.forward.own_forward.__func__ is LlamaForCausalLM.forward
+
+
+@pytest.mark.parametrize("first", ["peft", "head"])
+def test_works_before_and_after_peft(first):
+    model, expected = build("llama"), build("llama")(**batch()).loss
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    if first == "head":
+        attach_head(model)
+    model = get_peft_model(model, lora)
+    if first == "peft":
+        attach_head(model)
+    output = model(**batch(), fused_lm_head=True)
+    torch.testing.assert_close(output.loss, expected)  # a fresh adapter changes nothing
+    output.loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_saves_and_loads_as_if_it_were_not_there(model, tmp_path):
+    attach_head(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(again.forward, "own_forward")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_nothing_scored_gives_a_zero_with_a_gradient():
+    model, inputs = build("llama"), batch()
+    attach_head(model)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss = model(**inputs, fused_lm_head=True).loss
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    losses = []
+    for checkpointing in (False, True):
+        model = build("llama").train()
+        attach_head(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(**batch(), fused_lm_head=True).loss
+        loss.backward()
+        losses.append((loss, model.model.embed_tokens.weight.grad))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_objective_runs_inside_the_forward():
+    model = build("llama")
+    attach_head(model)
+
+    def objective(hidden, labels, logprobs):
+        return {"first": logprobs(hidden[:, 0], labels[:, 0].clamp(min=0))}
+
+    output = model(**batch(), fused_lm_head=True, head_objective=objective)
+    assert output.label_mask[0, 0]  # the first position of row 0 is scored by both
+    torch.testing.assert_close(output.objective["first"][0], output.log_probs[0, 0])
+
+
+def test_refuses_what_it_cannot_serve():
+    model = build("llama")
+    attach_head(model)
+    with pytest.raises(ValueError, match="needs `labels`"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), fused_lm_head=True)
+    with pytest.raises(TypeError, match="causal language model"):
+        attach_head(nn.Linear(2, 2))
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="adapter sits on the output head"):
+        attach_head(get_peft_model(build("llama"), lora))
