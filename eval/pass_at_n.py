@@ -151,8 +151,11 @@ class PassAtNArguments:
 
 def main(args: PassAtNArguments) -> dict[str, dict]:
     """Evaluate each model; print one table, write NAME/pass_at_n.json and report.html."""
+    from transformers.utils import logging
+
     from llmmix.report import write_report
 
+    logging.disable_progress_bar()
     rows = _load_rows(args)
     results = {}
     for name in args.model_name_or_path:

@@ -14,10 +14,12 @@ import os
 import runpy
 import shutil
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
 KINDS = {"run": "llmmix.recipes", "eval": "llmmix.eval"}
+PACKAGES = ("llmmix", *KINDS.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +111,9 @@ def launch(args) -> int:
             runpy.run_module(target[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(target[0], run_name="__main__")
-    except UsageError as error:
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_stated(error):
+            raise
         print(f"llmmix {args.command} {args.name}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -195,6 +199,13 @@ def _accelerate_config(name: str) -> str:
     if not Path(name).is_file():
         raise UsageError(f"`--accelerate_config` {name!r} is neither a file nor {sorted(shipped)}.")
     return name
+
+
+def _is_stated(error: Exception) -> bool:
+    """Whether one of our own `raise` lines made this error: its words do without a traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    folders = {Path(find_spec(name).submodule_search_locations[0]) for name in PACKAGES}
+    return last.line.startswith("raise ") and bool(folders & set(Path(last.filename).parents))
 
 
 def _become(module: str, arguments: list[str]) -> int:

@@ -96,7 +96,7 @@ def train_reference(
     if num_checkpoints < 1:
         raise ValueError(f"`num_checkpoints` must be at least 1, got {num_checkpoints}.")
     settings = [str(getattr(args, name)) for name in SETTINGS]
-    settings += [model, str(num_checkpoints), str(peft_config), _rows_digest(dataset)]
+    settings += [model, str(num_checkpoints), _adapter_settings(peft_config), _rows_digest(dataset)]
     key = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     folder = Path(args.output_dir) / f"reference-{key}"
     finished = folder / "finished.json"
@@ -167,7 +167,6 @@ def _score(trainer: SFTMixTrainer) -> np.ndarray:
     attach_head(trainer.model)
     scores = []
     for batch in tqdm(loader, desc="Scoring", disable=not accelerator.is_main_process):
-        batch = trainer._prepare_inputs(batch)
         with accelerator.autocast():
             output = model(**batch, fused_lm_head=True)
         means = -output.log_probs.double().sum(1) / output.label_mask.sum(1)
@@ -195,6 +194,18 @@ def _load(checkpoint: str, args: SFTMixConfig):
 
     args.model_init_kwargs = None  # the adapter's own configuration names its base
     return AutoPeftModelForCausalLM.from_pretrained(checkpoint), tokenizer
+
+
+def _adapter_settings(peft_config) -> str:
+    if peft_config is None:
+        return ""
+    # Sets print in another order in each process, and PEFT fills in the base model's name later
+    settings = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in peft_config.to_dict().items()
+        if key != "base_model_name_or_path"
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _checkpoint_digest(checkpoint: str) -> str:

@@ -11,6 +11,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
+from transformers import ProgressCallback
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import DCOConfig, DCOTrainer, SFTMixConfig, SFTMixTrainer
@@ -36,8 +39,17 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the training and the sampling."})
 
 
+class Progress(ProgressCallback):
+    """The Trainer's progress bar, without a line of numbers every few steps."""
+
+    def on_log(self, *args, **kwargs):
+        """The report draws them."""
+
+
 def main(args: QuickstartArguments) -> None:
     """Train three times from the same checkpoint, then evaluate the three side by side."""
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
     checkpoint = resolve_checkpoint("builtin:tiny")
     train = load_splits("builtin:math", "1")["train"].select(range(args.train_rows))
     folder = Path(args.output_dir)
@@ -54,11 +66,12 @@ def main(args: QuickstartArguments) -> None:
         "save_steps": 1 / 3,  # three checkpoints, which serve SFTMix as its reference
         "save_only_model": True,
         "seed": args.seed,
-        "disable_tqdm": False,
     }
 
     def fit(trainer) -> None:
-        print(f"\n{Path(trainer.args.output_dir).name}: {args.max_steps} steps")
+        print(f"\nTraining {Path(trainer.args.output_dir).name}", flush=True)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
         trainer.train()
         trainer.save_model()
         trainer.save_state()

@@ -184,7 +184,7 @@ def test_accumulation_changes_nothing(run, name):
 
 
 def test_dco_weights_examples_alike_in_a_partial_window(run, math_rows):
-    """5 rows in micro-batches of 2 are one step of 5, not of (2 + 2 + 1) with the last one double."""
+    """5 rows in micro-batches of 2, 2 and 1 are one step of 5: the last does not count double."""
     rows = math_rows.select(range(5))
     settings = {"rows": rows, "max_steps": 1, "n_samples": 16}
     whole = run(DCOTrainer, DCOConfig, per_device_train_batch_size=5, **settings)

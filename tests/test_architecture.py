@@ -1,0 +1,134 @@
+"""The rules of the layout, asserted over the syntax trees."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Trainer
+from trl import DPOTrainer, SFTTrainer
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = sorted((ROOT / "llmmix").rglob("*.py"))
+SCRIPTS = [*sorted((ROOT / "recipes").glob("*.py")), *sorted((ROOT / "eval").glob("*.py"))]
+METHODS = ["dco", "sftmix", "rpo"]
+
+# Everything private of TRL's or transformers' trainers that the library touches, and where
+PRIVATE = {
+    "_get_train_sampler": (Trainer, "sftmix.py"),
+    "_send_telemetry": (SFTTrainer, "dco.py sftmix.py rpo.py"),
+    "_tag_names": (SFTTrainer, "dco.py sftmix.py rpo.py"),
+    "_name": (SFTTrainer, "dco.py sftmix.py rpo.py"),
+}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def test_logprobs_imports_torch_alone():
+    assert roots(imports(ROOT / "llmmix/logprobs.py")) <= {"torch", "typing"}
+
+
+def test_head_knows_no_method_and_no_trl():
+    names = imports(ROOT / "llmmix/head.py")
+    assert "trl" not in roots(names)
+    assert {n for n in names if n.startswith("llmmix")} <= {
+        f"llmmix.logprobs.{name}" for name in ("HeadScaling", "HeadStatistics", "linear_statistics")
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_share_functions_never_configs_or_trainers(method):
+    siblings = {f"llmmix.{m}." for m in METHODS if m != method}
+    for name in imports(ROOT / f"llmmix/{method}.py"):
+        if any(name.startswith(sibling) for sibling in siblings):
+            assert name.rpartition(".")[2].islower(), name
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_library_does_not_import_what_is_built_on_it(path):
+    for name in imports(path):
+        assert not name.startswith(("llmmix.recipes", "llmmix.eval", "tests")), name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_scripts_use_public_names_and_not_each_other(path):
+    for name in imports(path):
+        assert not name.startswith(("llmmix.recipes", "llmmix.eval")), name
+        if name.startswith("llmmix"):
+            assert not any(part.startswith("_") for part in name.split(".")), name
+
+
+def test_cli_imports_the_standard_library_alone():
+    assert roots(imports(ROOT / "llmmix/cli.py", top_level_only=True)) <= sys.stdlib_module_names
+
+
+def test_import_of_the_package_is_instant():
+    code = (
+        "import sys, llmmix, llmmix.cli; print([m for m in ('torch', 'trl') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_resolve():
+    import llmmix
+
+    for name in llmmix.__all__:
+        assert getattr(llmmix, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nope'"):
+        _ = llmmix.Nope
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_private_upstream_names_are_still_there(name):
+    owner, _ = PRIVATE[name]
+    assert hasattr(owner, name), f"{owner.__name__} lost {name}, which {PRIVATE[name][1]} needs"
+
+
+def test_trls_trainers_keep_metrics_by_mode():
+    for owner in (SFTTrainer, DPOTrainer):
+        source = inspect.getsource(owner.__init__)
+        assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
+
+
+def test_no_other_private_upstream_name_is_used():
+    known = {*PRIVATE, "_metrics"}
+    for path in LIBRARY:
+        tree = ast.parse(path.read_text())
+        own = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
+        own |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                if not node.attr.startswith("__") and node.attr not in own | known | {"_asdict"}:
+                    pytest.fail(f"{path.name}:{node.lineno} uses {node.attr}: list it in PRIVATE")
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS], ids=lambda p: p.stem)
+def test_no_asserts_outside_tests(path):
+    assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_scripts_are_named_and_described(path):
+    assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -1,0 +1,127 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from llmmix import SFTMixConfig, confidence
+from llmmix.confidence import add_confidence, mean_nlls, train_reference
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
+    return SFTMixConfig(
+        str(tmp_path / "run"),
+        bf16=False,
+        use_cpu=True,
+        max_steps=4,
+        disable_tqdm=True,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=5,
+        learning_rate=1e-2,
+    )
+
+
+@pytest.fixture
+def rows(math_rows):
+    return math_rows.remove_columns("confidence")
+
+
+def test_scores_are_the_mean_token_loss_of_the_response(checkpoint, rows, tokenizer, args):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    got = mean_nlls(rows, args, checkpoint)
+    for row, nll in zip(rows.select(range(6)), got, strict=False):
+        chat = row["prompt"] + row["completion"]
+        ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        assert nll == pytest.approx(F.cross_entropy(logits, ids[0, len(prompt) :]).item(), rel=1e-5)
+
+
+def test_scores_are_cached_by_content(checkpoint, rows, args, tmp_path, monkeypatch):
+    first = mean_nlls(rows, args, checkpoint)
+    calls = []
+    score = confidence._score
+    monkeypatch.setattr(confidence, "_score", lambda t: calls.append(1) or score(t))
+    shutil.copytree(checkpoint, tmp_path / "copy")  # another name for the same weights
+    np.testing.assert_array_equal(mean_nlls(rows, args, str(tmp_path / "copy")), first)
+    assert not calls
+    mean_nlls(rows.select(range(5)), args, checkpoint)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_reference_keeps_its_checkpoints_and_is_trained_once(
+    checkpoint, rows, args, lora, monkeypatch
+):
+    kept = train_reference(rows, args, checkpoint, 2, lora)
+    assert [path.rpartition("-")[2] for path in kept] == ["2", "4"]
+    assert not np.allclose(mean_nlls(rows, args, kept[0]), mean_nlls(rows, args, kept[1]))
+    monkeypatch.setattr(confidence, "SFTMixTrainer", None)  # training again would fail
+    assert train_reference(rows, args, checkpoint, 2, lora) == kept
+
+
+def test_interrupted_reference_goes_on_from_its_checkpoint(checkpoint, rows, args, monkeypatch):
+    class Killed(confidence.SFTMixTrainer):
+        def training_step(self, *given, **kwargs):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*given, **kwargs)
+
+    whole = train_reference(rows, args, checkpoint, 2)
+    expected = mean_nlls(rows, args, whole[-1])
+    shutil.rmtree(args.output_dir)
+    monkeypatch.setattr(confidence, "SFTMixTrainer", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_reference(rows, args, checkpoint, 2)
+    monkeypatch.undo()
+    steps = []
+
+    class Counted(confidence.SFTMixTrainer):
+        def training_step(self, *given, **kwargs):
+            steps.append(self.state.global_step)
+            return super().training_step(*given, **kwargs)
+
+    monkeypatch.setattr(confidence, "SFTMixTrainer", Counted)
+    kept = train_reference(rows, args, checkpoint, 2)
+    assert steps == [2, 3]
+    np.testing.assert_array_equal(mean_nlls(rows, args, kept[-1]), expected)
+
+
+def test_confidence_column(checkpoint, rows, args, caplog):
+    scored = add_confidence(rows, args, checkpoints=[checkpoint, checkpoint])
+    expected = -np.exp(mean_nlls(rows, args, checkpoint))
+    np.testing.assert_allclose(scored["confidence"][:], expected)
+    assert scored.remove_columns("confidence")[:] == rows[:]
+    # rows that nothing can score leave, counted, and the others keep their scores
+    args.max_length = 29
+    short = add_confidence(rows, args, checkpoints=[checkpoint])
+    assert 0 < len(short) < len(rows)
+    assert f"Dropped {len(rows) - len(short)} of {len(rows)} rows that have no" in caplog.text
+
+
+def test_another_models_checkpoint_scores_with_its_own_tokenizer(checkpoint, rows, args):
+    plain = Dataset.from_list(
+        [{"prompt": r["prompt"][0]["content"], "completion": r["answer"]} for r in rows]
+    )
+    scored = add_confidence(plain, args, checkpoints=[checkpoint])
+    assert len(scored) == len(rows) and np.isfinite(scored["confidence"][:]).all()
+
+
+def test_bad_input(checkpoint, rows, args):
+    with pytest.raises(ValueError, match="Give the `model`"):
+        add_confidence(rows, args)
+    with pytest.raises(ValueError, match="`num_checkpoints` must be at least 1"):
+        train_reference(rows, args, checkpoint, 0)

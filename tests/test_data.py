@@ -1,0 +1,314 @@
+"""Every bad input gets one clear error, or a stated and counted drop."""
+
+import json
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments
+
+from llmmix import (
+    DCOConfig,
+    DCOTrainer,
+    RPOConfig,
+    RPOTrainer,
+    SFTMixConfig,
+    SFTMixTrainer,
+)
+from llmmix.data import (
+    check_preference_dataset,
+    check_sft_dataset,
+    checkpoint_to_resume,
+    load_splits,
+    load_train_and_eval,
+    prepare_model_args,
+    resolve_checkpoint,
+)
+
+QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
+
+
+def chat(text, role="assistant"):
+    return [{"role": role, "content": text}]
+
+
+def test_files_folders_and_saved_datasets_load(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    dataset = Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(tmp_path / "folder" / "train.parquet")
+    for name in ("rows.jsonl", "rows.json", "rows.parquet", "saved", "folder"):
+        assert load_splits(str(tmp_path / name))["train"][:] == dataset[:], name
+
+
+def test_missing_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`dataset_name`: no file or folder .*nope.jsonl"):
+        load_splits(str(tmp_path / "nope.jsonl"))
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(ValueError, match=r"is not one of \.json, \.jsonl"):
+        load_splits(str(tmp_path / "rows.xlsx"))
+    with pytest.raises(FileNotFoundError, match="no file .*nope.gguf"):
+        resolve_checkpoint(str(tmp_path / "nope.gguf"))
+    with pytest.raises(ValueError, match="no built-in"):
+        resolve_checkpoint("builtin:huge")
+
+
+def test_missing_arguments_and_splits_are_named():
+    args = DCOConfig("out", eval_strategy="epoch")
+    with pytest.raises(ValueError, match="`dataset_name` is missing"):
+        load_train_and_eval(ScriptArguments(), args)
+    with pytest.raises(
+        ValueError, match="`dataset_train_split`: no split 'trian'.*'train', 'test'"
+    ):
+        load_train_and_eval(
+            ScriptArguments(dataset_name="builtin:math", dataset_train_split="trian"), args
+        )
+    with pytest.raises(ValueError, match="`model_name_or_path` is missing"):
+        prepare_model_args(ModelConfig(), args)
+    train, test = load_train_and_eval(ScriptArguments(dataset_name="builtin:math"), args)
+    assert (len(train), len(test)) == (4000, 1000)
+
+
+def test_only_safetensors_and_no_remote_code_by_default():
+    args = DCOConfig("out")
+    assert prepare_model_args(ModelConfig(model_name_or_path="some/model"), args) == "some/model"
+    assert args.model_init_kwargs["use_safetensors"] is True
+    assert args.model_init_kwargs["trust_remote_code"] is False
+
+
+def test_resume_takes_a_folder_or_a_word():
+    for given, meant in ((None, None), ("true", True), ("False", False), ("run/c-1", "run/c-1")):
+        assert checkpoint_to_resume(DCOConfig("out", resume_from_checkpoint=given)) == meant
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "`train_dataset` is required"),
+        (Dataset.from_dict({"prompt": []}), "`train_dataset` is empty"),
+        (Dataset.from_dict({"question": ["a"], "answer": ["b"]}), r"\['answer', 'question'\]"),
+        (Dataset.from_dict({"prompt": ["a"], "completion": [" "]}), "empty in every one of 1 rows"),
+    ],
+)
+def test_sft_rows_that_cannot_be_trained_on(rows, message):
+    with pytest.raises(ValueError, match=message):
+        check_sft_dataset(rows, "train_dataset")
+    if rows is not None and "question" in rows.column_names:
+        with pytest.raises(ValueError, match="accepted are prompt-completion rows"):
+            check_sft_dataset(rows, "train_dataset")
+
+
+@pytest.mark.parametrize(
+    "blank",
+    [
+        {"prompt": "a", "completion": "  "},
+        {"prompt": "a", "completion": None},
+        {"prompt": chat("a", "user"), "completion": chat("")},
+        {"prompt": chat("a", "user"), "completion": []},
+        {"messages": [*chat("a", "user"), *chat(" ")]},
+        {"messages": chat("a", "user")},
+        {"text": "\n"},
+    ],
+)
+def test_empty_completions_are_dropped_and_counted(blank, caplog):
+    text = isinstance(blank.get("prompt", ""), str)
+    full = {
+        "prompt": "a" if text else chat("a", "user"),
+        "completion": "b" if text else chat("b"),
+        "messages": [*chat("a", "user"), *chat("b")],
+        "text": "b",
+    }
+    good = {key: full[key] for key in blank}
+    rows = Dataset.from_list([good, blank, good])
+    with caplog.at_level(logging.WARNING):
+        kept = check_sft_dataset(rows, "train_dataset")
+    assert len(kept) == 2
+    assert "Dropped 1 of 3 rows with an empty" in caplog.text
+
+
+def test_empty_preferences_are_dropped_and_counted(caplog):
+    rows = Dataset.from_dict({"prompt": ["a", "a"], "chosen": ["b", "b"], "rejected": ["c", ""]})
+    assert len(check_preference_dataset(rows, "train_dataset")) == 1
+    assert "Dropped 1 of 2 rows" in caplog.text
+    with pytest.raises(ValueError, match="accepted are `chosen` and `rejected`"):
+        check_preference_dataset(rows.remove_columns("chosen"), "train_dataset")
+
+
+def test_chat_rows_need_a_template(checkpoint, math_rows, preference_rows):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = None
+    for trainer, config, rows in (
+        (DCOTrainer, DCOConfig, math_rows),
+        (SFTMixTrainer, SFTMixConfig, math_rows),
+        (RPOTrainer, RPOConfig, preference_rows),
+    ):
+        with pytest.raises(ValueError, match="tokenizer has no chat template"):
+            trainer(
+                checkpoint,
+                args=config("out", **QUIET),
+                train_dataset=rows,
+                processing_class=tokenizer,
+            )
+
+
+@pytest.mark.parametrize("trainer", [DCOTrainer, SFTMixTrainer])
+@pytest.mark.parametrize("option", ["packing", "padding_free"])
+def test_packing_is_refused(checkpoint, math_rows, trainer, option):
+    config = DCOConfig if trainer is DCOTrainer else SFTMixConfig
+    with pytest.raises(ValueError, match=f"`{option}=True` merges examples"):
+        trainer(checkpoint, args=config("out", **QUIET, **{option: True}), train_dataset=math_rows)
+
+
+def test_rows_that_max_length_empties_are_counted(checkpoint, math_rows, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = DCOTrainer(
+            checkpoint, args=DCOConfig("out", max_length=29, **QUIET), train_dataset=math_rows
+        )
+    dropped = len(math_rows) - len(trainer.train_dataset)
+    assert dropped > 0 and f"Dropped {dropped} of 24 rows: with max_length=29" in caplog.text
+    with pytest.raises(ValueError, match="`max_length=5` leaves no row of 24"):
+        DCOTrainer(
+            checkpoint, args=DCOConfig("out", max_length=5, **QUIET), train_dataset=math_rows
+        )
+
+
+def test_rows_that_max_length_cuts_are_counted(checkpoint, caplog):
+    rows = Dataset.from_dict({"prompt": ["2+2="] * 2, "completion": ["4", "1234567890" * 3]})
+    with caplog.at_level(logging.WARNING):
+        DCOTrainer(checkpoint, args=DCOConfig("out", max_length=20, **QUIET), train_dataset=rows)
+    assert "1 of 2 rows fill max_length=20 and may be cut short" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.remove_columns("confidence"), "has no `confidence` column"),
+        (lambda rows: rows.select([0]), "at least two, got 1"),
+        (
+            lambda rows: rows.remove_columns("confidence").add_column(
+                "confidence", [float("nan")] + [0.0] * 23
+            ),
+            "has 1 NaN among 24 rows",
+        ),
+        (lambda rows: rows.to_iterable_dataset(), "must be a map-style `Dataset`"),
+    ],
+)
+def test_sftmix_needs_a_confidence_for_each_row(checkpoint, math_rows, change, message):
+    with pytest.raises(ValueError, match=message):
+        SFTMixTrainer(
+            checkpoint, args=SFTMixConfig("out", **QUIET), train_dataset=change(math_rows)
+        )
+
+
+def test_halves_follow_their_rows_when_others_are_dropped(checkpoint, math_rows):
+    """The rows that max_length empties leave the halves of the others where they belong."""
+    trainer = SFTMixTrainer(
+        checkpoint, args=SFTMixConfig("out", max_length=29, **QUIET), train_dataset=math_rows
+    )
+    kept = trainer.train_dataset
+    assert 2 <= len(kept) < len(math_rows)
+    order = list(trainer._get_train_sampler())
+    confident = [kept["confidence"][i] for i in order[0::2]]
+    unconfident = [kept["confidence"][i] for i in order[1::2]]
+    assert min(confident) > max(unconfident)
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "prompt-completion", "conversations"])
+def test_every_sft_format_trains(checkpoint, kind, tmp_path):
+    rows = {
+        "text": {"text": "2+2=4"},
+        "messages": {"messages": [*chat("2+2", "user"), *chat("4")]},
+        "prompt-completion": {"prompt": "2+2=", "completion": "4"},
+        "conversations": {
+            "conversations": [{"from": "human", "value": "2"}, {"from": "gpt", "value": "4"}]
+        },
+    }[kind]
+    dataset = Dataset.from_list([rows] * 4)
+    trainer = DCOTrainer(checkpoint, args=DCOConfig(str(tmp_path), **QUIET), train_dataset=dataset)
+    assert trainer.train().training_loss > 0
+
+
+def test_streaming_dco(checkpoint, math_rows, tmp_path):
+    trainer = DCOTrainer(
+        checkpoint,
+        args=DCOConfig(str(tmp_path), **QUIET),
+        train_dataset=math_rows.to_iterable_dataset(),
+    )
+    assert trainer.train().training_loss > 0
+
+
+def test_evaluation_reports_the_methods_loss(checkpoint, math_rows, preference_rows, tmp_path):
+    for trainer, config, rows in (
+        (DCOTrainer, DCOConfig, math_rows),
+        (SFTMixTrainer, SFTMixConfig, math_rows),
+        (RPOTrainer, RPOConfig, preference_rows),
+    ):
+        built = trainer(
+            checkpoint,
+            args=config(str(tmp_path), eval_strategy="steps", eval_steps=1, **QUIET),
+            train_dataset=rows,
+            eval_dataset=rows,
+        )
+        built.train()
+        evaluated = [e for e in built.state.log_history if "eval_loss" in e]
+        assert evaluated and torch.tensor(evaluated[-1]["eval_loss"]).isfinite()
+        if trainer is RPOTrainer:
+            assert {"eval_rpo/dpo_loss", "eval_rpo/sft_loss"} <= set(evaluated[-1])
+
+
+def test_metrics_of_the_methods_are_logged(checkpoint, math_rows, tmp_path):
+    wanted = {
+        DCOTrainer: {"dco/weight", "dco/braked", "entropy", "mean_token_accuracy"},
+        SFTMixTrainer: {
+            *("sftmix/ntp_loss", "sftmix/mixup_loss", "sftmix/lam", "sftmix/mixed_tokens"),
+            *("sftmix/confidence_gap", "entropy"),
+        },
+    }
+    for trainer, config in ((DCOTrainer, DCOConfig), (SFTMixTrainer, SFTMixConfig)):
+        built = trainer(
+            checkpoint,
+            args=config(str(tmp_path), logging_steps=1, **QUIET),
+            train_dataset=math_rows,
+        )
+        built.train()
+        logged = built.state.log_history[0]
+        assert wanted[trainer] <= set(logged)
+        if trainer is SFTMixTrainer:
+            expected = logged["sftmix/ntp_loss"] + 0.2 * logged["sftmix/mixup_loss"]
+            assert logged["loss"] == pytest.approx(expected, rel=1e-4)
+            assert 0 < logged["sftmix/mixed_tokens"] <= 1 and 0 < logged["sftmix/lam"] < 1
+
+
+def test_dco_warns_once_when_it_is_cross_entropy(checkpoint, math_rows, tmp_path, caplog):
+    args = DCOConfig(str(tmp_path), **{**QUIET, "max_steps": 3}, logging_steps=1, n_samples=2)
+    with caplog.at_level(logging.WARNING):
+        DCOTrainer(checkpoint, args=args, train_dataset=math_rows).train()
+    assert caplog.text.count("so this is cross-entropy so far") == 1
+    assert "99% of the examples" in caplog.text
+
+
+def test_trained_model_saves_and_loads_as_an_ordinary_one(checkpoint, math_rows, tmp_path):
+    trainer = SFTMixTrainer(
+        checkpoint, args=SFTMixConfig(str(tmp_path), **QUIET), train_dataset=math_rows
+    )
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for a, b in zip(trainer.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_of_a_json_file_train(checkpoint, math_rows, tmp_path):
+    math_rows.to_json(tmp_path / "rows.jsonl")
+    rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
+    trainer = SFTMixTrainer(
+        checkpoint, args=SFTMixConfig(str(tmp_path), **QUIET), train_dataset=rows
+    )
+    assert trainer.train().training_loss > 0

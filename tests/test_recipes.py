@@ -1,0 +1,121 @@
+"""Every recipe runs, and every YAML file holds nothing but known keys."""
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from llmmix import cli
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SCRIPTS = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
+SMALL = "--max_steps 2 --bf16 false --use_cpu --disable_tqdm true --save_strategy no".split()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_defaults_parse_and_the_script_is_short(name):
+    script = RECIPES / f"{name}.py"
+    assert len(script.read_text().splitlines()) <= 120
+    call = [
+        node
+        for node in ast.walk(ast.parse(script.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse_args"
+    ]
+    module = importlib.import_module(f"llmmix.recipes.{name}")
+    types = tuple(getattr(module, element.id) for element in call[0].args[0].elts)
+    parsed = cli.parse_args(types, str(script), [])
+    defaults = script.with_suffix(".yaml")
+    if defaults.exists():
+        for key, value in yaml.safe_load(defaults.read_text()).items():
+            assert any(getattr(part, key, None) == value for part in parsed), key
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_accelerate_configs_load(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+@pytest.fixture
+def rows(math_rows, preference_rows, tmp_path):
+    math_rows.remove_columns("confidence").to_json(tmp_path / "math.jsonl")
+    preference_rows.to_json(tmp_path / "preferences.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]])
+@pytest.mark.parametrize("name", ["dco", "rpo", "sftmix"])
+def test_recipe_trains_and_saves(name, lora, rows, checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("LLMMIX_CACHE", str(rows / "cache"))
+    data = rows / ("preferences.jsonl" if name == "rpo" else "math.jsonl")
+    out = rows / "out"
+    argv = ["run", name, "--model_name_or_path", checkpoint, "--dataset_name", str(data)]
+    argv += ["--output_dir", str(out), "--logging_steps", "1", *SMALL, *lora]
+    assert cli.main(argv) == 0
+    assert AutoModelForCausalLM.from_pretrained(out) is not None
+    assert (out / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
+    assert "data:image/png;base64" in (out / "report.html").read_text()
+    logged = json.loads((out / "trainer_state.json").read_text())["log_history"][0]
+    prefix = f"{name}/"
+    assert any(key.startswith(prefix) for key in logged)
+    if name == "sftmix":
+        scored = [json.loads(line) for line in (out / "confidence.jsonl").read_text().splitlines()]
+        assert len(scored) == 24 and all(row["confidence"] < -1 for row in scored)
+        # what it wrote is what a second run starts from, without a reference
+        again = [str(out / "confidence.jsonl") if part == str(data) else part for part in argv]
+        again = [str(rows / "again") if part == str(out) else part for part in again]
+        assert cli.main(again) == 0
+        assert not list((rows / "again").glob("reference-*"))
+
+
+def test_confidence_recipe_with_given_checkpoints(rows, checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("LLMMIX_CACHE", str(rows / "cache"))
+    argv = ["run", "confidence", "--dataset_name", str(rows / "math.jsonl"), *SMALL]
+    argv += ["--output_dir", str(rows / "out"), "--checkpoints", checkpoint, checkpoint]
+    assert cli.main(argv) == 0
+    assert "24 rows with confidence" in capsys.readouterr().out
+    assert len((rows / "out" / "confidence.jsonl").read_text().splitlines()) == 24
+
+
+def test_all_three_stages_on_two_processes(rows, checkpoint):
+    """Stage 1 too runs on every rank: one reference, rows scored in shards, one file."""
+    command = [sys.executable, "-m", "llmmix.cli", "run", "--num_processes", "2", "sftmix"]
+    command += ["--model_name_or_path", checkpoint, "--dataset_name", str(rows / "math.jsonl")]
+    command += ["--output_dir", str(rows / "out"), "--num_checkpoints", "2", *SMALL]
+    command += ["--per_device_train_batch_size", "2", "--logging_steps", "1"]
+    environment = {**os.environ, "LLMMIX_CACHE": str(rows / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((rows / "out" / "confidence.jsonl").read_text().splitlines()) == 24
+    assert (rows / "out" / "model.safetensors").exists() and (rows / "out" / "report.html").exists()
+    assert len(list((rows / "cache" / "confidence").glob("*.npy"))) == 2
+
+
+def test_quickstart_runs_small(checkpoint, tmp_path, monkeypatch):
+    """The whole of it on a random model; what it shows is for a real run."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "tiny-1").symlink_to(checkpoint)
+    command = [sys.executable, "-m", "llmmix.cli", "run", "quickstart", "--max_steps", "6"]
+    command += ["--train_rows", "16", "--test_rows", "4", "--num_samples", "4", "--batch_size", "4"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")],
+        env={**os.environ, "LLMMIX_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(name in done.stdout for name in ("SFT", "SFTMix", "DCO", "pass@4", "report.html"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 2

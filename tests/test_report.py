@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from llmmix.report import read_runs, write_report
+
+HISTORY = [
+    {"loss": 2.0, "dco/weight": 0.9, "learning_rate": 1e-3, "step": 1, "epoch": 0.1},
+    {"loss": 1.0, "dco/weight": 0.5, "learning_rate": 1e-3, "step": 2, "epoch": 0.2},
+    {"train_runtime": 3.0, "train_loss": 1.5, "step": 2, "epoch": 0.2},
+]
+EVALUATION = {
+    "pass_at_n": {"1": 0.1, "4": 0.3},
+    "standard_error": {"1": 0.01, "4": 0.02},
+    "loss": 0.5,
+}
+
+
+def make_run(folder, history=HISTORY, evaluation=EVALUATION):
+    folder.mkdir(parents=True)
+    if history is not None:
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    if evaluation is not None:
+        (folder / "pass_at_n.json").write_text(json.dumps(evaluation))
+
+
+def test_page_of_several_runs_is_self_contained(tmp_path):
+    make_run(tmp_path / "A <b>")
+    make_run(tmp_path / "B", evaluation={**EVALUATION, "loss": 0.4})
+    page = write_report(tmp_path, title="Runs & more", note="a note").read_text()
+    assert "Runs &amp; more" in page and "A &lt;b&gt;" in page and "<b>" not in page
+    assert page.count('src="data:image/png;base64,') == 2
+    assert "http" not in page and 'src="/' not in page
+    assert '<td class="best">0.400</td>' in page and '<td class="best">0.500</td>' not in page
+    for name in ("pass_at_n", "training"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_and_no_evaluation(tmp_path):
+    make_run(tmp_path / "run", evaluation=None)
+    histories, evaluations = read_runs(tmp_path / "run")
+    assert list(histories) == ["run"] and not evaluations
+    assert write_report(tmp_path / "run").read_text().count("<img") == 1
+
+
+def test_a_run_too_short_for_curves_still_reports(tmp_path):
+    make_run(tmp_path / "run", history=HISTORY[:1])
+    assert write_report(tmp_path / "run").exists()
+
+
+def test_one_problem_has_no_error_bars(tmp_path):
+    document = {"pass_at_n": {"1": 0.1}, "standard_error": {"1": None}}
+    (tmp_path / "pass_at_n.json").write_text(json.dumps(document))
+    assert write_report(tmp_path).exists()
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Nothing to report"):
+        write_report(tmp_path)
