@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip
 # CPU build instead: make quickstart TORCH_INDEX=<the CPU index that pytorch.org's selector shows>
 TORCH_INDEX ?=
 
-.PHONY: quickstart test check format bench wheel clean
+.PHONY: quickstart test check format wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/llmmix run quickstart
@@ -35,11 +35,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Build the wheel, install it in a fresh environment, and run it from another folder
 wheel: $(VENV)/.installed
 	rm -rf dist .wheel-venv
-	$(BIN)/python -m build --wheel -q
-	$(PYTHON) -m venv --system-site-packages .wheel-venv
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-		> "$$(.wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/deps.pth"
-	.wheel-venv/bin/python -m pip install -q --no-deps --force-reinstall dist/*.whl
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(PYTHON) -m venv .wheel-venv
+	.wheel-venv/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+		$$(grep '^torch==' constraints.txt)
+	.wheel-venv/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	bin=$$PWD/.wheel-venv/bin && cd $$(mktemp -d) && $$bin/llmmix ls && \
+		$$bin/llmmix run dco --model_name_or_path builtin:tiny --dataset_name builtin:math --max_steps 3
+	rm -rf .wheel-venv build
 
 clean:
 	rm -rf $(VENV) .wheel-venv dist build *.egg-info

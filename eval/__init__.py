@@ -1,1 +1,1 @@
-"""Programs that measure and print one JSON document: `llmmix eval NAME`."""
+"""Programs that measure, print a table and write one JSON document: `llmmix eval NAME`."""

@@ -11,6 +11,7 @@ document a model and `report.html` to `--output_dir`.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -155,11 +156,12 @@ def main(args: PassAtNArguments) -> dict[str, dict]:
 
     from llmmix.report import write_report
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("pass_at_n runs on one process: leave `--num_processes` out.")
     logging.disable_progress_bar()
     rows = _load_rows(args)
     results = {}
-    for name in args.model_name_or_path:
-        run = Path(name).name.replace(":", "-")
+    for name, run in zip(args.model_name_or_path, _run_names(args), strict=True):
         result = {"eval": "pass_at_n", "model": name, **_evaluate_one(name, run, rows, args)}
         out = Path(args.output_dir) / run / "pass_at_n.json"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +174,15 @@ def main(args: PassAtNArguments) -> dict[str, dict]:
     )
     print(f"Report: {write_report(args.output_dir, note=note)}")
     return results
+
+
+def _run_names(args: PassAtNArguments) -> list[str]:
+    """The last part of each model's name, or all of it where two would share a folder."""
+    short = [Path(name).name for name in args.model_name_or_path]
+    names = short if len(set(short)) == len(short) else args.model_name_or_path
+    if len(set(names)) < len(names):
+        raise ValueError(f"`model_name_or_path` names a model twice: {', '.join(names)}.")
+    return [name.strip("./").replace("/", "-").replace(":", "-") for name in names]
 
 
 def _load_rows(args: PassAtNArguments):
@@ -187,12 +198,15 @@ def _load_rows(args: PassAtNArguments):
 
 
 def _evaluate_one(name: str, run: str, rows, args: PassAtNArguments) -> dict:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmmix.data import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(name)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     result = evaluate(
         model,

@@ -41,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             allow_abbrev=False,
         )
         launch.add_argument(
-            "--num_processes", type=int, default=1, help="processes on this machine"
+            "--num_processes", type=int, help="processes on this machine (default: one)"
         )
         launch.add_argument(
             "--accelerate_config",
-            help="ddp, fsdp2, deepspeed_zero3, or a file that `accelerate config` wrote",
+            help="ddp, fsdp2, deepspeed_zero2, or a file that `accelerate config` wrote",
         )
         launch.add_argument("name", help="a name that `llmmix ls` shows, or a file of your own")
         launch.add_argument("flags", nargs=argparse.REMAINDER)
@@ -76,13 +76,14 @@ def copy_recipe(args) -> int:
     source = _find(args.name, "llmmix.recipes")
     to = Path(args.to)
     script = to / source.name if to.is_dir() else to.with_suffix(".py")
-    for suffix in (".py", ".yaml"):
-        if (file := source.with_suffix(suffix)).exists():
-            target = script.with_suffix(suffix)
-            if target.exists():
-                raise UsageError(f"{target} exists; name another file or remove it.")
-            shutil.copy(file, target)
-            print(f"wrote {target}")
+    files = [file for s in (".py", ".yaml") if (file := source.with_suffix(s)).exists()]
+    targets = [script.with_suffix(file.suffix) for file in files]
+    for target in targets:
+        if target.exists():
+            raise UsageError(f"{target} exists; name another file or remove it.")
+    for file, target in zip(files, targets, strict=True):
+        shutil.copy(file, target)
+        print(f"wrote {target}")
     print(f"run it with: llmmix run {script}")
     return 0
 
@@ -98,10 +99,10 @@ def launch(args) -> int:
         target = ["-m", f"{package}.{_find(args.name, package).stem}"]
     if args.accelerate_config is not None:
         options = ["--config_file", _accelerate_config(args.accelerate_config)]
-        if args.num_processes > 1:
+        if args.num_processes is not None:
             options += ["--num_processes", str(args.num_processes)]
         return _become("accelerate.commands.launch", [*options, *target, *args.flags])
-    if args.num_processes > 1:
+    if (args.num_processes or 1) > 1:
         # On a CPU, `accelerate launch` starts one process whatever it is told; torchrun starts all
         options = ["--standalone", f"--nproc_per_node={args.num_processes}"]
         return _become("torch.distributed.run", [*options, *target, *args.flags])
@@ -139,39 +140,47 @@ def parse_args(dataclass_types: tuple[type, ...], script: str, argv: list[str] |
         UsageError: A key or flag that is none of the fields, with the nearest one; a `--config`
             that is missing or no mapping.
     """
-    import yaml
     from trl import TrlParser
 
     script = Path(script)
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(dataclass_types, prog=f"llmmix run {script.stem}", allow_abbrev=False)
-    known = {f.name for kind in dataclass_types for f in dataclasses.fields(kind)}
+    # --config is taken here and not by TRL's parser, so that a mistake in it is named
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--config")
+    given, argv = ours.parse_known_args(sys.argv[1:] if argv is None else argv)
+    fields = {f.name: f for kind in dataclass_types for f in dataclasses.fields(kind)}
     defaults = script.with_suffix(".yaml")
-    if defaults.exists():
-        # Flags of a YAML file are plain `key: value` pairs: nothing in it is code
-        given = yaml.safe_load(defaults.read_text()) or {}
-        _check_keys(given, known, str(defaults))
-        parser.set_defaults_with_config(**given)
-    if "--config" in argv:
-        place = argv.index("--config")
-        path = Path(argv[place + 1]) if place + 1 < len(argv) else Path("")
-        if not path.is_file():
-            raise UsageError(f"`--config` names no file: {path}.")
-        given = yaml.safe_load(path.read_text())
-        if not isinstance(given, dict):
-            raise UsageError(f"{path} must hold `key: value` lines.")
-        _check_keys(given, known | {"env"}, str(path))
+    for path in filter(None, [defaults if defaults.exists() else None, given.config]):
+        parser.set_defaults_with_config(**_read_yaml(Path(path), fields))
     *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    flags = [flag for flag in rest if flag.startswith("--")]
-    _check_keys([flag[2:].partition("=")[0] for flag in flags], known, "the command line")
+    flags = [flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")]
+    _check_keys(flags, fields, "the command line")
     if rest:
         raise UsageError(f"unexpected {' '.join(rest)!r} on the command line.")
     return tuple(parsed)
 
 
-def _check_keys(given, known: set[str], where: str) -> None:
+def _read_yaml(path: Path, fields: dict[str, dataclasses.Field]) -> dict:
+    """The `key: value` pairs of a file, its `env` put into the environment, as TRL does."""
+    import yaml
+
+    if not path.is_file():
+        raise UsageError(f"`--config` names no file: {path}.")
+    given = yaml.safe_load(path.read_text())
+    if not isinstance(given, dict):
+        raise UsageError(f"{path} must hold `key: value` lines.")
+    os.environ.update({key: str(value) for key, value in given.pop("env", {}).items()})
+    _check_keys(given, fields, str(path))
+    # One value of a list may be written without brackets, as on the command line
+    return {
+        key: [value] if "list[" in str(fields[key].type) and isinstance(value, str) else value
+        for key, value in given.items()
+    }
+
+
+def _check_keys(given, known, where: str) -> None:
     for key in given:
-        if key not in known and not (key.startswith("no_") and key[3:] in known):
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists all."
             raise UsageError(f"unknown option {key!r} in {where}{hint}")

@@ -16,7 +16,7 @@ from llmmix.cache import built_once, file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
-    from trl import ModelConfig, ScriptArguments
+    from trl import ModelConfig, ScriptArguments, SFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,19 @@ def prepare_model_args(model_args: "ModelConfig", training_args: "TrainingArgume
     return resolve_checkpoint(model_args.model_name_or_path)
 
 
+def load_tokenizer(
+    checkpoint: str, model_args: "ModelConfig", training_args: "TrainingArguments"
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint that `prepare_model_args` returned."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        checkpoint,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+
+
 def checkpoint_to_resume(training_args: "TrainingArguments") -> str | bool | None:
     """What `--resume_from_checkpoint` asks for: a folder, or `true` for the last one of the run."""
     given = training_args.resume_from_checkpoint
@@ -161,6 +174,44 @@ def _split(splits: DatasetDict, name: str, argument: str):
     if name not in splits:
         raise ValueError(f"`{argument}`: no split {name!r}; the dataset has {list(splits)}.")
     return splits[name]
+
+
+def check_sft_datasets(args: "SFTConfig", train_dataset, trainer_arguments: dict):
+    """`check_sft_dataset` on what an SFT trainer was given; the evaluation rows are replaced.
+
+    Returns:
+        The training rows.
+    """
+    if trainer_arguments.get("formatting_func") is not None:
+        return train_dataset  # it makes the text itself, from columns of any name
+    tokenizer = None if args.chat_template_path else trainer_arguments.get("processing_class")
+    if isinstance(rows := trainer_arguments.get("eval_dataset"), Dataset):
+        trainer_arguments["eval_dataset"] = check_sft_dataset(
+            rows, "eval_dataset", args.dataset_text_field, tokenizer
+        )
+    train_dataset = check_sft_dataset(
+        train_dataset, "train_dataset", args.dataset_text_field, tokenizer
+    )
+    if not args.assistant_only_loss and "messages" in next(iter(train_dataset)):
+        logger.warning(
+            "Rows of `messages` are scored whole, the user's turns included. To score responses "
+            "alone, set `assistant_only_loss=True` or give `prompt` and `completion`."
+        )
+    return train_dataset
+
+
+def check_preference_datasets(train_dataset, trainer_arguments: dict):
+    """`check_preference_dataset` on what a trainer was given; the evaluation rows are replaced.
+
+    Returns:
+        The training rows.
+    """
+    tokenizer = trainer_arguments.get("processing_class")
+    if isinstance(rows := trainer_arguments.get("eval_dataset"), Dataset):
+        trainer_arguments["eval_dataset"] = check_preference_dataset(
+            rows, "eval_dataset", tokenizer
+        )
+    return check_preference_dataset(train_dataset, "train_dataset", tokenizer)
 
 
 def check_sft_dataset(
@@ -240,7 +291,8 @@ def log_dropped(
             max_length,
         )
     if max_length is not None and "input_ids" in after.column_names:
-        lengths = (len(ids) for ids in after.with_format("arrow")[:]["input_ids"])
+        ids = after.select_columns("input_ids").with_format("arrow")
+        lengths = (len(row) for row in ids[:]["input_ids"])
         if full := sum(length >= max_length for length in lengths):
             logger.warning(
                 "%d of %d rows fill max_length=%d and may be cut short.",
@@ -273,7 +325,8 @@ def _drop_blank(dataset, columns: list[str], argument: str):
     if not isinstance(dataset, Dataset):
         return dataset
     filled = dataset.filter(
-        lambda row: not any(_is_blank(row[column]) for column in columns),
+        lambda *responses: not any(map(_is_blank, responses)),
+        input_columns=columns,
         desc=f"Checking {argument}",
     )
     if dropped := len(dataset) - len(filled):
@@ -289,7 +342,8 @@ def _is_blank(response) -> bool:
     """No text, or no message of the assistant with something in it."""
     if response is None or isinstance(response, str):
         return not (response or "").strip()
-    said = [m for m in response if m.get("role", m.get("from")) in ("assistant", "gpt")]
+    asked = ("system", "developer", "user", "human", "tool")
+    said = [m for m in response if m.get("role", m.get("from")) not in asked]
     return not any(
         m.get("tool_calls") or not _is_empty(m.get("content", m.get("value"))) for m in said
     )

@@ -24,8 +24,8 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.data import check_sft_dataset, log_dropped
-from llmmix.head import ForwardRecorder, attach_head
+from llmmix.data import check_sft_datasets, log_dropped
+from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
 
 logger = get_logger(__name__)
 
@@ -150,7 +150,8 @@ class DCOTrainer(SFTTrainer):
 
     Raises:
         ValueError: Packing or padding-free batches, which merge the examples whose probability the
-            loss is about; context or sequence parallelism, which split them.
+            loss is about; context or sequence parallelism, which split them; another loss asked for
+            beside it.
     """
 
     _tag_names = ["llmmix", "dco"]
@@ -159,13 +160,12 @@ class DCOTrainer(SFTTrainer):
 
     def __init__(self, model, args: DCOConfig | None = None, train_dataset=None, **kwargs):
         args = args or DCOConfig("dco-output")
-        check_unpacked("DCO", args)
-        train_dataset = check_sft_dataset(
-            train_dataset, "train_dataset", args.dataset_text_field, kwargs.get("processing_class")
-        )
+        check_own_loss("DCO", args, kwargs)
+        train_dataset = check_sft_datasets(args, train_dataset, kwargs)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         check_unsharded("DCO", self.accelerator)
+        keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
         self._warned_unbraked = False
 
@@ -200,16 +200,24 @@ class DCOTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
-        self._record(weight[scored])
+        self._record(weight, scored)
         return (loss, result[1]) if return_outputs else loss
 
-    def _record(self, weight: Tensor) -> None:
+    def _record(self, weight: Tensor, scored: Tensor) -> None:
+        # Sums of one shape on every rank, whatever the rows that each has
+        weight, scored = weight.detach(), scored.float()
+        sums = torch.stack(
+            [
+                scored.sum(),
+                (weight * scored).sum(),
+                ((weight < 0.1) * scored).sum(),
+                ((weight > 0.99) * scored).sum(),
+            ]
+        )
+        count, *sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
-        weight = self.accelerator.gather_for_metrics(weight)
-        if weight.numel():
-            metrics["dco/weight"].append(weight.mean().item())
-            metrics["dco/braked"].append((weight < 0.1).float().mean().item())
-            metrics["dco/unbraked"].append((weight > 0.99).float().mean().item())
+        for name, value in zip(("weight", "braked", "unbraked"), sums, strict=True):
+            metrics[f"dco/{name}"].append(value / max(count, 1))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with one warning when the loss is cross-entropy in all but name."""
@@ -228,18 +236,27 @@ class DCOTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def check_unpacked(method: str, args: SFTConfig) -> None:
-    """Refuse what merges examples into one row.
+def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
+    """Refuse what merges examples into one row, and what asks TRL for another loss.
 
     Raises:
-        ValueError: `packing` or `padding_free` is on.
+        ValueError: `packing`, `padding_free`, `label_smoothing_factor`, `loss_type` or
+            `compute_loss_func` is set.
     """
     for name in ("packing", "eval_packing", "padding_free"):
         if getattr(args, name):
             raise ValueError(
-                f"`{name}=True` merges examples into one row, and {method} needs each example's "
-                f"own tokens. Set `{name}=False`."
+                f"`{name}=True` merges examples into one row, and {method} needs them apart. Set "
+                f"`{name}=False`."
             )
+    others = {
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+        "loss_type": args.loss_type != "nll",
+        "compute_loss_func": trainer_arguments.get("compute_loss_func") is not None,
+    }
+    for name, given in others.items():
+        if given:
+            raise ValueError(f"{method} is a loss of its own: leave `{name}` at its default.")
 
 
 def check_unsharded(method: str, accelerator) -> None:

@@ -12,10 +12,12 @@ one forward. A trainer that needs more than log-probabilities (SFTMix mixes hidd
 import functools
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -69,8 +71,14 @@ def attach_head(model: nn.Module, *, outputs: tuple[str, ...] = ("log_probs",)) 
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from.
-        ValueError: An adapter sits on the head itself, which the fused head would leave out.
+        ValueError: An adapter sits on the head itself, which the fused head would leave out; or
+            DeepSpeed ZeRO-3, which leaves no weight to read outside of a module's own forward.
     """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed ZeRO-3 is not supported by the fused head yet. Use ZeRO-2 "
+            "(`--accelerate_config deepspeed_zero2`) or FSDP2 (`--accelerate_config fsdp2`)."
+        )
     base = _base_model(model)
     if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
         raise TypeError(
@@ -90,6 +98,19 @@ def attach_head(model: nn.Module, *, outputs: tuple[str, ...] = ("log_probs",)) 
 
     forward.own_forward = own_forward
     base.forward = types.MethodType(forward, base)
+
+
+def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
+    """Keep FSDP2 from rounding log-probabilities to bf16 on their way out of the model.
+
+    Under mixed precision accelerate has FSDP2 cast every output to the compute dtype; the sum of a
+    completion's log-probabilities would then be off by half a nat at 100 nats. Call it before the
+    model is prepared, which `Trainer` does when training starts.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
 
 
 class ForwardRecorder:
@@ -168,18 +189,17 @@ def _fused_forward(
     head = model.get_output_embeddings()
     hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.weight.device)
     mask = labels != -100
-    weight, bias = _whole(head.weight), _whole(head.bias)
-    with _gathered_under_zero3(head):
-        statistics = functools.partial(
-            linear_statistics, weight=weight, bias=bias, scaling=_head_scaling(config)
-        )
-        # Only scored positions reach the head
-        rows = statistics(hidden=hidden[mask], targets=labels[mask], outputs=outputs)
-        extra = None
-        if objective is not None:
-            extra = objective(
-                hidden, labels, lambda h, y: statistics(hidden=h, targets=y).log_probs
-            )
+    statistics = functools.partial(
+        linear_statistics,
+        weight=_whole(head.weight),
+        bias=_whole(head.bias),
+        scaling=_head_scaling(config),
+    )
+    # Only scored positions reach the head
+    rows = statistics(hidden=hidden[mask], targets=labels[mask], outputs=outputs)
+    extra = None
+    if objective is not None:
+        extra = objective(hidden, labels, lambda h, y: statistics(hidden=h, targets=y).log_probs)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss, aux_loss = -fields["log_probs"].sum() / count, None
@@ -214,12 +234,3 @@ def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Tensor | None]:
 def _whole(parameter: Tensor | None) -> Tensor | None:
     """FSDP2 shards a parameter as a DTensor, while hidden states are plain tensors."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def _gathered_under_zero3(head: nn.Module):
-    """DeepSpeed ZeRO-3 gathers a weight in its module's hook, which reading it directly skips."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([p for p in (head.weight, head.bias) if p is not None])

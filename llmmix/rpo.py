@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from llmmix.data import check_preference_dataset, log_dropped
-from llmmix.head import ForwardRecorder, attach_head
+from llmmix.data import check_preference_datasets, log_dropped
+from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
 
 
 def rpo_loss(
@@ -144,15 +144,17 @@ class RPOTrainer(DPOTrainer):
         self, model, ref_model=None, args: RPOConfig | None = None, train_dataset=None, **kwargs
     ):
         args = args or RPOConfig("rpo-output")
-        train_dataset = check_preference_dataset(
-            train_dataset, "train_dataset", kwargs.get("processing_class")
-        )
+        train_dataset = check_preference_datasets(train_dataset, kwargs)
         super().__init__(model, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
         attach_head(self.model, outputs=outputs + ("log_sum_sq_probs",) * args.use_weighting)
+        keep_outputs_in_fp32(self.accelerator)
         if self.ref_model is not None:
-            attach_head(self.accelerator.unwrap_model(self.ref_model))
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            attach_head(reference)
+            # TRL has prepared the reference already: attaching took the place of its autocast
+            reference.forward = self.accelerator.autocast()(reference.forward)
 
     def _send_telemetry(self):
         """Send nothing: TRL would report the run to the Hub."""

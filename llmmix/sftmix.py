@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.data import check_sft_dataset, log_dropped
-from llmmix.dco import check_unpacked, check_unsharded, dco_weight
-from llmmix.head import ForwardRecorder, attach_head
+from llmmix.data import check_sft_datasets, log_dropped
+from llmmix.dco import check_own_loss, check_unsharded, dco_weight
+from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
 from llmmix.logprobs import linear_logprobs
 
 CONFIDENCE = "confidence"  # the column that stage 1 writes and stage 2 reads
@@ -105,7 +105,7 @@ def mixup_loss(
     Returns:
         (n,) in fp32 or better, differentiable in both hidden states and the head.
     """
-    lam = torch.as_tensor(lam, dtype=hidden_a.dtype, device=hidden_a.device)
+    lam = torch.as_tensor(lam, device=hidden_a.device)
     return _mixup_loss(partial(_logprobs_of, weight), hidden_a, hidden_b, targets_a, targets_b, lam)
 
 
@@ -114,10 +114,11 @@ def _logprobs_of(weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _mixup_loss(logprobs, hidden_a, hidden_b, targets_a, targets_b, lam) -> Tensor:
-    share = lam.expand(len(hidden_a)).unsqueeze(1)
-    mixed = share * hidden_a + (1 - share) * hidden_b
+    # In bf16 a share of 0.999 would round to 1: mix in fp32 or better
+    dtype = torch.promote_types(hidden_a.dtype, torch.float32)
+    share = lam.to(dtype).expand(len(hidden_a)).unsqueeze(1)
+    mixed = share * hidden_a.to(dtype) + (1 - share) * hidden_b.to(dtype)
     log_p = logprobs(mixed, torch.stack([targets_a, targets_b], dim=1))
-    share = share.to(log_p.dtype)
     return -(torch.cat([share, 1 - share], dim=1) * log_p).sum(1)
 
 
@@ -152,7 +153,7 @@ def mix_pairs(
         hidden[1::2][b],
         labels[0::2][a],
         labels[1::2][b],
-        lam.to(hidden.device, hidden.dtype)[pair],
+        lam.to(hidden.device)[pair],
     )
     means = losses.new_zeros(len(shared)).index_add(0, pair, losses) / shared.clamp(min=1)
     return {"mixup_losses": means, "mixed_tokens": 2 * shared.sum()}
@@ -223,6 +224,11 @@ class SFTMixConfig(SFTConfig):
                 f"`train_sampling_strategy={self.train_sampling_strategy!r}` would break up the "
                 "pairs of SFTMix, which draws each batch half and half. Use 'random'."
             )
+        if self.mixup_weight and self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size=True` may find an odd batch, and SFTMix batches hold pairs. "
+                "Set `per_device_train_batch_size` by hand."
+            )
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.accelerator.is_available()  # on a CPU, bf16 is several times slower
         super().__post_init__()
@@ -249,20 +255,21 @@ class SFTMixTrainer(SFTTrainer):
 
     def __init__(self, model, args: SFTMixConfig | None = None, train_dataset=None, **kwargs):
         args = args or SFTMixConfig("sftmix-output")
-        check_unpacked("SFTMix", args)
-        train_dataset = check_sft_dataset(
-            train_dataset, "train_dataset", args.dataset_text_field, kwargs.get("processing_class")
-        )
+        check_own_loss("SFTMix", args, kwargs)
+        train_dataset = check_sft_datasets(args, train_dataset, kwargs)
         if args.mixup_weight:
             _check_confidence_column(train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         check_unsharded("SFTMix", self.accelerator)
+        keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it
-            scores = torch.as_tensor(self.train_dataset[CONFIDENCE][:], dtype=torch.float64)
-            self._confident = confident_half(scores)
+            scores = self.train_dataset.with_format(None)[CONFIDENCE][:]
+            scores = [float("nan") if score is None else score for score in scores]  # null in JSON
+            self._confident = confident_half(torch.tensor(scores, dtype=torch.float64))
+        self._micro_step = 0
 
     def _send_telemetry(self):
         """Send nothing: TRL would report the run to the Hub."""
@@ -311,8 +318,9 @@ class SFTMixTrainer(SFTTrainer):
         rng = np.random.default_rng([self.args.seed, self.state.global_step])
         place = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
         self._micro_step += 1
-        draws = rng.beta(self.args.mixup_alpha, self.args.mixup_alpha, size=(place + 1) * pairs)
-        return torch.as_tensor(draws[-pairs:], dtype=torch.float32)
+        before = place * (self.args.per_device_train_batch_size // 2)
+        draws = rng.beta(self.args.mixup_alpha, self.args.mixup_alpha, size=before + pairs)
+        return torch.as_tensor(draws[before:], dtype=torch.float32)
 
     def _record(self, output, lam: Tensor) -> None:
         nll, mask = -output.log_probs.detach(), output.label_mask

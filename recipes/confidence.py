@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import ModelConfig, ScriptArguments, get_peft_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import SFTMixConfig
 from llmmix.cli import parse_args
 from llmmix.confidence import add_confidence
-from llmmix.data import load_train_and_eval, prepare_model_args, resolve_checkpoint
+from llmmix.data import load_train_and_eval, prepare_model_args
 
 
 @dataclass
@@ -40,8 +40,10 @@ def main(
     confidence_args: ConfidenceArguments,
 ) -> None:
     """Load, train the reference, score, write."""
-    given = [resolve_checkpoint(name) for name in confidence_args.checkpoints or []]
-    checkpoint = None if given else prepare_model_args(model_args, training_args)
+    given = confidence_args.checkpoints
+    if given and model_args.model_name_or_path is None:
+        model_args.model_name_or_path = given[0]
+    checkpoint = prepare_model_args(model_args, training_args)
     dataset, _ = load_train_and_eval(script_args, training_args)
     scored = add_confidence(
         dataset,
@@ -50,6 +52,7 @@ def main(
         checkpoints=given,
         num_checkpoints=confidence_args.num_checkpoints,
         peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
     )
     if PartialState().is_main_process:
         out = Path(training_args.output_dir) / "confidence.jsonl"

@@ -6,6 +6,7 @@ Trains builtin:tiny on one-step problems of builtin:math with each method, sampl
 problems, prints one table and writes OUTPUT_DIR/report.html. No network, a few minutes on a CPU.
 """
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ def main(args: QuickstartArguments) -> None:
     checkpoint = resolve_checkpoint("builtin:tiny")
     train = load_splits("builtin:math", "1")["train"].select(range(args.train_rows))
     folder = Path(args.output_dir)
+    for method in METHODS:
+        shutil.rmtree(folder / method, ignore_errors=True)  # no checkpoints of an earlier run
     shared = {
         "max_steps": args.max_steps,
         "learning_rate": args.learning_rate,

@@ -11,7 +11,12 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from llmmix import RPOConfig, RPOTrainer
 from llmmix.cli import parse_args
-from llmmix.data import checkpoint_to_resume, load_train_and_eval, prepare_model_args
+from llmmix.data import (
+    checkpoint_to_resume,
+    load_tokenizer,
+    load_train_and_eval,
+    prepare_model_args,
+)
 from llmmix.report import write_report
 
 
@@ -24,6 +29,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        processing_class=load_tokenizer(checkpoint, model_args, training_args),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

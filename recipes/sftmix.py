@@ -16,7 +16,12 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.confidence import add_confidence
-from llmmix.data import checkpoint_to_resume, load_train_and_eval, prepare_model_args
+from llmmix.data import (
+    checkpoint_to_resume,
+    load_tokenizer,
+    load_train_and_eval,
+    prepare_model_args,
+)
 from llmmix.report import write_report
 from llmmix.sftmix import CONFIDENCE
 
@@ -50,12 +55,14 @@ def main(
             checkpoints=reference_args.checkpoints,
             num_checkpoints=reference_args.num_checkpoints,
             peft_config=get_peft_config(model_args),
+            quantization_config=get_quantization_config(model_args),
         )
     trainer = SFTMixTrainer(
         checkpoint,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        processing_class=load_tokenizer(checkpoint, model_args, training_args),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,8 +121,50 @@ def test_another_models_checkpoint_scores_with_its_own_tokenizer(checkpoint, row
     assert len(scored) == len(rows) and np.isfinite(scored["confidence"][:]).all()
 
 
+def test_options_that_reorder_or_drop_rows_do_not_move_scores(checkpoint, rows, args):
+    expected = mean_nlls(rows, args, checkpoint)
+    shutil.rmtree(Path(args.output_dir).parent / "cache")
+    args.train_sampling_strategy, args.dataloader_drop_last = "group_by_length", True
+    args.eval_on_start = True
+    np.testing.assert_array_equal(mean_nlls(rows, args, checkpoint), expected)
+
+
+def test_a_diverged_checkpoint_is_named(checkpoint, rows, args, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.lm_head.weight.data.fill_(float("nan"))
+    shutil.copytree(checkpoint, tmp_path / "diverged")
+    model.save_pretrained(tmp_path / "diverged")
+    with pytest.raises(ValueError, match=r"loss of 24 rows \(first: row 0\) is not finite under"):
+        add_confidence(rows, args, checkpoints=[str(tmp_path / "diverged")])
+
+
+def test_a_changed_template_or_dtype_is_another_score(checkpoint, rows, args, tmp_path):
+    before = mean_nlls(rows, args, checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    template = tmp_path / "copy" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_end|>"))
+    assert not np.array_equal(mean_nlls(rows, args, str(tmp_path / "copy")), before)
+
+
+def test_a_half_saved_checkpoint_is_passed_over(tmp_path):
+    for name, complete in (
+        ("checkpoint-9", True),
+        ("checkpoint-10", True),
+        ("checkpoint-11", False),
+    ):
+        (tmp_path / name).mkdir()
+        if complete:
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    kept = confidence._complete_checkpoints(tmp_path)
+    assert [Path(path).name for path in kept] == ["checkpoint-9", "checkpoint-10"]
+
+
 def test_bad_input(checkpoint, rows, args):
     with pytest.raises(ValueError, match="Give the `model`"):
         add_confidence(rows, args)
+    with pytest.raises(ValueError, match="must be a map-style `Dataset`, got IterableDataset"):
+        add_confidence(rows.to_iterable_dataset(), args, checkpoints=[checkpoint])
+    with pytest.raises(ValueError, match="at least two, got 1"):
+        add_confidence(rows.select([0]), args, checkpoints=[checkpoint])
     with pytest.raises(ValueError, match="`num_checkpoints` must be at least 1"):
         train_reference(rows, args, checkpoint, 0)

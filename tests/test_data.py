@@ -16,6 +16,7 @@ from llmmix import (
     RPOTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    attach_head,
 )
 from llmmix.data import (
     check_preference_dataset,
@@ -26,6 +27,7 @@ from llmmix.data import (
     prepare_model_args,
     resolve_checkpoint,
 )
+from llmmix.dco import dco_loss
 
 QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
 
@@ -165,6 +167,65 @@ def test_packing_is_refused(checkpoint, math_rows, trainer, option):
         trainer(checkpoint, args=config("out", **QUIET, **{option: True}), train_dataset=math_rows)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("label_smoothing_factor", 0.1), ("loss_type", "dft")]
+)
+def test_another_loss_beside_ours_is_refused(checkpoint, math_rows, option, value):
+    for trainer, config in ((DCOTrainer, DCOConfig), (SFTMixTrainer, SFTMixConfig)):
+        args = config("out", **QUIET, **{option: value})
+        with pytest.raises(ValueError, match=f"is a loss of its own: leave `{option}`"):
+            trainer(checkpoint, args=args, train_dataset=math_rows)
+    with pytest.raises(ValueError, match="leave `compute_loss_func`"):
+        DCOTrainer(
+            checkpoint,
+            args=DCOConfig("out", **QUIET),
+            train_dataset=math_rows,
+            compute_loss_func=lambda *_, **__: None,
+        )
+
+
+def test_formatting_func_takes_columns_of_any_name(checkpoint, tmp_path):
+    rows = Dataset.from_dict({"question": ["2+2="] * 4, "answer": ["4"] * 4})
+    trainer = DCOTrainer(
+        checkpoint,
+        args=DCOConfig(str(tmp_path), **QUIET),
+        train_dataset=rows,
+        formatting_func=lambda row: row["question"] + row["answer"],
+    )
+    assert trainer.train().training_loss > 0
+
+
+def test_a_template_given_by_path_is_enough(checkpoint, math_rows, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    (tmp_path / "chat.jinja").write_text(tokenizer.chat_template)
+    tokenizer.chat_template = None
+    args = DCOConfig(str(tmp_path), chat_template_path=str(tmp_path / "chat.jinja"), **QUIET)
+    DCOTrainer(checkpoint, args=args, train_dataset=math_rows, processing_class=tokenizer)
+
+
+def test_chat_rows_scored_whole_are_pointed_out(checkpoint, caplog):
+    rows = Dataset.from_list([{"messages": [*chat("2+2", "user"), *chat("4")]}] * 4)
+    with caplog.at_level(logging.WARNING):
+        DCOTrainer(checkpoint, args=DCOConfig("out", **QUIET), train_dataset=rows)
+        assert "scored whole, the user's turns included" in caplog.text
+        caplog.clear()
+        args = DCOConfig("out", assistant_only_loss=True, **QUIET)
+        trainer = DCOTrainer(checkpoint, args=args, train_dataset=rows)
+        assert "scored whole" not in caplog.text
+    scored = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
+    assert trainer.processing_class.decode(scored) == "4<|im_end|>"
+
+
+def test_evaluation_rows_are_checked_too(checkpoint, math_rows):
+    with pytest.raises(ValueError, match="`eval_dataset` has the columns"):
+        DCOTrainer(
+            checkpoint,
+            args=DCOConfig("out", **QUIET),
+            train_dataset=math_rows,
+            eval_dataset=math_rows.select_columns(["answer"]),
+        )
+
+
 def test_rows_that_max_length_empties_are_counted(checkpoint, math_rows, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = DCOTrainer(
@@ -195,6 +256,12 @@ def test_rows_that_max_length_cuts_are_counted(checkpoint, caplog):
                 "confidence", [float("nan")] + [0.0] * 23
             ),
             "has 1 NaN among 24 rows",
+        ),
+        (
+            lambda rows: rows.remove_columns("confidence").add_column(
+                "confidence", [None, *[0.5] * 23]
+            ),
+            "has 1 NaN among 24 rows",  # as NaN arrives from a JSON file
         ),
         (lambda rows: rows.to_iterable_dataset(), "must be a map-style `Dataset`"),
     ],
@@ -257,9 +324,23 @@ def test_evaluation_reports_the_methods_loss(checkpoint, math_rows, preference_r
         )
         built.train()
         evaluated = [e for e in built.state.log_history if "eval_loss" in e]
-        assert evaluated and torch.tensor(evaluated[-1]["eval_loss"]).isfinite()
+        logged = evaluated[-1]
         if trainer is RPOTrainer:
-            assert {"eval_rpo/dpo_loss", "eval_rpo/sft_loss"} <= set(evaluated[-1])
+            terms = logged["eval_rpo/dpo_loss"] + logged["eval_rpo/sft_loss"]
+            assert logged["eval_loss"] == pytest.approx(terms, rel=1e-4)
+            continue
+        # by hand, a row at a time
+        expected, tokens = [], 0
+        attach_head(built.model)
+        for row in built.eval_dataset:
+            batch = built.data_collator([{k: row[k] for k in ("input_ids", "labels")}])
+            with torch.no_grad():
+                output = built.model(**batch, fused_lm_head=True)
+            tokens += int(output.label_mask.sum())
+            logps = output.log_probs.sum(1)
+            expected.append(dco_loss(logps, 64) if trainer is DCOTrainer else -logps)
+        mean = torch.cat(expected).sum() / (24 if trainer is DCOTrainer else tokens)
+        assert logged["eval_loss"] == pytest.approx(mean.item(), rel=0.05 if tokens else 1e-4)
 
 
 def test_metrics_of_the_methods_are_logged(checkpoint, math_rows, tmp_path):

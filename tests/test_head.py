@@ -1,9 +1,12 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -22,6 +25,7 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from llmmix import attach_head
+from llmmix.head import keep_outputs_in_fp32
 from llmmix.logprobs import STATISTICS
 
 SMALL = {
@@ -172,6 +176,36 @@ def test_objective_runs_inside_the_forward():
     output = model(**batch(), fused_lm_head=True, head_objective=objective)
     assert output.label_mask[0, 0]  # the first position of row 0 is scored by both
     torch.testing.assert_close(output.objective["first"][0], output.log_probs[0, 0])
+
+
+def test_under_fully_shard_it_answers_alike_and_in_fp32():
+    """FSDP2 on one gloo rank, in bf16 with the policy that `keep_outputs_in_fp32` sets."""
+    model, expected = build("llama"), build("llama")
+    attach_head(expected)
+    state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(
+            mixed_precision_policy=MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, output_dtype=torch.bfloat16
+            )
+        )
+    )
+    keep_outputs_in_fp32(SimpleNamespace(state=state))
+    policy = state.fsdp_plugin.mixed_precision_policy
+    assert policy.output_dtype == torch.float32 and policy.param_dtype == torch.bfloat16
+    attach_head(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        output = model(**batch(), fused_lm_head=True)
+        assert output.log_probs.dtype == torch.float32
+        truth = expected(**batch(), fused_lm_head=True)
+        torch.testing.assert_close(output.loss, truth.loss, rtol=0.03, atol=0.03)
+        output.loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_refuses_what_it_cannot_serve():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch.utils.data import SequentialSampler
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from llmmix import (
@@ -249,6 +250,51 @@ def test_bf16_stays_near_fp32(run, name):
     exact, rough = run(trainer, config, **given), run(trainer, config, **{**given, "bf16": True})
     assert rough[0].isfinite().all()
     torch.testing.assert_close(exact[0], rough[0], rtol=0.05, atol=0.02)
+
+
+def test_policy_and_reference_start_alike_under_bf16(run, checkpoint, preference_rows, tmp_path):
+    """Both run under autocast: before the first step their log-ratios are zero, not nearly so."""
+    args = RPOConfig(str(tmp_path), **{**SETTINGS, "bf16": True, "max_steps": 1}, beta=1.0)
+    trainer = RPOTrainer(checkpoint, args=args, train_dataset=preference_rows)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+    assert first["rpo/dpo_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_router_loss_of_an_moe_enters_once(tokenizer, math_rows, tmp_path):
+    """At any accumulation: SGD on DCO of one sample moves as the reference with its router loss."""
+    finals = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_local_experts=4,
+                router_aux_loss_coef=1.0,
+            )
+        )
+        settings = {**SETTINGS, "max_steps": 1, "per_device_train_batch_size": batch}
+        args = DCOConfig(
+            str(tmp_path),
+            **settings,
+            gradient_accumulation_steps=accumulation,
+            router_aux_loss_coef=1.0,
+            n_samples=1,
+        )
+        trainer = DCOTrainer(
+            model, args=args, train_dataset=math_rows.select([0] * 8), processing_class=tokenizer
+        )
+        trainer.train()
+        finals.append(trainer.state.log_history[0]["loss"])
+        logps = trainer.state.log_history[0]["aux_loss"]
+    assert finals[0] == pytest.approx(finals[1], rel=1e-5)
+    assert logps > 0.5 and finals[0] > logps
 
 
 @pytest.mark.parametrize("name", ["dco", "sftmix", "rpo"])

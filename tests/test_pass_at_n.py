@@ -4,7 +4,14 @@ import math
 import numpy as np
 import pytest
 from datasets import Dataset
-from llmmix.eval.pass_at_n import PassAtNArguments, evaluate, main, pass_at_n, reference_loss
+from llmmix.eval.pass_at_n import (
+    PassAtNArguments,
+    _run_names,
+    evaluate,
+    main,
+    pass_at_n,
+    reference_loss,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 VECTORS = [
@@ -97,6 +104,14 @@ def test_reference_loss_is_the_mean_token_loss(loaded, math_rows):
     trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
     expected = trainer.evaluate(rows)["eval_loss"]
     assert reference_loss(model, tokenizer, rows, batch_size=3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_models_of_one_name_do_not_share_a_folder():
+    names = _run_names(PassAtNArguments(["a/checkpoint-1", "b/checkpoint-1", "./c"]))
+    assert names == ["a-checkpoint-1", "b-checkpoint-1", "c"]
+    assert _run_names(PassAtNArguments(["a/x", "builtin:tiny"])) == ["x", "builtin-tiny"]
+    with pytest.raises(ValueError, match="names a model twice"):
+        _run_names(PassAtNArguments(["a/x", "a/x"]))
 
 
 def test_program_writes_a_document_a_model_and_a_report(checkpoint, tmp_path, capsys):
