@@ -273,7 +273,7 @@ def _print_table(results: dict[str, dict], num_samples: int, problems: int) -> N
         cells = [f"{result['loss']:.3f}" if "loss" in result else ""] if with_loss else []
         for n, value in result["pass_at_n"].items():
             error = result["standard_error"][n]
-            cells.append(f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+            cells.append(f"{value:.3f}" + ("" if error is None else f" ±{error:.2f}"))
         table.add_row(run, *cells)
     Console().print(table)
 

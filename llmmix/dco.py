@@ -156,6 +156,11 @@ class DCOTrainer(SFTTrainer):
 
     _tag_names = ["llmmix", "dco"]
     _name = "DCO"
+    _paper = {
+        "title": "Rethinking Fine-Tuning when Scaling Test-Time Compute: Limiting Confidence "
+        "Improves Mathematical Reasoning",
+        "id": "2502.07154",
+    }
     loss_is_scaled_for_ga = True  # the loss is divided by the examples of the whole window
 
     def __init__(self, model, args: DCOConfig | None = None, train_dataset=None, **kwargs):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -107,8 +107,10 @@ def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
     completion's log-probabilities would then be off by half a nat at 100 nats. Call it before the
     model is prepared, which `Trainer` does when training starts.
     """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
     plugin = accelerator.state.fsdp_plugin
-    policy = None if plugin is None else plugin.mixed_precision_policy
+    policy = plugin.mixed_precision_policy
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
 
@@ -119,12 +121,24 @@ class ForwardRecorder:
     TRL's `compute_loss` drops the outputs of its forward, while a loss of ours needs the same ones:
     a second forward would double the cost, and a stale weight would not be the method.
 
+    Args:
+        model: What to call.
+        head_objective: Added to each call of the fused head.
+        row_weight: Maps (B,) summed log-probabilities to (B,) weights. The caller is answered with
+            log-probabilities times the weight of their row, so that a cross-entropy over them is
+            weighted; `output` keeps the plain ones.
+
     Attributes:
         output: The last `FusedHeadOutput`.
     """
 
-    def __init__(self, model: nn.Module, head_objective: HeadObjective | None = None):
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        head_objective: HeadObjective | None = None,
+        row_weight: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self._model, self._row_weight = model, row_weight
         self._extra = {} if head_objective is None else {"head_objective": head_objective}
         self.output: FusedHeadOutput | None = None
 
@@ -133,7 +147,11 @@ class ForwardRecorder:
         if not fused_lm_head:
             return self._model(*args, **kwargs)
         self.output = self._model(*args, fused_lm_head=True, **self._extra, **kwargs)
-        return self.output
+        if self._row_weight is None:
+            return self.output
+        log_probs = self.output.log_probs
+        weight = self._row_weight(log_probs.sum(1)).unsqueeze(1)
+        return replace(self.output, log_probs=weight * log_probs)
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -120,6 +120,9 @@ def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) 
     for axis, (metric, runs) in zip(axes.flat, curves.items(), strict=False):
         for name, (steps, values) in runs.items():
             axis.plot(steps, values, color=colours[name], linewidth=1.6, label=name)
+        drawn = [value for _, values in runs.values() for value in values]
+        if metric.endswith(("loss", "grad_norm")) and min(drawn, default=0) > 0:
+            axis.set_yscale("log")  # it falls by orders of magnitude, and differs so between losses
         axis.set_title(metric, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -139,6 +139,11 @@ class RPOTrainer(DPOTrainer):
 
     _tag_names = ["llmmix", "rpo"]
     _name = "RPO"
+    _paper = {
+        "title": "Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an "
+        "Adversarial Regularizer",
+        "id": "2405.16436",
+    }
 
     def __init__(
         self, model, ref_model=None, args: RPOConfig | None = None, train_dataset=None, **kwargs

@@ -105,7 +105,8 @@ def mixup_loss(
     Returns:
         (n,) in fp32 or better, differentiable in both hidden states and the head.
     """
-    lam = torch.as_tensor(lam, device=hidden_a.device)
+    if not isinstance(lam, Tensor):
+        lam = torch.tensor(lam, dtype=torch.float64, device=hidden_a.device)
     return _mixup_loss(partial(_logprobs_of, weight), hidden_a, hidden_b, targets_a, targets_b, lam)
 
 
@@ -252,6 +253,10 @@ class SFTMixTrainer(SFTTrainer):
 
     _tag_names = ["llmmix", "sftmix"]
     _name = "SFTMix"
+    _paper = {
+        "title": "SFTMix: Elevating Language Model Instruction Tuning with Mixup Recipe",
+        "id": "2410.05248",
+    }
 
     def __init__(self, model, args: SFTMixConfig | None = None, train_dataset=None, **kwargs):
         args = args or SFTMixConfig("sftmix-output")
@@ -292,10 +297,12 @@ class SFTMixTrainer(SFTTrainer):
         """TRL's loss plus the mixup term, from one forward."""
         mixing = self.model.training and self.args.mixup_weight > 0
         lam = self._draw_lam(len(inputs["labels"]) // 2) if mixing else None
-        recorder = (_WeightedRecorder if self.args.dco_n_samples else ForwardRecorder)(
-            model, partial(mix_pairs, lam=lam) if mixing else None
+        n_samples = self.args.dco_n_samples
+        recorder = ForwardRecorder(
+            model,
+            head_objective=partial(mix_pairs, lam=lam) if mixing else None,
+            row_weight=partial(dco_weight, n_samples=n_samples) if n_samples else None,
         )
-        recorder.n_samples = self.args.dco_n_samples
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         if not mixing:
             return result
@@ -344,21 +351,6 @@ class SFTMixTrainer(SFTTrainer):
         metrics["sftmix/lam"].append(lam_sum / pairs)
         metrics["sftmix/mixed_tokens"].append(mixed / max(tokens_c + tokens_u, 1))
         metrics["sftmix/confidence_gap"].append(nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1))
-
-
-class _WeightedRecorder(ForwardRecorder):
-    """Hands TRL log-probabilities weighted by DCO's F of their row, so its cross-entropy is too."""
-
-    n_samples = 1
-
-    def __call__(self, *args, **kwargs):
-        output = super().__call__(*args, **kwargs)
-        if output is not self.output:
-            return output
-        weight = dco_weight(output.log_probs.sum(1), self.n_samples).unsqueeze(1)
-        weighted = type(output)(**output)
-        weighted.log_probs = weight * output.log_probs
-        return weighted
 
 
 def _check_confidence_column(dataset) -> None:

@@ -30,7 +30,7 @@ class QuickstartArguments:
     """The size of the comparison."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where it all goes."})
-    train_rows: int = field(default=400, metadata={"help": "Problems to train on."})
+    train_rows: int = field(default=256, metadata={"help": "Problems to train on."})
     test_rows: int = field(default=128, metadata={"help": "Held-out problems to sample."})
     num_samples: int = field(default=64, metadata={"help": "Samples a held-out problem."})
     max_steps: int = field(default=300, metadata={"help": "Training steps of each method."})

@@ -20,6 +20,7 @@ PRIVATE = {
     "_get_train_sampler": (Trainer, "sftmix.py"),
     "_send_telemetry": (SFTTrainer, "dco.py sftmix.py rpo.py"),
     "_tag_names": (SFTTrainer, "dco.py sftmix.py rpo.py"),
+    "_paper": (SFTTrainer, "dco.py sftmix.py rpo.py"),
     "_name": (SFTTrainer, "dco.py sftmix.py rpo.py"),
 }
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -189,7 +190,7 @@ def test_under_fully_shard_it_answers_alike_and_in_fp32():
             )
         )
     )
-    keep_outputs_in_fp32(SimpleNamespace(state=state))
+    keep_outputs_in_fp32(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
     policy = state.fsdp_plugin.mixed_precision_policy
     assert policy.output_dtype == torch.float32 and policy.param_dtype == torch.bfloat16
     attach_head(model)

@@ -78,6 +78,13 @@ def test_recipe_trains_and_saves(name, lora, rows, checkpoint, monkeypatch, caps
         assert not list((rows / "again").glob("reference-*"))
 
 
+def test_report_to_tensorboard(rows, checkpoint):
+    argv = ["run", "dco", "--model_name_or_path", checkpoint, "--output_dir", str(rows / "out")]
+    argv += ["--dataset_name", str(rows / "math.jsonl"), "--report_to", "tensorboard", *SMALL]
+    assert cli.main(argv) == 0
+    assert list((rows / "out").rglob("events.out.tfevents.*"))
+
+
 def test_confidence_recipe_with_given_checkpoints(rows, checkpoint, monkeypatch, capsys):
     monkeypatch.setenv("LLMMIX_CACHE", str(rows / "cache"))
     argv = ["run", "confidence", "--dataset_name", str(rows / "math.jsonl"), *SMALL]

@@ -1,1 +1,0 @@
-"""Which rows a trainer sees: samplers with movable weights, and mixture laws."""
