@@ -69,7 +69,9 @@ def read_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
 
     A folder with a state of its own is one run; else each subfolder with one is.
     """
-    own = [folder] if any((folder / f).exists() for f in FILES) else sorted(folder.glob("*/"))
+    own = (
+        [folder] if _written(folder) else sorted(filter(_written, folder.glob("*/")), key=_written)
+    )
     histories, evaluations = {}, {}
     for run in own:
         name = run.resolve().name
@@ -80,7 +82,10 @@ def read_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     return histories, evaluations
 
 
-FILES = ("trainer_state.json", "pass_at_n.json")
+def _written(run: Path) -> float:
+    """When the run left its first file, 0 if it left none: runs are shown in this order."""
+    files = (run / "trainer_state.json", run / "pass_at_n.json")
+    return min((file.stat().st_mtime for file in files if file.exists()), default=0)
 
 
 def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
@@ -123,6 +128,8 @@ def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) 
         drawn = [value for _, values in runs.values() for value in values]
         if metric.endswith(("loss", "grad_norm")) and min(drawn, default=0) > 0:
             axis.set_yscale("log")  # it falls by orders of magnitude, and differs so between losses
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
         axis.set_title(metric, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -174,7 +181,7 @@ def _table(evaluations: dict[str, dict]) -> str:
     columns: dict[str, dict[str, float]] = {}
     for name, document in evaluations.items():
         if "loss" in document:
-            columns.setdefault("loss", {})[name] = document["loss"]
+            columns.setdefault("loss a token", {})[name] = document["loss"]
         for n, value in document["pass_at_n"].items():
             columns.setdefault(f"pass@{n}", {})[name] = value
     best = {c: (min if "loss" in c else max)(values.values()) for c, values in columns.items()}

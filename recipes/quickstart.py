@@ -63,7 +63,8 @@ def main(args: QuickstartArguments) -> None:
         "warmup_steps": 20,
         "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": args.batch_size,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": False,
         "bf16": False,
         "logging_steps": 10,
         "save_steps": 1 / 3,  # three checkpoints, which serve SFTMix as its reference
