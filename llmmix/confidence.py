@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,18 @@ SCORING = (
     "max_length truncation_mode completion_only_loss assistant_only_loss dataset_text_field "
     "chat_template_path eos_token bf16 fp16 model_init_kwargs"
 ).split()
+
+
+@dataclass
+class ReferenceArguments:
+    """What scores the rows that have no confidence yet, as flags of a recipe."""
+
+    checkpoints: list[str] | None = field(
+        default=None, metadata={"help": "Score with these instead of training a reference."}
+    )
+    num_checkpoints: int | None = field(
+        default=None, metadata={"help": "Checkpoints of the reference; default one an epoch, >= 2."}
+    )
 
 
 def add_confidence(

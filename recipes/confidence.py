@@ -9,7 +9,6 @@ confidence.jsonl, is the `--dataset_name` of `llmmix run sftmix`. Run it again a
 goes on where it stopped.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
@@ -17,30 +16,18 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from llmmix import SFTMixConfig
 from llmmix.cli import parse_args
-from llmmix.confidence import add_confidence
+from llmmix.confidence import ReferenceArguments, add_confidence
 from llmmix.data import load_train_and_eval, prepare_model_args
-
-
-@dataclass
-class ConfidenceArguments:
-    """What scores the rows."""
-
-    checkpoints: list[str] | None = field(
-        default=None, metadata={"help": "Score with these instead of training a reference."}
-    )
-    num_checkpoints: int | None = field(
-        default=None, metadata={"help": "Checkpoints of the reference; default one an epoch, >= 2."}
-    )
 
 
 def main(
     script_args: ScriptArguments,
     training_args: SFTMixConfig,
     model_args: ModelConfig,
-    confidence_args: ConfidenceArguments,
+    reference_args: ReferenceArguments,
 ) -> None:
     """Load, train the reference, score, write."""
-    given = confidence_args.checkpoints
+    given = reference_args.checkpoints
     if given and model_args.model_name_or_path is None:
         model_args.model_name_or_path = given[0]
     checkpoint = prepare_model_args(model_args, training_args)
@@ -50,7 +37,7 @@ def main(
         training_args,
         model=checkpoint,
         checkpoints=given,
-        num_checkpoints=confidence_args.num_checkpoints,
+        num_checkpoints=reference_args.num_checkpoints,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
@@ -62,4 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, SFTMixConfig, ModelConfig, ConfidenceArguments), __file__))
+    main(*parse_args((ScriptArguments, SFTMixConfig, ModelConfig, ReferenceArguments), __file__))

@@ -8,14 +8,13 @@ trained and each row scored first, into OUTPUT_DIR/confidence.jsonl, which a lat
 from. Add `--use_peft` for LoRA. The method is described in llmmix/sftmix.py.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
-from llmmix.confidence import add_confidence
+from llmmix.confidence import ReferenceArguments, add_confidence
 from llmmix.data import (
     checkpoint_to_resume,
     load_tokenizer,
@@ -24,18 +23,6 @@ from llmmix.data import (
 )
 from llmmix.report import write_report
 from llmmix.sftmix import CONFIDENCE
-
-
-@dataclass
-class ReferenceArguments:
-    """Stage 1: what scores the rows that have no confidence yet."""
-
-    checkpoints: list[str] | None = field(
-        default=None, metadata={"help": "Score with these instead of training a reference."}
-    )
-    num_checkpoints: int | None = field(
-        default=None, metadata={"help": "Checkpoints of the reference; default one an epoch, >= 2."}
-    )
 
 
 def main(
@@ -47,7 +34,7 @@ def main(
     """Load, score if need be, train, save."""
     checkpoint = prepare_model_args(model_args, training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
-    if CONFIDENCE not in train_dataset.column_names and training_args.mixup_weight:
+    if CONFIDENCE not in (train_dataset.column_names or []) and training_args.mixup_weight:
         train_dataset = add_confidence(
             train_dataset,
             training_args,
