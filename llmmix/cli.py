@@ -15,6 +15,7 @@ import runpy
 import shutil
 import sys
 import traceback
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -142,6 +143,8 @@ def parse_args(dataclass_types: tuple[type, ...], script: str, argv: list[str] |
     """
     from trl import TrlParser
 
+    # TRL 1.16 sets a flag that transformers 5.23 has renamed: nothing that the user did or can mend
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     script = Path(script)
     parser = TrlParser(dataclass_types, prog=f"llmmix run {script.stem}", allow_abbrev=False)
     # --config is taken here and not by TRL's parser, so that a mistake in it is named

@@ -13,7 +13,6 @@ import copy
 import gc
 import hashlib
 import json
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -30,7 +30,7 @@ from llmmix.data import resolve_checkpoint
 from llmmix.head import attach_head
 from llmmix.sftmix import CONFIDENCE, SFTMixConfig, SFTMixTrainer, confidence
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ROW = "__row__"  # carries a row's number through the trainer's preparation, which may drop rows
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from llmmix import builtin
@@ -94,6 +95,22 @@ def prepare_model_args(model_args: "ModelConfig", training_args: "TrainingArgume
         **(training_args.model_init_kwargs or {}),
     }
     return resolve_checkpoint(model_args.model_name_or_path)
+
+
+def default_to_cpu(args: "TrainingArguments") -> None:
+    """Where there is no accelerator, say so: settings left open take what suits a CPU.
+
+    Without `use_cpu`, accelerate lets every process of a torchrun train alone; with it they run DDP
+    over gloo. bf16 is several times slower than fp32 on most processors. Called by a config
+    before its parent's `__post_init__`.
+    """
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    args.use_cpu, args.dataloader_pin_memory = True, False
+    if args.bf16 is None:
+        args.bf16 = False
 
 
 def load_tokenizer(
@@ -193,7 +210,7 @@ def check_sft_datasets(args: "SFTConfig", train_dataset, trainer_arguments: dict
         train_dataset, "train_dataset", args.dataset_text_field, tokenizer
     )
     if not args.assistant_only_loss and "messages" in next(iter(train_dataset)):
-        logger.warning(
+        _warn(
             "Rows of `messages` are scored whole, the user's turns included. To score responses "
             "alone, set `assistant_only_loss=True` or give `prompt` and `completion`."
         )
@@ -284,22 +301,21 @@ def log_dropped(
             "the prompts alone are as long. Raise `max_length`."
         )
     if dropped := len(before) - len(after):
-        logger.warning(
-            "Dropped %d of %d rows: with max_length=%s no token of the response is left.",
-            dropped,
-            len(before),
-            max_length,
+        _warn(
+            f"Dropped {dropped} of {len(before)} rows: with max_length={max_length} no token of "
+            "the response is left."
         )
     if max_length is not None and "input_ids" in after.column_names:
         ids = after.select_columns("input_ids").with_format("arrow")
         lengths = (len(row) for row in ids[:]["input_ids"])
         if full := sum(length >= max_length for length in lengths):
-            logger.warning(
-                "%d of %d rows fill max_length=%d and may be cut short.",
-                full,
-                len(after),
-                max_length,
-            )
+            _warn(f"{full} of {len(after)} rows fill max_length={max_length} and may be cut short.")
+
+
+def _warn(message: str) -> None:
+    """Log a warning once, not on every rank."""
+    if PartialState().is_main_process:
+        logger.warning(message)
 
 
 def _first_row(dataset, argument: str, formats: str) -> dict:
@@ -333,7 +349,7 @@ def _drop_blank(dataset, columns: list[str], argument: str):
         what = " or ".join(f"`{column}`" for column in columns)
         if not len(filled):
             raise ValueError(f"`{argument}`: {what} is empty in every one of {len(dataset)} rows.")
-        logger.warning("Dropped %d of %d rows with an empty %s.", dropped, len(dataset), what)
+        _warn(f"Dropped {dropped} of {len(dataset)} rows with an empty {what}.")
         return filled
     return dataset  # not the filtered copy, whose indices would slow every later read
 

@@ -24,7 +24,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.data import check_sft_datasets, log_dropped
+from llmmix.data import check_sft_datasets, default_to_cpu, log_dropped
 from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
 
 logger = get_logger(__name__)
@@ -137,8 +137,7 @@ class DCOConfig(SFTConfig):
         _check_n(self.n_samples)
         if self.reduction not in ("sum", "token_mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'token_mean', got {self.reduction!r}.")
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.accelerator.is_available()  # on a CPU, bf16 is several times slower
+        default_to_cpu(self)
         super().__post_init__()
 
 

@@ -18,12 +18,11 @@ Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
 
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from llmmix.data import check_preference_datasets, log_dropped
+from llmmix.data import check_preference_datasets, default_to_cpu, log_dropped
 from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
 
 
@@ -118,8 +117,7 @@ class RPOConfig(DPOConfig):
             raise ValueError(
                 f"`sft_reduction` must be 'sum' or 'mean', got {self.sft_reduction!r}."
             )
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.accelerator.is_available()  # on a CPU, bf16 is several times slower
+        default_to_cpu(self)
         super().__post_init__()
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         if loss_types != ["sigmoid"]:

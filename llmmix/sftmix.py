@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.data import check_sft_datasets, log_dropped
+from llmmix.data import check_sft_datasets, default_to_cpu, log_dropped
 from llmmix.dco import check_own_loss, check_unsharded, dco_weight
 from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
 from llmmix.logprobs import linear_logprobs
@@ -230,8 +230,7 @@ class SFTMixConfig(SFTConfig):
                 "`auto_find_batch_size=True` may find an odd batch, and SFTMix batches hold pairs. "
                 "Set `per_device_train_batch_size` by hand."
             )
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.accelerator.is_available()  # on a CPU, bf16 is several times slower
+        default_to_cpu(self)
         super().__post_init__()
 
 

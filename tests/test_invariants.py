@@ -39,7 +39,6 @@ SETTINGS = {
     "gradient_checkpointing": False,
     "save_strategy": "no",
     "disable_tqdm": True,
-    "use_cpu": True,
 }
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
 METHODS = {

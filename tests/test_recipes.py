@@ -16,7 +16,7 @@ from llmmix import cli
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCRIPTS = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
-SMALL = "--max_steps 2 --bf16 false --use_cpu --disable_tqdm true --save_strategy no".split()
+SMALL = "--max_steps 2 --disable_tqdm true --save_strategy no".split()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -103,6 +103,9 @@ def test_all_three_stages_on_two_processes(rows, checkpoint):
     environment = {**os.environ, "LLMMIX_CACHE": str(rows / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Report:") == 1  # one main process: the ranks train together
+    logged = json.loads((rows / "out" / "trainer_state.json").read_text())["log_history"]
+    assert logged[0]["epoch"] == pytest.approx(1 / 6, abs=1e-3)  # 4 rows a step of 24, not 2
     assert len((rows / "out" / "confidence.jsonl").read_text().splitlines()) == 24
     assert (rows / "out" / "model.safetensors").exists() and (rows / "out" / "report.html").exists()
     assert len(list((rows / "cache" / "confidence").glob("*.npy"))) == 2
