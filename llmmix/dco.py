@@ -227,14 +227,14 @@ class DCOTrainer(SFTTrainer):
         """TRL's log, with one warning when the loss is cross-entropy in all but name."""
         unbraked = self._metrics["train"].pop("dco/unbraked", [])
         self._metrics["eval"].pop("dco/unbraked", None)
-        if unbraked and self.args.n_samples > 1 and not self._warned_unbraked:
+        early = self.state.global_step < self.state.max_steps / 10  # when every weight is near 1
+        if unbraked and self.args.n_samples > 1 and not early and not self._warned_unbraked:
             if sum(unbraked) / len(unbraked) > 0.99:
                 self._warned_unbraked = True
                 logger.warning(
                     "More than 99%% of the examples since the last log have a DCO weight above "
                     "0.99, so this is cross-entropy so far: their completions are far less likely "
-                    "than 1/N = 1/%d. Expected early in training; if it lasts, completions are too "
-                    "long for DCO on whole sequences.",
+                    "than 1/N = 1/%d. If this lasts, they are too long for DCO on whole sequences.",
                     self.args.n_samples,
                 )
         super().log(logs, start_time)
