@@ -146,7 +146,7 @@ def parse_args(dataclass_types: tuple[type, ...], script: str, argv: list[str] |
     # TRL 1.16 sets a flag that transformers 5.23 has renamed: nothing that the user did or can mend
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     script = Path(script)
-    parser = TrlParser(dataclass_types, prog=f"llmmix run {script.stem}", allow_abbrev=False)
+    parser = TrlParser(dataclass_types, prog=script.stem, allow_abbrev=False)
     # --config is taken here and not by TRL's parser, so that a mistake in it is named
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--config")
@@ -170,6 +170,8 @@ def _read_yaml(path: Path, fields: dict[str, dataclasses.Field]) -> dict:
     if not path.is_file():
         raise UsageError(f"`--config` names no file: {path}.")
     given = yaml.safe_load(path.read_text())
+    if given is None:  # comments alone
+        return {}
     if not isinstance(given, dict):
         raise UsageError(f"{path} must hold `key: value` lines.")
     os.environ.update({key: str(value) for key, value in given.pop("env", {}).items()})

@@ -161,6 +161,7 @@ def train_reference(
         rows_digest or _rows_digest(dataset),
         json.dumps(settings, sort_keys=True, default=str),
         _adapter_settings(peft_config),
+        quantization_config,
         args.world_size,
         num_checkpoints,
     )
@@ -186,9 +187,9 @@ def train_reference(
     trainer.accelerator.wait_for_everyone()
     kept = _main_process_says(_complete_checkpoints(folder))
     if trainer.accelerator.is_main_process:
+        finished.write_text(json.dumps(kept))
         for state in folder.glob("checkpoint-*/optimizer.*"):
             state.unlink()  # two thirds of a checkpoint, and nothing resumes from here
-        finished.write_text(json.dumps(kept))
     trainer.accelerator.wait_for_everyone()
     del trainer
     _free_memory()

@@ -30,6 +30,9 @@ def test_later_wins_default_yaml_config_flag(script, tmp_path):
     given = ["--config", str(other)]
     assert parse_args((Arguments,), script, given)[0] == Arguments(2e-5, 8)
     assert parse_args((Arguments,), script, [f"--config={other}"])[0] == Arguments(2e-5, 8)
+    other.write_text("# n_samples: 8\n")
+    assert parse_args((Arguments,), script, given)[0] == Arguments(2e-5, 4)
+    other.write_text("n_samples: 8\n")
     given += ["--n_samples", "16", "--names", "a", "b"]
     assert parse_args((Arguments,), script, given)[0] == Arguments(2e-5, 16, ["a", "b"])
 
