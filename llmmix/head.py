@@ -24,7 +24,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput, is_peft_available
 
-from llmmix.logprobs import HeadScaling, HeadStatistics, linear_statistics
+from llmmix.logprobs import HeadStatistics, linear_statistics
+from llmmix.tiles import HeadScaling
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
 # a function (hidden (N, H), targets (N,) or (N, K)) -> log p, to a dict of tensors.

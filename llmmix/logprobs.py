@@ -4,8 +4,18 @@ r"""Log-probabilities of a language-model head, without holding the (N, V) logit
     z      = softcap * tanh(z / softcap)         where the model caps its logits
     log p  = log_softmax(z / temperature)
 
-Rows are taken in tiles: a tile's logits are made, reduced and dropped, and the backward makes them
-again from the saved log-normaliser. Peak memory is one tile (64 MiB in fp32), whatever N is.
+The logits are made tile by tile, folded into a running softmax, and dropped. With f = dz/d(h W^T)
+up to a constant (1 unless the logits are capped), and targets y_k with upstream gradients g_k,
+
+    dh = sum_k g_k f[y_k] W[y_k] - (sum_k g_k) q,      q = sum_v p[v] f[v] W[v]
+
+where q depends neither on the targets nor on g: the forward accumulates it from the tile at hand,
+and a frozen head needs no third matrix product. A trained one also needs
+
+    dW[v] = sum_(rows, k: y_k = v) g_k f[v] h - sum_rows (sum_k g_k) p[v] f[v] h
+
+for which the backward makes each tile of p again, or finds it kept where N x V fits in a memory
+budget. The gradient of the entropy, which no loss of ours takes, makes the tiles again too.
 
     symbol   argument       shape
     h        hidden         (N, H)   hidden states after the final norm
@@ -13,22 +23,25 @@ again from the saved log-normaliser. Peak memory is one tile (64 MiB in fp32), w
     y        targets        (N,) or (N, K)
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = 2**24  # logits held at once: 64 MiB in fp32
+from llmmix.tiles import (
+    HeadScaling,
+    RunningSoftmax,
+    TiledLogits,
+    accumulator,
+    fold,
+    running_softmax,
+    softmax_gradient,
+)
+
+MEMORY_BUDGET = 2**28  # bytes of probabilities that a trained head may keep for its backward
 
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-class HeadScaling(NamedTuple):
-    """What a model does to its logits between the head and the softmax."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
 
 
 class HeadStatistics(NamedTuple):
@@ -39,7 +52,7 @@ class HeadStatistics(NamedTuple):
         entropy: (N,) in nats; differentiable.
         log_sum_sq_probs: (N,) log of the sum of squared probabilities; no gradient.
         mean_logits: (N,) mean over the vocabulary of the scaled logits; no gradient.
-        is_top1: (N,) whether the (first) target is the most likely token.
+        is_top1: (N,) whether the (first) target is the most likely token (the first of equals).
     """
 
     log_probs: Tensor
@@ -74,7 +87,8 @@ def linear_logprobs(
 
     Returns:
         Log-probabilities in nats, in the shape of `targets`; fp64 if any input is fp64, else fp32.
-        Differentiable in `hidden`, `weight` and `bias`.
+        Differentiable in `hidden`, `weight` and `bias`. A row of `hidden` that holds NaN or an
+        infinity comes out as NaN.
 
     Raises:
         ValueError: Shapes that do not fit, or a target outside [0, V).
@@ -83,6 +97,7 @@ def linear_logprobs(
     return linear_statistics(hidden, weight, targets, bias=bias, scaling=scaling).log_probs
 
 
+@torch.compiler.disable
 def linear_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -91,6 +106,7 @@ def linear_statistics(
     bias: Tensor | None = None,
     scaling: HeadScaling | None = None,
     outputs: tuple[str, ...] = ("log_probs",),
+    memory_budget: int | None = None,
 ) -> HeadStatistics:
     """The log-probabilities of `linear_logprobs`, and more of `STATISTICS` from the same logits.
 
@@ -101,18 +117,37 @@ def linear_statistics(
         bias: (V,), or None.
         scaling: How the model scales its logits.
         outputs: Names among `STATISTICS`; `log_probs` is always computed.
+        memory_budget: Bytes of probabilities that a trained head may keep for the backward, which
+            then need not make them again; see `keeps_probabilities`. None for `MEMORY_BUDGET`.
 
     Raises:
         ValueError: Shapes that do not fit, a target outside [0, V), or an unknown output.
     """
     _check(hidden, weight, targets, bias, outputs)
-    # Autocast is left outside: a tile is computed in one precision in both passes.
+    columns = targets if targets.dim() == 2 else targets.unsqueeze(1)
+    gradients = torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
-        columns = targets if targets.dim() == 2 else targets.unsqueeze(1)
         log_probs, *rest = _TiledHead.apply(
-            hidden, weight, bias, columns, scaling or HeadScaling(), tuple(outputs)
+            hidden,
+            weight,
+            bias,
+            columns,
+            scaling or HeadScaling(),
+            tuple(outputs),
+            gradients and hidden.requires_grad,
+            gradients and keeps_probabilities(hidden, weight, memory_budget),
         )
     return HeadStatistics(log_probs.view(targets.shape), *rest)
+
+
+def keeps_probabilities(hidden: Tensor, weight: Tensor, memory_budget: int | None = None) -> bool:
+    """Whether the backward of a head finds its probabilities kept, rather than makes them again.
+
+    It does when the head is trained and all N x V of them fit in `memory_budget` bytes.
+    """
+    budget = MEMORY_BUDGET if memory_budget is None else memory_budget
+    size = hidden.size(0) * weight.size(0) * accumulator(hidden, weight).itemsize
+    return weight.requires_grad and size <= budget
 
 
 def _check(hidden, weight, targets, bias, outputs) -> None:
@@ -139,101 +174,121 @@ def _check(hidden, weight, targets, bias, outputs) -> None:
             )
 
 
-def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, scaling: HeadScaling) -> Tensor:
-    z = rows @ weight.T
-    if bias is not None:
-        z += bias
-    if scaling.logit_scale != 1.0:
-        z *= scaling.logit_scale
-    if scaling.softcap is not None:
-        z = scaling.softcap * torch.tanh(z / scaling.softcap)
-    if scaling.temperature != 1.0:
-        z /= scaling.temperature
-    return z
-
-
 class _TiledHead(torch.autograd.Function):
-    """`linear_statistics` tile by tile; the backward recomputes each tile's logits."""
+    """`linear_statistics`; the equations stand at the top of the file."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scaling, outputs):
-        dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-        weight_, bias_ = weight.to(dtype), None if bias is None else bias.to(dtype)
-        n = hidden.size(0)
-        log_probs = hidden.new_empty(targets.shape, dtype=dtype)
-        normaliser = hidden.new_empty(n, dtype=dtype)
-        entropy, sum_sq, mean = (
-            hidden.new_empty(n, dtype=dtype) if name in outputs else None
-            for name in ("entropy", "log_sum_sq_probs", "mean_logits")
+    def forward(ctx, hidden, weight, bias, targets, scaling, outputs, need_q, keep):
+        ctx.set_materialize_grads(False)  # most callers only log the entropy
+        logits = TiledLogits(hidden, weight)
+        q = torch.zeros_like(logits.hidden) if need_q else None
+        kept, states = [], []
+        for rows in logits.row_blocks:
+            state = running_softmax(targets[rows], logits.dtype)
+            for columns, w, z in logits.tiles(rows):
+                e = torch.empty_like(z) if keep else logits.spare(z)
+                shrink = fold(
+                    state,
+                    z,
+                    None if bias is None else bias[columns],
+                    scaling,
+                    targets[rows],
+                    columns.start,
+                    outputs,
+                    out=e,
+                )
+                if need_q:
+                    q[rows].mul_(shrink).addmm_(e, w)
+                if keep:
+                    kept += [e, state.max.clone()]
+            states.append(state)
+        state = RunningSoftmax(*map(torch.cat, zip(*states, strict=True)))
+        if need_q:
+            q /= state.sum
+        # NaN for a row that holds NaN or an infinity, which the cap of a logit would hide
+        state.sum.add_((logits.hidden * 0).sum(1, keepdim=True))
+        statistics = _statistics(state, weight.size(0), outputs)
+        entropy, *others = statistics[1:]
+        ctx.mark_non_differentiable(*(x for x in others if x is not None))
+        ctx.save_for_backward(
+            *(hidden, weight, bias, targets),
+            *(state.max, state.sum, state.target_slope, entropy, q),
+            *kept,
         )
-        top1 = hidden.new_empty(n, dtype=torch.bool) if "is_top1" in outputs else None
-        for tile in _tiles(n, weight.size(0)):
-            z = _logits(hidden[tile].to(dtype), weight_, bias_, scaling)
-            lse = z.logsumexp(-1)
-            normaliser[tile] = lse
-            log_probs[tile] = z.gather(1, targets[tile]) - lse.unsqueeze(1)
-            if top1 is not None:
-                top1[tile] = z.argmax(-1) == targets[tile][:, 0]
-            if mean is not None:
-                mean[tile] = z.mean(-1)
-            if sum_sq is not None:
-                sum_sq[tile] = (2 * z).logsumexp(-1) - 2 * lse
-            if entropy is not None:
-                # 0 * inf never arises: a logit of minus infinity does not come out of a finite head
-                p = (z - lse.unsqueeze(1)).exp_()
-                entropy[tile] = lse - torch.linalg.vecdot(p, z)
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
-        ctx.scaling, ctx.dtype = scaling, dtype
-        ctx.mark_non_differentiable(*(x for x in (sum_sq, mean, top1) if x is not None))
-        return log_probs, entropy, sum_sq, mean, top1
+        ctx.scaling = scaling
+        return statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs, grad_entropy, *_):
-        hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        scaling, dtype = ctx.scaling, ctx.dtype
-        weight_, bias_ = weight.to(dtype), None if bias is None else bias.to(dtype)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_) if need_weight else None
-        grad_bias = torch.zeros_like(bias_) if need_bias else None
-        for tile in _tiles(hidden.size(0), weight.size(0)):
-            rows, g = hidden[tile].to(dtype), grad_log_probs[tile]
-            z = _logits(rows, weight_, bias_, scaling)
-            # d log p[y] / dz = onehot(y) - p, and dH / dz = -p (log p + H)
-            log_p = z - normaliser[tile].unsqueeze(1)
-            p = log_p.exp()
-            grad_z = -g.sum(1, keepdim=True) * p
-            if grad_entropy is not None and entropy is not None:
-                slope = grad_entropy[tile].unsqueeze(1)
-                grad_z -= slope * p * (log_p + entropy[tile].unsqueeze(1))
-            grad_z.scatter_add_(1, targets[tile], g)
-            grad_z = _through_scaling(grad_z, z, scaling)
-            if need_hidden:
-                grad_hidden[tile] = (grad_z @ weight_).to(hidden.dtype)
-            if need_weight:
-                grad_weight.addmm_(grad_z.T, rows)
-            if need_bias:
-                grad_bias += grad_z.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        hidden, weight, bias, targets, top, total, slope, entropy, q, *kept = ctx.saved_tensors
+        gain = ctx.scaling.gain
+        g = torch.zeros_like(slope) if grad_log_probs is None else gain * grad_log_probs
+        sum_g, of_entropy = g.sum(1, keepdim=True), None
+        if grad_entropy is not None:
+            offset = entropy.unsqueeze(1) - total.log()
+            of_entropy = (sum_g, gain * grad_entropy.unsqueeze(1), offset)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = TiledLogits(hidden, weight)
+            needed = ctx.needs_input_grad
+            dh, dw, db = _target_part(needed, logits, weight, bias, targets, g * slope)
+            if dh is not None and of_entropy is None:
+                dh.addcmul_(q, sum_g, value=-1)
+            if dw is not None or db is not None or of_entropy is not None:
+                parts = _softmax_part(logits, bias, ctx.scaling, top, sum_g, of_entropy, kept)
+                for rows, columns, w, u, r in parts:
+                    r = r / total[rows]
+                    if dh is not None and of_entropy is not None:
+                        dh[rows] -= r * (u @ w)
+                    if dw is not None:
+                        dw[columns].addmm_(u.T, r * logits.hidden[rows], alpha=-1)
+                    if db is not None:
+                        db[columns] -= (u.T @ r).squeeze(1)
+        grads = zip((dh, dw, db), (hidden, weight, bias), strict=True)
+        return *(None if d is None else d.to(x.dtype) for d, x in grads), *(None,) * 5
 
 
-def _through_scaling(grad_z: Tensor, z: Tensor, scaling: HeadScaling) -> Tensor:
-    """Gradient with respect to the head's raw output, from that of the scaled logits `z`."""
-    factor = scaling.logit_scale / scaling.temperature
-    if scaling.softcap is not None:
-        # z * temperature = c tanh(x / c), whose slope is 1 - tanh^2
-        grad_z = grad_z * (1 - (z * (scaling.temperature / scaling.softcap)) ** 2)
-    return grad_z if factor == 1.0 else grad_z * factor
+def _target_part(needed, logits, weight, bias, targets, g) -> tuple[Tensor | None, ...]:
+    """What the targets alone give to the gradients of hidden, weight and bias, where needed."""
+    dh, dw, db = (
+        torch.zeros_like(x, dtype=logits.dtype) if need else None
+        for x, need in zip((logits.hidden, weight, bias), needed, strict=False)
+    )
+    for y, g_k in zip(targets.unbind(1), g.split(1, dim=1), strict=True):
+        if dh is not None:
+            dh.addcmul_(weight[y].to(dh.dtype), g_k)
+        if dw is not None:
+            dw.index_add_(0, y, g_k * logits.hidden)
+        if db is not None:
+            db.index_add_(0, y, g_k.squeeze(1))
+    return dh, dw, db
 
 
-def _tiles(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, TILE_ELEMENTS // vocabulary)
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def _softmax_part(logits, bias, scaling, top, sum_g, of_entropy, kept) -> Iterator[tuple]:
+    """Tiles u and row factors r: the softmax takes r (u W) from dh, and u^T (r h) from dW."""
+    tiles_kept = zip(kept[0::2], kept[1::2], strict=True)  # exp(z - max), with the max of then
+    for rows in logits.row_blocks:
+        if kept and of_entropy is None:
+            for columns in logits.column_blocks:
+                e, top_then = next(tiles_kept)
+                yield rows, columns, None, e, sum_g[rows] * (top_then - top[rows]).exp()
+            continue
+        r, part = sum_g[rows], None
+        if of_entropy is not None:
+            r, part = torch.ones_like(r), tuple(x[rows] for x in of_entropy)
+        for columns, w, z in logits.tiles(rows):
+            b = None if bias is None else bias[columns]
+            yield rows, columns, w, softmax_gradient(z, b, scaling, top[rows], part), r
+
+
+def _statistics(state, vocabulary, outputs) -> tuple[Tensor | None, ...]:
+    """The fields of `HeadStatistics`, with log_probs (N, K)."""
+    log_sum = state.sum.log()
+    columns = {
+        "entropy": state.max + log_sum - state.sum_ez / state.sum,
+        "log_sum_sq_probs": state.sum_ee.log() - 2 * log_sum,
+        "mean_logits": state.sum_z / vocabulary,
+        "is_top1": state.is_top1,
+    }
+    named = (x.squeeze(1) if name in outputs else None for name, x in columns.items())
+    return state.target_z - state.max - log_sum, *named

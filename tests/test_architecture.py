@@ -42,16 +42,20 @@ def roots(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def test_logprobs_imports_torch_alone():
-    assert roots(imports(ROOT / "llmmix/logprobs.py")) <= {"torch", "typing"}
+def test_the_arithmetic_of_the_head_imports_torch_alone():
+    assert roots(imports(ROOT / "llmmix/tiles.py")) <= {"torch", "typing", "collections"}
+    names = imports(ROOT / "llmmix/logprobs.py")
+    assert roots(names) <= {"torch", "typing", "collections", "llmmix"}
+    assert {n for n in names if n.startswith("llmmix")} == {
+        n for n in names if n.startswith("llmmix.tiles.")
+    }
 
 
 def test_head_knows_no_method_and_no_trl():
     names = imports(ROOT / "llmmix/head.py")
     assert "trl" not in roots(names)
-    assert {n for n in names if n.startswith("llmmix")} <= {
-        f"llmmix.logprobs.{name}" for name in ("HeadScaling", "HeadStatistics", "linear_statistics")
-    }
+    ours = {name.rpartition(".")[0] for name in names if name.startswith("llmmix")}
+    assert ours <= {"llmmix.logprobs", "llmmix.tiles"}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,224 @@
+"""The logits of a language-model head, tile by tile: the arithmetic of `llmmix.logprobs`.
+
+A tile holds the logits of some rows for some columns of the vocabulary. `fold` takes it into the
+running softmax of its rows; `softmax_gradient` makes, in the backward, what the softmax takes from
+the gradient. Here they are torch; on a GPU `llmmix.kernels` does the same in one kernel each.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = {"cpu": 1024, "cuda": 4096}
+# Logits held at once: 8 MiB in fp32 on a CPU, whose cache holds them, and 128 MiB on a GPU
+TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+
+
+class HeadScaling(NamedTuple):
+    """What a model does to its logits between the head and the softmax."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def gain(self) -> float:
+        """Slope of the scaled logits in the head's output, where the cap does not bend it."""
+        return self.logit_scale / self.temperature
+
+
+class RunningSoftmax(NamedTuple):
+    """Sums over the part of the vocabulary folded in so far, of e = exp(z - max). (n, 1) each.
+
+    `fold` updates them in place. `target_z` and `target_slope`, the logits of the targets and the
+    slope of the cap there, are (n, K); `is_top1` concerns the first target.
+    """
+
+    max: Tensor
+    sum: Tensor
+    sum_ez: Tensor
+    sum_ee: Tensor
+    sum_z: Tensor
+    target_z: Tensor
+    target_slope: Tensor
+    is_top1: Tensor
+
+
+def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
+    """The softmax over no part of the vocabulary yet, for `targets` (n, K)."""
+    column = torch.zeros_like(targets[:, :1], dtype=dtype)
+    return RunningSoftmax(
+        # Finite, so that a tile of logits that are all minus infinity weighs nothing
+        torch.full_like(column, torch.finfo(dtype).min),
+        *(column.clone() for _ in range(4)),
+        torch.zeros_like(targets, dtype=dtype),
+        torch.ones_like(targets, dtype=dtype),
+        torch.zeros_like(targets[:, :1], dtype=torch.bool),
+    )
+
+
+def fold(
+    state: RunningSoftmax,
+    logits: Tensor,
+    bias: Tensor | None,
+    scaling: HeadScaling,
+    targets: Tensor,
+    start: int,
+    outputs: tuple[str, ...],
+    out: Tensor,
+) -> Tensor:
+    """Fold a tile of raw logits (n, columns) into `state`; the tile is overwritten.
+
+    Args:
+        state: Of these n rows.
+        logits: h W^T for the columns of the tile.
+        bias: (columns,), or None.
+        scaling: How the model scales its logits.
+        targets: (n, K) token ids.
+        start: The token that the tile's first column stands for.
+        outputs: The statistics to keep.
+        out: (n, columns), receives e times the slope of the cap.
+
+    Returns:
+        (n, 1), the factor by which sums over earlier tiles shrink, as the maximum rises.
+    """
+    z, slope = _scale(logits, bias, scaling)
+    local = targets - start
+    inside = (local >= 0) & (local < z.size(1))
+    column = local.clamp(0, z.size(1) - 1)
+    chosen = z.gather(1, column)
+    state.target_z.copy_(torch.where(inside, chosen, state.target_z))
+    tile_max = z.amax(1, keepdim=True)
+    if "is_top1" in outputs:
+        _update_top1(state, z, tile_max, local[:, :1], (inside & (chosen == tile_max))[:, :1])
+    highest = torch.maximum(state.max, tile_max)
+    shrink = (state.max - highest).exp_()
+    state.max.copy_(highest)
+    e = _exp(torch.sub(z, highest, out=out))
+    state.sum.mul_(shrink).add_(e.sum(1, keepdim=True))
+    if "entropy" in outputs:
+        state.sum_ez.mul_(shrink).add_((e * z).sum(1, keepdim=True))
+    if "log_sum_sq_probs" in outputs:
+        state.sum_ee.mul_(shrink**2).add_((e * e).sum(1, keepdim=True))
+    if "mean_logits" in outputs:
+        state.sum_z.add_(z.sum(1, keepdim=True))
+    if slope is not None:
+        e *= slope
+        state.target_slope.copy_(torch.where(inside, slope.gather(1, column), state.target_slope))
+    return shrink
+
+
+def _update_top1(state, z, tile_max, local, is_max) -> None:
+    higher = tile_max > state.max
+    state.is_top1.copy_(torch.where(higher, is_max, state.is_top1))
+    rows = (higher & is_max).squeeze(1).nonzero().squeeze(1)  # perhaps: the first of equals counts
+    state.is_top1[rows] = z[rows].argmax(1, keepdim=True) == local[rows]
+
+
+def softmax_gradient(
+    logits: Tensor,
+    bias: Tensor | None,
+    scaling: HeadScaling,
+    max: Tensor,
+    of_entropy: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
+    """Turn a tile of raw logits (n, columns) in place into u, what the softmax takes from dz.
+
+    u = exp(z - max) = sum * p, times the slope of the cap. With an entropy H whose upstream
+    gradient is s, beside the summed one g of the log-probabilities, u is that times
+    g + s (log p + H). (One number for max + log(sum) would round away digits of all p of a row.)
+
+    Args:
+        logits: h W^T for the columns of the tile.
+        bias: (columns,), or None.
+        scaling: How the model scales its logits.
+        max: (n, 1), of the scaled logits of each row.
+        of_entropy: (g, s, H - log(sum)), each (n, 1), or None.
+    """
+    z, slope = _scale(logits, bias, scaling)
+    z -= max
+    if of_entropy is None:
+        u = _exp(z)
+    else:
+        g, s, offset = of_entropy
+        u = z.exp().mul_(z.add_(offset).mul_(s).add_(g))
+    return u if slope is None else u.mul_(slope)
+
+
+def _scale(
+    logits: Tensor, bias: Tensor | None, scaling: HeadScaling
+) -> tuple[Tensor, Tensor | None]:
+    """The scaled logits in place of the raw ones, and the slope of the cap where there is one."""
+    slope = None
+    if bias is not None:
+        logits += bias
+    if scaling.logit_scale != 1.0:
+        logits *= scaling.logit_scale
+    if scaling.softcap is not None:
+        logits.div_(scaling.softcap).tanh_()
+        slope = 1 - logits**2
+        logits *= scaling.softcap
+    if scaling.temperature != 1.0:
+        logits /= scaling.temperature
+    return logits, slope
+
+
+def _exp(x: Tensor) -> Tensor:
+    """The exponential of `x` <= 0 in place, where what is too small to change a sum stays normal.
+
+    Subnormal numbers are a hundred times slower, in the exponential and in a matrix product.
+    """
+    return x.clamp_(min=-60 if x.dtype == torch.float32 else -600).exp_()
+
+
+class TiledLogits:
+    """The raw logits h W^T of a head, one tile at a time.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+
+    Attributes:
+        dtype: Of logits and sums: fp64 if either input is, else fp32.
+        hidden: (N, H) as it enters the products.
+        row_blocks: The rows of each tile.
+        column_blocks: The columns of each tile.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        device = "cpu" if hidden.device.type == "cpu" else "cuda"
+        self.dtype = accumulator(hidden, weight)
+        self.hidden = hidden.to(self.dtype)
+        self._weight = weight
+        height = max(1, min(hidden.size(0), TILE_ROWS[device]))
+        width = max(1, min(weight.size(0), TILE_ELEMENTS[device] // height))
+        self.row_blocks = _slices(hidden.size(0), height)
+        self.column_blocks = _slices(weight.size(0), width)
+        self._tile = self.hidden.new_empty(height * width)
+        self._spare = None
+
+    def tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Columns, their weights, and raw logits, which the next tile overwrites."""
+        hidden = self.hidden[rows]
+        for columns in self.column_blocks:
+            w = self._weight[columns].to(self.dtype)
+            z = self._tile[: hidden.size(0) * w.size(0)].view(hidden.size(0), w.size(0))
+            yield columns, w, torch.mm(hidden, w.T, out=z)
+
+    def spare(self, z: Tensor) -> Tensor:
+        """A second buffer of the shape of the tile `z`, the same at every call."""
+        if self._spare is None:
+            self._spare = torch.empty_like(self._tile)
+        return self._spare[: z.numel()].view(z.shape)
+
+
+def accumulator(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The precision of logits and sums: fp64 if either input is, else fp32."""
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    """Cover range(total), with one empty slice where there is nothing to cover."""
+    return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
