@@ -60,7 +60,12 @@ class FusedHeadOutput(ModelOutput):
     objective: dict[str, Tensor] | None = None
 
 
-def attach_head(model: nn.Module, *, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+def attach_head(
+    model: nn.Module,
+    *,
+    outputs: tuple[str, ...] = ("log_probs",),
+    memory_budget: int | None = None,
+) -> None:
     """Make `model(..., labels=y, fused_lm_head=True)` return a `FusedHeadOutput`.
 
     Works before or after PEFT wraps the model, and over a head that TRL attached. Attaching again
@@ -69,11 +74,14 @@ def attach_head(model: nn.Module, *, outputs: tuple[str, ...] = ("log_probs",)) 
     Args:
         model: A causal language model, or a `PeftModel` around one.
         outputs: Per-token fields to compute, among `llmmix.logprobs.STATISTICS`.
+        memory_budget: Bytes of probabilities that a trained head may keep between forward and
+            backward, which saves the backward a matrix product; 0 for none,
+            `llmmix.logprobs.MEMORY_BUDGET` by default. What was chosen is logged at level INFO.
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from.
-        ValueError: An adapter sits on the head itself, which the fused head would leave out; or
-            DeepSpeed ZeRO-3, which leaves no weight to read outside of a module's own forward.
+        ValueError: DeepSpeed ZeRO-3, which leaves no weight to read outside of a module's own
+            forward.
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError(
@@ -94,7 +102,7 @@ def attach_head(model: nn.Module, *, outputs: tuple[str, ...] = ("log_probs",)) 
     def forward(self, *args, fused_lm_head=False, head_objective=None, **kwargs):
         """The model's own forward, or with `fused_lm_head=True` a `FusedHeadOutput`."""
         if fused_lm_head:
-            return _fused_forward(self, outputs, head_objective, *args, **kwargs)
+            return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(*args, **kwargs)
 
     forward.own_forward = own_forward
@@ -159,17 +167,49 @@ def _base_model(model: nn.Module) -> nn.Module:
     if not is_peft_available():
         return model
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(model, PeftModel):
-        return model
-    base = model.get_base_model()
-    if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _linear(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias whose product is what the module `head` computes.
+
+    Raises:
+        ValueError: A PEFT adapter on the head that is no plain product.
+    """
+    if is_peft_available():
+        from peft.tuners.lora import Linear as LoraLinear
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if isinstance(head, LoraLinear):
+            return _with_lora(head, hidden)
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError(
+                f"The output head carries a PEFT adapter ({type(head).__name__}) that the fused "
+                "head cannot compute. Remove the head from `target_modules`, or use LoRA there."
+            )
+    # `modules_to_save` and `trainable_token_indices` wrap the head and answer as it does
+    return hidden, _whole(head.weight), _whole(getattr(head, "bias", None))
+
+
+def _with_lora(head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W h + s B A h is one product: [W, B] times [h, s A h]."""
+    base = head.get_base_layer()
+    adapters = [name for name in head.active_adapters if name in head.lora_A]
+    if head.disable_adapters or head.merged:
+        adapters = []
+    if head.lora_variant or any(head.lora_bias.values()):
         raise ValueError(
-            "A PEFT adapter sits on the output head, whose weight the fused head reads directly, "
-            "so the adapter would not be trained. Remove the head from `target_modules`."
+            "The LoRA adapter on the output head uses DoRA, a bias, or another variant, which the "
+            "fused head cannot compute. Use plain LoRA there."
         )
-    return base
+    hiddens, weights = [hidden], [_whole(base.weight)]
+    for name in adapters:
+        a, b = head.lora_A[name].weight, head.lora_B[name].weight
+        dropped = head.lora_dropout[name](hidden.to(a.dtype))
+        hiddens.append(dropped @ _whole(a).T * head.scaling[name])
+        weights.append(_whole(b))
+    return torch.cat(hiddens, -1), torch.cat(weights, -1), _whole(base.bias)
 
 
 def _head_scaling(config) -> HeadScaling:
@@ -191,6 +231,7 @@ def _head_scaling(config) -> HeadScaling:
 def _fused_forward(
     model: PreTrainedModel,
     outputs: tuple[str, ...],
+    memory_budget: int | None,
     objective: HeadObjective | None,
     *args,
     labels: Tensor | None = None,
@@ -208,17 +249,24 @@ def _fused_forward(
     head = model.get_output_embeddings()
     hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.weight.device)
     mask = labels != -100
-    statistics = functools.partial(
-        linear_statistics,
-        weight=_whole(head.weight),
-        bias=_whole(head.bias),
-        scaling=_head_scaling(config),
-    )
+
+    def statistics(hidden, targets, outputs=("log_probs",)):
+        hidden, weight, bias = _linear(head, hidden)
+        return linear_statistics(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            scaling=_head_scaling(config),
+            outputs=outputs,
+            memory_budget=memory_budget,
+        )
+
     # Only scored positions reach the head
-    rows = statistics(hidden=hidden[mask], targets=labels[mask], outputs=outputs)
+    rows = statistics(hidden[mask], labels[mask], outputs)
     extra = None
     if objective is not None:
-        extra = objective(hidden, labels, lambda h, y: statistics(hidden=h, targets=y).log_probs)
+        extra = objective(hidden, labels, lambda h, y: statistics(h, y).log_probs)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss, aux_loss = -fields["log_probs"].sum() / count, None

@@ -29,14 +29,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmmix import tiles
 from llmmix.tiles import (
     HeadScaling,
     RunningSoftmax,
     TiledLogits,
-    accumulator,
-    fold,
+    add_product,
+    has_kernels,
+    operand_dtype,
     running_softmax,
-    softmax_gradient,
 )
 
 MEMORY_BUDGET = 2**28  # bytes of probabilities that a trained head may keep for its backward
@@ -126,6 +127,7 @@ def linear_statistics(
     _check(hidden, weight, targets, bias, outputs)
     columns = targets if targets.dim() == 2 else targets.unsqueeze(1)
     gradients = torch.is_grad_enabled()
+    operand = operand_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         log_probs, *rest = _TiledHead.apply(
             hidden,
@@ -134,6 +136,7 @@ def linear_statistics(
             columns,
             scaling or HeadScaling(),
             tuple(outputs),
+            operand,
             gradients and hidden.requires_grad,
             gradients and keeps_probabilities(hidden, weight, memory_budget),
         )
@@ -146,7 +149,7 @@ def keeps_probabilities(hidden: Tensor, weight: Tensor, memory_budget: int | Non
     It does when the head is trained and all N x V of them fit in `memory_budget` bytes.
     """
     budget = MEMORY_BUDGET if memory_budget is None else memory_budget
-    size = hidden.size(0) * weight.size(0) * accumulator(hidden, weight).itemsize
+    size = hidden.size(0) * weight.size(0) * operand_dtype(hidden, weight).itemsize
     return weight.requires_grad and size <= budget
 
 
@@ -178,16 +181,16 @@ class _TiledHead(torch.autograd.Function):
     """`linear_statistics`; the equations stand at the top of the file."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scaling, outputs, need_q, keep):
+    def forward(ctx, hidden, weight, bias, targets, scaling, outputs, operand, need_q, keep):
         ctx.set_materialize_grads(False)  # most callers only log the entropy
-        logits = TiledLogits(hidden, weight)
+        logits = TiledLogits(hidden, weight, operand)
         q = torch.zeros_like(logits.hidden) if need_q else None
         kept, states = [], []
         for rows in logits.row_blocks:
             state = running_softmax(targets[rows], logits.dtype)
             for columns, w, z in logits.tiles(rows):
-                e = torch.empty_like(z) if keep else logits.spare(z)
-                shrink = fold(
+                e = torch.empty_like(z, dtype=operand) if keep else logits.spare(z)
+                shrink = _arithmetic(z).fold(
                     state,
                     z,
                     None if bias is None else bias[columns],
@@ -198,7 +201,7 @@ class _TiledHead(torch.autograd.Function):
                     out=e,
                 )
                 if need_q:
-                    q[rows].mul_(shrink).addmm_(e, w)
+                    add_product(q[rows].mul_(shrink), e, w)
                 if keep:
                     kept += [e, state.max.clone()]
             states.append(state)
@@ -215,7 +218,7 @@ class _TiledHead(torch.autograd.Function):
             *(state.max, state.sum, state.target_slope, entropy, q),
             *kept,
         )
-        ctx.scaling = scaling
+        ctx.scaling, ctx.operand = scaling, operand
         return statistics
 
     @staticmethod
@@ -229,7 +232,7 @@ class _TiledHead(torch.autograd.Function):
             offset = entropy.unsqueeze(1) - total.log()
             of_entropy = (sum_g, gain * grad_entropy.unsqueeze(1), offset)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = TiledLogits(hidden, weight)
+            logits = TiledLogits(hidden, weight, ctx.operand)
             needed = ctx.needs_input_grad
             dh, dw, db = _target_part(needed, logits, weight, bias, targets, g * slope)
             if dh is not None and of_entropy is None:
@@ -239,13 +242,14 @@ class _TiledHead(torch.autograd.Function):
                 for rows, columns, w, u, r in parts:
                     r = r / total[rows]
                     if dh is not None and of_entropy is not None:
-                        dh[rows] -= r * (u @ w)
+                        add_product(dh[rows], (r * u).to(u.dtype), w, alpha=-1)
                     if dw is not None:
-                        dw[columns].addmm_(u.T, r * logits.hidden[rows], alpha=-1)
+                        weighted = (r * logits.hidden[rows]).to(u.dtype)
+                        add_product(dw[columns], u.T, weighted, alpha=-1)
                     if db is not None:
-                        db[columns] -= (u.T @ r).squeeze(1)
+                        db[columns] -= (u.T.to(r.dtype) @ r).squeeze(1)
         grads = zip((dh, dw, db), (hidden, weight, bias), strict=True)
-        return *(None if d is None else d.to(x.dtype) for d, x in grads), *(None,) * 5
+        return *(None if d is None else d.to(x.dtype) for d, x in grads), *(None,) * 6
 
 
 def _target_part(needed, logits, weight, bias, targets, g) -> tuple[Tensor | None, ...]:
@@ -278,7 +282,18 @@ def _softmax_part(logits, bias, scaling, top, sum_g, of_entropy, kept) -> Iterat
             r, part = torch.ones_like(r), tuple(x[rows] for x in of_entropy)
         for columns, w, z in logits.tiles(rows):
             b = None if bias is None else bias[columns]
-            yield rows, columns, w, softmax_gradient(z, b, scaling, top[rows], part), r
+            out = z if w.dtype == z.dtype else logits.spare(z)
+            u = _arithmetic(z).softmax_gradient(z, b, scaling, top[rows], part, out)
+            yield rows, columns, w, u, r
+
+
+def _arithmetic(logits: Tensor):
+    """The module that takes a tile of logits apart: Triton kernels where they serve it."""
+    if has_kernels(logits) and logits.dtype == torch.float32:
+        from llmmix import kernels
+
+        return kernels
+    return tiles
 
 
 def _statistics(state, vocabulary, outputs) -> tuple[Tensor | None, ...]:

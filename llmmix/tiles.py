@@ -6,14 +6,15 @@ the gradient. Here they are torch; on a GPU `llmmix.kernels` does the same in on
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TILE_ROWS = {"cpu": 1024, "cuda": 4096}
+TILE_ROWS = {"cpu": 1024, "gpu": 4096}
 # Logits held at once: 8 MiB in fp32 on a CPU, whose cache holds them, and 128 MiB on a GPU
-TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+TILE_ELEMENTS = {"cpu": 2**21, "gpu": 2**25}
 
 
 class HeadScaling(NamedTuple):
@@ -123,8 +124,9 @@ def softmax_gradient(
     scaling: HeadScaling,
     max: Tensor,
     of_entropy: tuple[Tensor, Tensor, Tensor] | None,
+    out: Tensor,
 ) -> Tensor:
-    """Turn a tile of raw logits (n, columns) in place into u, what the softmax takes from dz.
+    """Make u, what the softmax takes from dz, of a tile of raw logits (n, columns).
 
     u = exp(z - max) = sum * p, times the slope of the cap. With an entropy H whose upstream
     gradient is s, beside the summed one g of the log-probabilities, u is that times
@@ -136,14 +138,19 @@ def softmax_gradient(
         scaling: How the model scales its logits.
         max: (n, 1), of the scaled logits of each row.
         of_entropy: (g, s, H - log(sum)), each (n, 1), or None.
+        out: (n, columns), receives u.
+
+    Returns:
+        `out`.
     """
     z, slope = _scale(logits, bias, scaling)
-    z -= max
+    z = torch.sub(z, max, out=out)
     if of_entropy is None:
         u = _exp(z)
     else:
         g, s, offset = of_entropy
-        u = z.exp().mul_(z.add_(offset).mul_(s).add_(g))
+        factor = (z + offset).mul_(s).add_(g)
+        u = z.exp_().mul_(factor)
     return u if slope is None else u.mul_(slope)
 
 
@@ -179,19 +186,20 @@ class TiledLogits:
     Args:
         hidden: (N, H).
         weight: (V, H).
+        operand_dtype: Precision of what enters the matrix products.
 
     Attributes:
-        dtype: Of logits and sums: fp64 if either input is, else fp32.
-        hidden: (N, H) as it enters the products.
+        dtype: Precision of logits and sums.
+        hidden: (N, H) in `dtype`.
         row_blocks: The rows of each tile.
         column_blocks: The columns of each tile.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor):
-        device = "cpu" if hidden.device.type == "cpu" else "cuda"
-        self.dtype = accumulator(hidden, weight)
+    def __init__(self, hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype):
+        device = "cpu" if hidden.device.type == "cpu" else "gpu"
+        self.dtype = torch.promote_types(operand_dtype, torch.float32)
         self.hidden = hidden.to(self.dtype)
-        self._weight = weight
+        self._operand, self._weight = hidden.to(operand_dtype), weight
         height = max(1, min(hidden.size(0), TILE_ROWS[device]))
         width = max(1, min(weight.size(0), TILE_ELEMENTS[device] // height))
         self.row_blocks = _slices(hidden.size(0), height)
@@ -201,22 +209,46 @@ class TiledLogits:
 
     def tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Columns, their weights, and raw logits, which the next tile overwrites."""
-        hidden = self.hidden[rows]
+        hidden = self._operand[rows]
         for columns in self.column_blocks:
-            w = self._weight[columns].to(self.dtype)
+            w = self._weight[columns].to(self._operand.dtype)
             z = self._tile[: hidden.size(0) * w.size(0)].view(hidden.size(0), w.size(0))
-            yield columns, w, torch.mm(hidden, w.T, out=z)
+            yield columns, w, add_product(z, hidden, w.T, beta=0)
 
     def spare(self, z: Tensor) -> Tensor:
-        """A second buffer of the shape of the tile `z`, the same at every call."""
+        """A buffer for the operand made of the tile `z`, the same at every call."""
         if self._spare is None:
-            self._spare = torch.empty_like(self._tile)
+            self._spare = torch.empty_like(self._tile, dtype=self._operand.dtype)
         return self._spare[: z.numel()].view(z.shape)
 
 
-def accumulator(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The precision of logits and sums: fp64 if either input is, else fp32."""
-    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1, alpha: int = 1) -> Tensor:
+    """Add alpha a b to beta `total`, in the precision of `total` whatever a and b are in."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b, beta=beta, alpha=alpha)
+    if total.is_cuda:
+        return torch.addmm(total, a, b, beta=beta, alpha=alpha, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha)
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The precision of what enters the matrix products; what comes out is in fp32 or better.
+
+    fp64 if either input is. On a GPU bf16, where the weight or autocast is in bf16. Else fp32: a
+    CPU gains nothing from bf16, and fp16 would lose the smallest probabilities.
+    """
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return torch.float64
+    device = hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if has_kernels(hidden) and torch.bfloat16 in (weight.dtype, autocast):
+        return torch.bfloat16
+    return torch.float32
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether `llmmix.kernels` serves the device of `x`."""
+    return x.is_cuda and find_spec("triton") is not None
 
 
 def _slices(total: int, size: int) -> list[slice]:

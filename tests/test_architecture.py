@@ -43,12 +43,12 @@ def roots(names: set[str]) -> set[str]:
 
 
 def test_the_arithmetic_of_the_head_imports_torch_alone():
-    assert roots(imports(ROOT / "llmmix/tiles.py")) <= {"torch", "typing", "collections"}
-    names = imports(ROOT / "llmmix/logprobs.py")
-    assert roots(names) <= {"torch", "typing", "collections", "llmmix"}
-    assert {n for n in names if n.startswith("llmmix")} == {
-        n for n in names if n.startswith("llmmix.tiles.")
-    }
+    for name in ("logprobs", "tiles", "kernels"):
+        names = imports(ROOT / f"llmmix/{name}.py")
+        assert roots(names) - sys.stdlib_module_names <= {"torch", "triton", "llmmix"}
+        ours = {n.split(".")[1] for n in names if n.startswith("llmmix.")}
+        assert ours <= {"tiles", "kernels"}
+        assert ("triton" in roots(names)) == (name == "kernels")
 
 
 def test_head_knows_no_method_and_no_trl():

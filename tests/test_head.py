@@ -1,3 +1,4 @@
+import contextlib
 import copy
 from types import SimpleNamespace
 
@@ -134,6 +135,51 @@ def test_works_before_and_after_peft(first):
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
 
 
+ADAPTERS_ON_THE_HEAD = {
+    "lora": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "lora-dropout": ("llama", {"target_modules": ["lm_head"], "lora_dropout": 0.5}),
+    "rslora": ("gemma2-softcap", {"target_modules": ["lm_head"], "use_rslora": True}),
+    "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "tokens": ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 60]}),
+    "tokens-untied": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 60]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [(k, s) for k in ADAPTERS_ON_THE_HEAD for s in ("active", "disabled")] + [("lora", "merged")],
+)
+def test_an_adapter_on_the_head_is_computed_and_trained(kind, state):
+    name, options = ADAPTERS_ON_THE_HEAD[kind]
+    model = get_peft_model(build(name), LoraConfig(task_type="CAUSAL_LM", r=2, **options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as drawn, B is zero
+            nn.init.normal_(parameter, std=0.3)
+    attach_head(model)
+    if state == "merged":
+        model.merge_adapter()
+    inputs = batch()
+    model.train(state == "active")
+
+    def results(**kwargs):
+        model.zero_grad()
+        torch.manual_seed(3)  # of dropout
+        with model.disable_adapter() if state == "disabled" else contextlib.nullcontext():
+            loss = model(**inputs, **kwargs).loss
+        if state == "active":
+            loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), grads
+
+    loss, grads = results(fused_lm_head=True)
+    if kind == "lora-dropout":  # its masks are drawn for other shapes: not the same numbers
+        assert set(grads) == set(results()[1]) and loss.isfinite()
+        model.eval()
+        loss, grads = results(fused_lm_head=True)
+    torch.testing.assert_close((loss, grads), results(), rtol=1e-4, atol=1e-5)
+    assert state != "active" or any("lm_head" in n or "token" in n for n in grads)
+
+
 def test_saves_and_loads_as_if_it_were_not_there(model, tmp_path):
     attach_head(model)
     model.save_pretrained(tmp_path)
@@ -216,6 +262,8 @@ def test_refuses_what_it_cannot_serve():
         model(input_ids=torch.ones(1, 3, dtype=torch.long), fused_lm_head=True)
     with pytest.raises(TypeError, match="causal language model"):
         attach_head(nn.Linear(2, 2))
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
-    with pytest.raises(ValueError, match="adapter sits on the output head"):
-        attach_head(get_peft_model(build("llama"), lora))
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True)
+    model = get_peft_model(build("llama"), lora)
+    attach_head(model)
+    with pytest.raises(ValueError, match="DoRA"):
+        model(**batch(), fused_lm_head=True)
