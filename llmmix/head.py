@@ -18,13 +18,12 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput, is_peft_available
 
 from llmmix.logprobs import HeadStatistics, linear_statistics
+from llmmix.sharding import gathered, whole
 from llmmix.tiles import HeadScaling
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
@@ -80,14 +79,7 @@ def attach_head(
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from.
-        ValueError: DeepSpeed ZeRO-3, which leaves no weight to read outside of a module's own
-            forward.
     """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "DeepSpeed ZeRO-3 is not supported by the fused head yet. Use ZeRO-2 "
-            "(`--accelerate_config deepspeed_zero2`) or FSDP2 (`--accelerate_config fsdp2`)."
-        )
     base = _base_model(model)
     if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
         raise TypeError(
@@ -189,7 +181,7 @@ def _linear(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | N
                 "head cannot compute. Remove the head from `target_modules`, or use LoRA there."
             )
     # `modules_to_save` and `trainable_token_indices` wrap the head and answer as it does
-    return hidden, _whole(head.weight), _whole(getattr(head, "bias", None))
+    return hidden, whole(head.weight), whole(getattr(head, "bias", None))
 
 
 def _with_lora(head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -203,13 +195,16 @@ def _with_lora(head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             "The LoRA adapter on the output head uses DoRA, a bias, or another variant, which the "
             "fused head cannot compute. Use plain LoRA there."
         )
-    hiddens, weights = [hidden], [_whole(base.weight)]
+    hiddens, weights = [hidden], [base.weight]
     for name in adapters:
         a, b = head.lora_A[name].weight, head.lora_B[name].weight
-        dropped = head.lora_dropout[name](hidden.to(a.dtype))
-        hiddens.append(dropped @ _whole(a).T * head.scaling[name])
-        weights.append(_whole(b))
-    return torch.cat(hiddens, -1), torch.cat(weights, -1), _whole(base.bias)
+        with gathered(a):
+            dropped = head.lora_dropout[name](hidden.to(a.dtype))
+            hiddens.append(dropped @ whole(a).T * head.scaling[name])
+        weights.append(b)
+    with gathered(*weights):
+        weight = torch.cat([whole(x) for x in weights], -1)
+    return torch.cat(hiddens, -1), weight, whole(base.bias)
 
 
 def _head_scaling(config) -> HeadScaling:
@@ -252,15 +247,16 @@ def _fused_forward(
 
     def statistics(hidden, targets, outputs=("log_probs",)):
         hidden, weight, bias = _linear(head, hidden)
-        return linear_statistics(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            scaling=_head_scaling(config),
-            outputs=outputs,
-            memory_budget=memory_budget,
-        )
+        with gathered(weight, bias):
+            return linear_statistics(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                scaling=_head_scaling(config),
+                outputs=outputs,
+                memory_budget=memory_budget,
+            )
 
     # Only scored positions reach the head
     rows = statistics(hidden[mask], labels[mask], outputs)
@@ -296,8 +292,3 @@ def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Tensor | None]:
         name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
         for name, x in rows._asdict().items()
     }
-
-
-def _whole(parameter: Tensor | None) -> Tensor | None:
-    """FSDP2 shards a parameter as a DTensor, while hidden states are plain tensors."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from llmmix import tiles
+from llmmix.sharding import gathered
 from llmmix.tiles import (
     HeadScaling,
     RunningSoftmax,
@@ -231,7 +232,7 @@ class _TiledHead(torch.autograd.Function):
         if grad_entropy is not None:
             offset = entropy.unsqueeze(1) - total.log()
             of_entropy = (sum_g, gain * grad_entropy.unsqueeze(1), offset)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), gathered(weight, bias):
             logits = TiledLogits(hidden, weight, ctx.operand)
             needed = ctx.needs_input_grad
             dh, dw, db = _target_part(needed, logits, weight, bias, targets, g * slope)

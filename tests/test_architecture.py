@@ -43,19 +43,20 @@ def roots(names: set[str]) -> set[str]:
 
 
 def test_the_arithmetic_of_the_head_imports_torch_alone():
-    for name in ("logprobs", "tiles", "kernels"):
+    elsewhere = {"kernels": {"triton"}, "sharding": {"deepspeed"}}
+    for name in ("logprobs", "tiles", "kernels", "sharding"):
         names = imports(ROOT / f"llmmix/{name}.py")
-        assert roots(names) - sys.stdlib_module_names <= {"torch", "triton", "llmmix"}
+        foreign = roots(names) - sys.stdlib_module_names - {"torch", "llmmix"}
+        assert foreign == elsewhere.get(name, set())
         ours = {n.split(".")[1] for n in names if n.startswith("llmmix.")}
-        assert ours <= {"tiles", "kernels"}
-        assert ("triton" in roots(names)) == (name == "kernels")
+        assert ours <= {"tiles", "kernels", "sharding"}
 
 
 def test_head_knows_no_method_and_no_trl():
     names = imports(ROOT / "llmmix/head.py")
     assert "trl" not in roots(names)
     ours = {name.rpartition(".")[0] for name in names if name.startswith("llmmix")}
-    assert ours <= {"llmmix.logprobs", "llmmix.tiles"}
+    assert ours <= {"llmmix.logprobs", "llmmix.tiles", "llmmix.sharding"}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,5 +1,9 @@
 import contextlib
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -253,6 +257,20 @@ def test_under_fully_shard_it_answers_alike_and_in_fp32():
         assert all(p.grad is not None for p in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_deepspeed_zero3_it_trains_as_one_process_does(processes):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, f"--nproc_per_node={processes}", str(Path(__file__).with_name("zero3.py"))],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_refuses_what_it_cannot_serve():

@@ -1,0 +1,32 @@
+"""Read a parameter whole where FSDP2 or DeepSpeed ZeRO-3 spreads it over ranks."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def whole(parameter: Tensor | None) -> Tensor | None:
+    """The full tensor of a parameter that FSDP2 shards as a DTensor; its gradient is sharded again.
+
+    Under ZeRO-3 it is the parameter itself, to be read inside `gathered`.
+    """
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def gathered(*parameters: Tensor | None) -> AbstractContextManager:
+    """Gather what ZeRO-3 has partitioned while the context is open; nothing for anyone else.
+
+    An autograd function that reads a weight enters it around `apply`, and again in its backward.
+    ZeRO-3 accumulates the gradient of a trained weight after the backward has returned, and so
+    needs it gathered for longer: the function must run inside the forward of the model, and take
+    the weight from its module there. DeepSpeed then fetches it for the whole backward.
+    """
+    partitioned = {id(p): p for p in parameters if hasattr(p, "ds_id")}
+    if partitioned:
+        import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        # What a module of the model holds gathered must not be gathered twice
+        partitioned = [p for p in partitioned.values() if p.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
