@@ -168,7 +168,7 @@ def step_cases(args: SpeedArguments) -> list[list[Case]]:
         for lora in (False, True):
             tuned = f"{Path(model).name}, {'LoRA' if lora else 'full'}"
             for method, name, peer, peer_name in (
-                ("sft_our_head", "SFTTrainer on our head", "sft", "SFTTrainer"),
+                ("sft_our_head", "SFT on our head", "sft", "SFTTrainer"),
                 ("dco", "DCO", "sft_completion", "SFTTrainer"),
                 ("sftmix", "SFTMix", "sft_completion", "SFTTrainer"),
                 ("rpo", "RPO", "dpo", "DPOTrainer"),
@@ -204,6 +204,7 @@ def step_call(*, model, device, batch_size, max_length, method, lora) -> Callabl
             "disable_tqdm": True,
         },
     )
+    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
     loader = trainer.get_train_dataloader()
     wrapped = trainer.accelerator.prepare(trainer.model)
     optimizer = trainer.accelerator.prepare(trainer.create_optimizer())
@@ -302,7 +303,10 @@ def measure(cases: list[Case], args: SpeedArguments) -> dict:
 
 
 def _in_its_own_process(case: Case, device: str) -> float:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    # Forked from a process that has imported everything and computed nothing
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["trl.trainer.dpo_trainer", "llmmix.sftmix", "peft"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_mib, case, device).result()
 
 
@@ -412,40 +416,39 @@ def _print_table(result: dict) -> None:
     from rich.table import Table
 
     machine, settings = result["machine"], result["settings"]
-    title = f"{machine['device']}, {machine['threads']} threads, {settings['rounds']} rounds; head "
-    title += f"alone {settings['rows']} x {settings['hidden_size']} x {settings['vocab_size']}"
-    table = Table(title=title)
-    for name in ("", "seconds", "peak MiB", "against", "seconds", "peak MiB", "time", "memory"):
-        table.add_column(name, justify="left" if name in ("", "against") else "right")
+    table = Table(
+        title=f"{machine['device']}, {machine['threads']} threads; medians of {settings['rounds']}",
+        caption="The last two columns: llmmix's time and memory as a share of the other's. Head: "
+        f"{settings['rows']} x {settings['hidden_size']} x {settings['vocab_size']}; steps: "
+        f"{settings['batch_size']} rows of {settings['max_length']} tokens.",
+    )
+    for name in ("", "seconds", "peak MiB", "time", "memory"):
+        table.add_column(name, justify="right" if name else "left")
     for row in result["rows"]:
-        (_, ours), *peers = row["contenders"].items()
-        for name, peer in peers:
-            first = name == peers[0][0]
-            own = [row["row"], *_cells(ours)] if first else ["", "", ""]
-            ratios = [f"{peer['time_ratio']:.2f}x", _ratio(peer["memory_ratio"])]
-            table.add_row(*own, name, *_cells(peer), *ratios, end_section=name == peers[-1][0])
+        table.add_section()
+        table.add_row(f"[bold]{row['row']}")
+        for name, figures in row["contenders"].items():
+            ratios = (figures.get("time_ratio"), figures.get("memory_ratio"))
+            table.add_row(
+                f"  {name}",
+                f"{figures['seconds']:.3f}",
+                "" if figures["peak_mib"] is None else f"{figures['peak_mib']:.0f}",
+                *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            )
     Console().print(table)
 
 
-def _cells(contender: dict) -> list[str]:
-    peak = contender["peak_mib"]
-    return [f"{contender['seconds']:.3f}", "" if peak is None else f"{peak:.0f}"]
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
 def _quiet() -> None:
+    import logging
     import warnings
 
     import datasets
-    from transformers.utils import logging
+    import transformers.utils.logging
 
     warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)  # such as that every row fills `max_length`
     datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

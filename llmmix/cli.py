@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         launch.add_argument(
             "--accelerate_config",
-            help="ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or a file that `accelerate config` wrote",
+            help="ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or a file of `accelerate config`",
         )
         launch.add_argument("name", help="a name that `llmmix ls` shows, or a file of your own")
         launch.add_argument("flags", nargs=argparse.REMAINDER)

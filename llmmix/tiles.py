@@ -99,12 +99,13 @@ def fold(
     state.max.copy_(highest)
     e = _exp(torch.sub(z, highest, out=out))
     state.sum.mul_(shrink).add_(e.sum(1, keepdim=True))
-    if "entropy" in outputs:
-        state.sum_ez.mul_(shrink).add_((e * z).sum(1, keepdim=True))
-    if "log_sum_sq_probs" in outputs:
-        state.sum_ee.mul_(shrink**2).add_((e * e).sum(1, keepdim=True))
     if "mean_logits" in outputs:
         state.sum_z.add_(z.sum(1, keepdim=True))
+    # From here on `z` is room for a product
+    if "entropy" in outputs:
+        state.sum_ez.mul_(shrink).add_(z.mul_(e).sum(1, keepdim=True))
+    if "log_sum_sq_probs" in outputs:
+        state.sum_ee.mul_(shrink**2).add_(torch.mul(e, e, out=z).sum(1, keepdim=True))
     if slope is not None:
         e *= slope
         state.target_slope.copy_(torch.where(inside, slope.gather(1, column), state.target_slope))
