@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip
 # CPU build instead: make quickstart TORCH_INDEX=<the CPU index that pytorch.org's selector shows>
 TORCH_INDEX ?=
 
-.PHONY: quickstart test check format wheel clean
+.PHONY: quickstart test check format bench wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/llmmix run quickstart
@@ -24,6 +24,13 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Speed and peak memory beside TRL's, on a machine that does nothing else:
+# make bench MODELS="builtin:tiny HuggingFaceTB/SmolLM2-135M-Instruct"
+MODELS ?= builtin:tiny
+
+bench: $(VENV)/.installed
+	$(BIN)/llmmix eval speed --model_name_or_path $(MODELS)
 
 # torch first and alone: it decides between the CPU and the CUDA build, and the rest follows it
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -238,7 +238,8 @@ def _trainer(method, model, rows, tokenizer, lora, options):
         args=config(**options),
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules="all-linear") if lora else None,
+        # What `trl sft --use_peft` makes
+        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05) if lora else None,
     )
     if method == "sft_our_head":
         llmmix.attach_head(built.model, outputs=SFT_OUTPUTS)
@@ -277,17 +278,22 @@ def _rows(tokenizer, method: str, batch_size: int, max_length: int):
 
 def measure(cases: list[Case], args: SpeedArguments) -> dict:
     """One row of the table: the contenders in turns, then each alone for its memory."""
+    import torch
+
     calls = [case.built() for case in cases]
     seconds = [[] for _ in cases]
     for turn in range(args.rounds + 1):  # the first warms up
         for call, taken in zip(calls, seconds, strict=True):
             started = time.perf_counter()
             call()
-            _synchronise(args.device)
+            if args.device != "cpu":
+                torch.cuda.synchronize()
             if turn:
                 taken.append(time.perf_counter() - started)
-    del calls
+    del call, calls
     gc.collect()
+    if args.device != "cpu":
+        torch.cuda.empty_cache()
     row = {"row": cases[0].row, "contenders": {}}
     for case, taken in zip(cases, seconds, strict=True):
         row["contenders"][case.contender] = {
@@ -298,7 +304,8 @@ def measure(cases: list[Case], args: SpeedArguments) -> dict:
     ours, *peers = row["contenders"].values()
     for peer in peers:
         peer["time_ratio"] = ours["seconds"] / peer["seconds"]
-        peer["memory_ratio"] = ours["peak_mib"] / peer["peak_mib"] if args.memory else None
+        # None too where a call fits into what the process holds already
+        peer["memory_ratio"] = ours["peak_mib"] / peer["peak_mib"] if peer["peak_mib"] else None
     return row
 
 
@@ -334,13 +341,6 @@ def _resident_mib(name: str) -> float:
     return next(
         int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(name)
     )
-
-
-def _synchronise(device: str) -> None:
-    if device != "cpu":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 def main(args: SpeedArguments) -> dict:

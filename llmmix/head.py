@@ -10,6 +10,7 @@ one forward. A trainer that needs more than log-probabilities (SFTMix mixes hidd
 """
 
 import functools
+import logging
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,9 +23,11 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput, is_peft_available
 
-from llmmix.logprobs import HeadStatistics, linear_statistics
+from llmmix.logprobs import HeadStatistics, keeps_probabilities, linear_statistics
 from llmmix.sharding import gathered, whole
 from llmmix.tiles import HeadScaling
+
+logger = logging.getLogger(__name__)
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
 # a function (hidden (N, H), targets (N,) or (N, K)) -> log p, to a dict of tensors.
@@ -68,13 +71,15 @@ def attach_head(
     """Make `model(..., labels=y, fused_lm_head=True)` return a `FusedHeadOutput`.
 
     Works before or after PEFT wraps the model, and over a head that TRL attached. Attaching again
-    replaces `outputs`. Saving, loading and generation are untouched.
+    replaces `outputs`. Saving, loading and generation are untouched. Attach before the model is
+    prepared, which a trainer does when it begins to train: the autocast of `bf16=True` is laid
+    around the forward that is there then.
 
     Args:
         model: A causal language model, or a `PeftModel` around one.
         outputs: Per-token fields to compute, among `llmmix.logprobs.STATISTICS`.
-        memory_budget: Bytes of probabilities that a trained head may keep between forward and
-            backward, which saves the backward a matrix product; 0 for none,
+        memory_budget: Bytes of probabilities that each call of a trained head may keep between
+            forward and backward, which saves the backward a matrix product; 0 for none,
             `llmmix.logprobs.MEMORY_BUDGET` by default. What was chosen is logged at level INFO.
 
     Raises:
@@ -86,8 +91,7 @@ def attach_head(
             f"`model` must be a Hugging Face causal language model with an output embedding, "
             f"got {type(model).__name__}."
         )
-    # A head attached before is replaced, not wrapped
-    own_forward = getattr(base.forward, "own_forward", base.forward)
+    own_forward = _own_forward(base)
 
     # `generate` checks its arguments against the signature of the model's own forward
     @functools.wraps(type(base).forward)
@@ -95,10 +99,23 @@ def attach_head(
         """The model's own forward, or with `fused_lm_head=True` a `FusedHeadOutput`."""
         if fused_lm_head:
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
-        return own_forward(*args, **kwargs)
+        return own_forward(self, *args, **kwargs)
 
     forward.own_forward = own_forward
     base.forward = types.MethodType(forward, base)
+
+
+def _own_forward(model: PreTrainedModel) -> Callable:
+    """The forward that is there without a head of ours, as a function of the model.
+
+    A function and not a bound method, which in a deep copy would still run the original.
+    """
+    forward = model.forward
+    if hasattr(forward, "own_forward"):
+        return forward.own_forward
+    if isinstance(forward, types.MethodType):
+        return forward.__func__
+    return lambda _, *args, **kwargs: forward(*args, **kwargs)
 
 
 def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
@@ -106,7 +123,8 @@ def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
 
     Under mixed precision accelerate has FSDP2 cast every output to the compute dtype; the sum of a
     completion's log-probabilities would then be off by half a nat at 100 nats. Call it before the
-    model is prepared, which `Trainer` does when training starts.
+    model is prepared, which `Trainer` does when training starts. The policy is one for all units:
+    hidden states between layers are in fp32 then too.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
@@ -187,23 +205,23 @@ def _linear(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | N
 def _with_lora(head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """W h + s B A h is one product: [W, B] times [h, s A h]."""
     base = head.get_base_layer()
-    adapters = [name for name in head.active_adapters if name in head.lora_A]
     if head.disable_adapters or head.merged:
-        adapters = []
+        return hidden, whole(base.weight), whole(base.bias)
     if head.lora_variant or any(head.lora_bias.values()):
         raise ValueError(
             "The LoRA adapter on the output head uses DoRA, a bias, or another variant, which the "
             "fused head cannot compute. Use plain LoRA there."
         )
     hiddens, weights = [hidden], [base.weight]
-    for name in adapters:
+    for name in filter(head.lora_A.__contains__, head.active_adapters):
         a, b = head.lora_A[name].weight, head.lora_B[name].weight
         with gathered(a):
             dropped = head.lora_dropout[name](hidden.to(a.dtype))
-            hiddens.append(dropped @ whole(a).T * head.scaling[name])
+            low_rank = dropped @ whole(a).T * head.scaling[name]
+        hiddens.append(low_rank.to(hidden.dtype))
         weights.append(b)
     with gathered(*weights):
-        weight = torch.cat([whole(x) for x in weights], -1)
+        weight = torch.cat([whole(x).to(base.weight.dtype) for x in weights], -1)
     return torch.cat(hiddens, -1), weight, whole(base.bias)
 
 
@@ -248,6 +266,8 @@ def _fused_forward(
     def statistics(hidden, targets, outputs=("log_probs",)):
         hidden, weight, bias = _linear(head, hidden)
         with gathered(weight, bias):
+            if weight.requires_grad and torch.is_grad_enabled():
+                _log_choice(keeps_probabilities(hidden, weight, memory_budget))
             return linear_statistics(
                 hidden,
                 weight,
@@ -275,6 +295,17 @@ def _fused_forward(
         )
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)
+
+
+@functools.cache  # once a process
+def _log_choice(kept: bool) -> None:
+    if kept:
+        logger.info("The trained head keeps its probabilities for the backward.")
+    else:
+        logger.info(
+            "The trained head makes its probabilities again in the backward, since they exceed "
+            "`memory_budget`."
+        )
 
 
 def _shift(hidden, labels, shift_labels, device) -> tuple[Tensor, Tensor]:

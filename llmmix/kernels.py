@@ -182,27 +182,27 @@ def fold(
     shrink = torch.empty_like(state.max)
     if n == 0:
         return shrink
-    targets = targets.contiguous()
-    _fold_kernel[(n,)](
-        logits,
-        out,
-        bias,
-        targets,
-        *state,
-        shrink,
-        start,
-        n_columns,
-        *_numbers(scaling),
-        K=targets.size(1),
-        HAS_BIAS=bias is not None,
-        HAS_CAP=scaling.softcap is not None,
-        ENTROPY="entropy" in outputs,
-        SUM_SQ="log_sum_sq_probs" in outputs,
-        MEAN="mean_logits" in outputs,
-        TOP1="is_top1" in outputs,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _fold_kernel[(n,)](
+            logits,
+            out,
+            bias,
+            targets,
+            *state,
+            shrink,
+            start,
+            n_columns,
+            *_numbers(scaling),
+            K=targets.size(1),
+            HAS_BIAS=bias is not None,
+            HAS_CAP=scaling.softcap is not None,
+            ENTROPY="entropy" in outputs,
+            SUM_SQ="log_sum_sq_probs" in outputs,
+            MEAN="mean_logits" in outputs,
+            TOP1="is_top1" in outputs,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     return shrink
 
 
@@ -218,20 +218,21 @@ def softmax_gradient(
     n, n_columns = logits.shape
     if n == 0:
         return out
-    _gradient_kernel[(n, triton.cdiv(n_columns, BLOCK))](
-        logits,
-        out,
-        bias,
-        max,
-        *(of_entropy or (max, max, max)),
-        n_columns,
-        *_numbers(scaling),
-        HAS_BIAS=bias is not None,
-        HAS_CAP=scaling.softcap is not None,
-        ENTROPY=of_entropy is not None,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(logits):
+        _gradient_kernel[(n, triton.cdiv(n_columns, BLOCK))](
+            logits,
+            out,
+            bias,
+            max,
+            *(of_entropy or (max, max, max)),
+            n_columns,
+            *_numbers(scaling),
+            HAS_BIAS=bias is not None,
+            HAS_CAP=scaling.softcap is not None,
+            ENTROPY=of_entropy is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     return out
 
 

@@ -88,9 +88,9 @@ def linear_logprobs(
         temperature: Divisor of the logits, applied last.
 
     Returns:
-        Log-probabilities in nats, in the shape of `targets`; fp64 if any input is fp64, else fp32.
-        Differentiable in `hidden`, `weight` and `bias`. A row of `hidden` that holds NaN or an
-        infinity comes out as NaN.
+        Log-probabilities in nats, in the shape of `targets`; fp64 if `hidden` or `weight` is, else
+        fp32. Differentiable in `hidden`, `weight` and `bias`. A row of `hidden` that holds NaN or
+        an infinity comes out as NaN.
 
     Raises:
         ValueError: Shapes that do not fit, or a target outside [0, V).
@@ -119,8 +119,9 @@ def linear_statistics(
         bias: (V,), or None.
         scaling: How the model scales its logits.
         outputs: Names among `STATISTICS`; `log_probs` is always computed.
-        memory_budget: Bytes of probabilities that a trained head may keep for the backward, which
-            then need not make them again; see `keeps_probabilities`. None for `MEMORY_BUDGET`.
+        memory_budget: Bytes of probabilities that this call of a trained head may keep for the
+            backward, which then need not make them again; see `keeps_probabilities`. None for
+            `MEMORY_BUDGET`.
 
     Raises:
         ValueError: Shapes that do not fit, a target outside [0, V), or an unknown output.
@@ -128,18 +129,20 @@ def linear_statistics(
     _check(hidden, weight, targets, bias, outputs)
     columns = targets if targets.dim() == 2 else targets.unsqueeze(1)
     gradients = torch.is_grad_enabled()
+    # Both as autocast has it, which is then switched off: a tile has one precision in both passes
     operand = operand_dtype(hidden, weight)
+    keep = gradients and keeps_probabilities(hidden, weight, memory_budget)
     with torch.autocast(hidden.device.type, enabled=False):
         log_probs, *rest = _TiledHead.apply(
             hidden,
             weight,
-            bias,
-            columns,
+            None if bias is None else bias.contiguous(),
+            columns.long().contiguous(),
             scaling or HeadScaling(),
             tuple(outputs),
             operand,
             gradients and hidden.requires_grad,
-            gradients and keeps_probabilities(hidden, weight, memory_budget),
+            keep,
         )
     return HeadStatistics(log_probs.view(targets.shape), *rest)
 
@@ -207,10 +210,10 @@ class _TiledHead(torch.autograd.Function):
                     kept += [e, state.max.clone()]
             states.append(state)
         state = RunningSoftmax(*map(torch.cat, zip(*states, strict=True)))
-        if need_q:
-            q /= state.sum
         # NaN for a row that holds NaN or an infinity, which the cap of a logit would hide
         state.sum.add_((logits.hidden * 0).sum(1, keepdim=True))
+        if need_q:
+            q /= state.sum
         statistics = _statistics(state, weight.size(0), outputs)
         entropy, *others = statistics[1:]
         ctx.mark_non_differentiable(*(x for x in others if x is not None))

@@ -152,12 +152,16 @@ class RPOTrainer(DPOTrainer):
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
         attach_head(self.model, outputs=outputs + ("log_sum_sq_probs",) * args.use_weighting)
-        keep_outputs_in_fp32(self.accelerator)
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
             attach_head(reference)
             # TRL has prepared the reference already: attaching took the place of its autocast
             reference.forward = self.accelerator.autocast()(reference.forward)
+
+    def create_accelerator_and_postprocess(self):
+        """Before TRL prepares the reference model, whose log-probabilities must not be rounded."""
+        super().create_accelerator_and_postprocess()
+        keep_outputs_in_fp32(self.accelerator)
 
     def _send_telemetry(self):
         """Send nothing: TRL would report the run to the Hub."""

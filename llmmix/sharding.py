@@ -3,15 +3,22 @@
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 
 def whole(parameter: Tensor | None) -> Tensor | None:
-    """The full tensor of a parameter that FSDP2 shards as a DTensor; its gradient is sharded again.
+    """The full tensor of a parameter that FSDP2 shards as a DTensor.
 
-    Under ZeRO-3 it is the parameter itself, to be read inside `gathered`.
+    Its gradient is averaged over the ranks and sharded again, as FSDP2 does for the parameters of
+    a module that it calls. Under ZeRO-3 it is the parameter itself, to be read inside `gathered`.
     """
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager:

@@ -54,8 +54,8 @@ def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
         # Finite, so that a tile of logits that are all minus infinity weighs nothing
         torch.full_like(column, torch.finfo(dtype).min),
         *(column.clone() for _ in range(4)),
-        torch.zeros_like(targets, dtype=dtype),
-        torch.ones_like(targets, dtype=dtype),
+        targets.new_zeros(targets.shape, dtype=dtype),
+        targets.new_ones(targets.shape, dtype=dtype),
         torch.zeros_like(targets[:, :1], dtype=torch.bool),
     )
 
@@ -202,15 +202,19 @@ class TiledLogits:
         self.hidden = hidden.to(self.dtype)
         self._operand, self._weight = hidden.to(operand_dtype), weight
         height = max(1, min(hidden.size(0), TILE_ROWS[device]))
-        width = max(1, min(weight.size(0), TILE_ELEMENTS[device] // height))
+        width = max(1, TILE_ELEMENTS[device] // height)
+        if width > 128:  # whole cache lines and tensor-core fragments, whatever the rows
+            width -= width % 128
+        width = min(weight.size(0), width)
         self.row_blocks = _slices(hidden.size(0), height)
         self.column_blocks = _slices(weight.size(0), width)
-        self._tile = self.hidden.new_empty(height * width)
-        self._spare = None
+        self._size, self._tile, self._spare = height * width, None, None
 
     def tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Columns, their weights, and raw logits, which the next tile overwrites."""
         hidden = self._operand[rows]
+        if self._tile is None:
+            self._tile = self.hidden.new_empty(self._size)
         for columns in self.column_blocks:
             w = self._weight[columns].to(self._operand.dtype)
             z = self._tile[: hidden.size(0) * w.size(0)].view(hidden.size(0), w.size(0))
@@ -219,7 +223,7 @@ class TiledLogits:
     def spare(self, z: Tensor) -> Tensor:
         """A buffer for the operand made of the tile `z`, the same at every call."""
         if self._spare is None:
-            self._spare = torch.empty_like(self._tile, dtype=self._operand.dtype)
+            self._spare = self._operand.new_empty(self._size)
         return self._spare[: z.numel()].view(z.shape)
 
 

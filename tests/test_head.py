@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from llmmix import attach_head
+from llmmix import attach_head, head
 from llmmix.head import keep_outputs_in_fp32
 from llmmix.logprobs import STATISTICS
 
@@ -121,7 +121,21 @@ def test_attaching_again_replaces_the_outputs():
     assert model(**batch(), fused_lm_head=True).entropy is None
     attach_head(model, outputs=("entropy",))
     assert model(**batch(), fused_lm_head=True).entropy is not None
-    assert model.forward.own_forward.__func__ is LlamaForCausalLM.forward
+    assert model.forward.own_forward is LlamaForCausalLM.forward
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"), [(None, "keeps"), (0, "makes its probabilities again")]
+)
+def test_memory_budget_changes_nothing_but_the_way_and_says_which(budget, said, caplog):
+    head._log_choice.cache_clear()
+    ours, plain = build("llama"), build("llama")
+    attach_head(ours, memory_budget=budget)
+    with caplog.at_level("INFO", logger="llmmix.head"):
+        ours(**batch(), fused_lm_head=True).loss.backward()
+    assert said in caplog.text
+    plain(**batch()).loss.backward()
+    torch.testing.assert_close(ours.lm_head.weight.grad, plain.lm_head.weight.grad)
 
 
 @pytest.mark.parametrize("first", ["peft", "head"])
@@ -182,6 +196,16 @@ def test_an_adapter_on_the_head_is_computed_and_trained(kind, state):
         loss, grads = results(fused_lm_head=True)
     torch.testing.assert_close((loss, grads), results(), rtol=1e-4, atol=1e-5)
     assert state != "active" or any("lm_head" in n or "token" in n for n in grads)
+
+
+def test_a_deep_copy_runs_its_own_weights():
+    model = build("llama")
+    attach_head(model)
+    twin = copy.deepcopy(model)
+    nn.init.normal_(twin.lm_head.weight)
+    inputs = batch()
+    assert not torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    torch.testing.assert_close(twin(**inputs, fused_lm_head=True).loss, twin(**inputs).loss)
 
 
 def test_saves_and_loads_as_if_it_were_not_there(model, tmp_path):
@@ -259,18 +283,20 @@ def test_under_fully_shard_it_answers_alike_and_in_fp32():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_under_deepspeed_zero3_it_trains_as_one_process_does(processes):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_on_two_ranks_that_share_its_weight_it_trains_as_one_process_does(kind):
+    if kind == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, f"--nproc_per_node={processes}", str(Path(__file__).with_name("zero3.py"))],
+        [*command, str(Path(__file__).with_name("sharded.py")), kind],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"{kind} ") == 7  # four kinds of head untied, three tied
 
 
 def test_refuses_what_it_cannot_serve():

@@ -53,6 +53,7 @@ def test_kernels_do_what_the_torch_does(scaling, budget, loss, dtype, monkeypatc
     shapes = ((7, 5), (50, 5), (50,))
     inputs = [torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes]
     targets = torch.randint(50, (7, 2), generator=generator).to(DEVICE)
+    targets = targets.T.contiguous().T  # one column after the other: any strides will do
     targets[0, 0] = (inputs[0] @ inputs[1].T + inputs[2]).float().argmax(1)[0]
     given = (inputs, targets, HeadScaling(**scaling), budget, loss)
     expected = run(monkeypatch, tiles, torch.float32, *given)
@@ -62,6 +63,14 @@ def test_kernels_do_what_the_torch_does(scaling, budget, loss, dtype, monkeypatc
             torch.testing.assert_close(got, exact, rtol=1e-4, atol=2e-6)
         else:  # what enters the second product is rounded to 8 bits
             assert (got - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+def test_kernels_are_for_a_gpu_with_triton_and_fp32_sums(monkeypatch):
+    logits = torch.zeros(2, 2)
+    assert logprobs._arithmetic(logits) is tiles
+    monkeypatch.setattr(logprobs, "has_kernels", lambda x: True)
+    assert logprobs._arithmetic(logits) is kernels
+    assert logprobs._arithmetic(logits.double()) is tiles
 
 
 def test_nan_and_no_rows_and_equal_logits():
