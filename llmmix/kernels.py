@@ -27,6 +27,15 @@ def _scaled(z, logit_scale, softcap, temperature, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _load(logits_ptr, bias_ptr, columns, mask, HAS_BIAS: tl.constexpr):
+    """Raw logits of some columns of a row, with their bias."""
+    raw = tl.load(logits_ptr + columns, mask=mask, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    return raw
+
+
+@triton.jit
 def _fold_kernel(  # noqa: C901  what branches is decided when it is compiled
     logits_ptr,
     out_ptr,
@@ -67,9 +76,7 @@ def _fold_kernel(  # noqa: C901  what branches is decided when it is compiled
     for begin in range(0, n_columns, BLOCK):
         columns = begin + lanes
         mask = columns < n_columns
-        raw = tl.load(logits_ptr + columns, mask=mask, other=0.0)
-        if HAS_BIAS:
-            raw += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        raw = _load(logits_ptr, bias_ptr, columns, mask, HAS_BIAS)
         z, _ = _scaled(raw, logit_scale, softcap, temperature, HAS_CAP)
         if MEAN:
             sum_z += tl.sum(tl.where(mask, z, 0.0), axis=0)
@@ -88,9 +95,7 @@ def _fold_kernel(  # noqa: C901  what branches is decided when it is compiled
     for begin in range(0, n_columns, BLOCK):
         columns = begin + lanes
         mask = columns < n_columns
-        raw = tl.load(logits_ptr + columns, mask=mask, other=0.0)
-        if HAS_BIAS:
-            raw += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        raw = _load(logits_ptr, bias_ptr, columns, mask, HAS_BIAS)
         z, slope = _scaled(raw, logit_scale, softcap, temperature, HAS_CAP)
         e = tl.where(mask, tl.exp(z - new_max), 0.0)
         sum_e += tl.sum(e, axis=0)
@@ -153,9 +158,7 @@ def _gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n_columns
-    raw = tl.load(logits_ptr + row * n_columns + columns, mask=mask, other=0.0)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    raw = _load(logits_ptr + row * n_columns, bias_ptr, columns, mask, HAS_BIAS)
     z, slope = _scaled(raw, logit_scale, softcap, temperature, HAS_CAP)
     z -= tl.load(max_ptr + row)
     u = tl.exp(z)
