@@ -1,14 +1,70 @@
-"""N completions a prompt: a prompt is computed once, and finished rows leave the batch at once."""
+"""N completions a prompt, fast: a prompt is computed once, and a finished row makes way at once.
 
-from collections.abc import Iterator, Sequence
+Every completion has a random stream of its own, drawn by a counter from (seed, prompt, sample): it
+does not depend on what is decoded beside it, on the number of processes, or on what was sampled
+before. Two runs differ only where rounding, which does depend on the batch, tips a draw that falls
+within it of the edge between two tokens: about one token in a million in fp32, more in bf16.
 
+    token = the first whose cumulative probability exceeds u,   u uniform of (seed, prompt, sample)
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmmix.kv_cache import ATTENTION, SharedPromptCache
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion, without its stop token.
+
+    Attributes:
+        prompt: Which prompt, as numbered by the caller.
+        sample: Which of its samples, from 0.
+        text: What was generated, special tokens left out.
+        tokens: How many tokens were generated, the stop token not counted.
+        finished: Whether it stopped by itself; else `max_new_tokens` cut it.
+    """
+
+    prompt: int
+    sample: int
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What `sample` was asked for, checked."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    num_samples: int
+    token_budget: int
+
+
+@dataclass
+class PromptRequest:
+    """A prompt, and which of its samples are still to be started."""
+
+    number: int
+    ids: list[int]
+    samples: list[int]
+    running: int = 0
+    probabilities: Tensor | None = None  # of the first token
+
 
 def sample(
-    model: PreTrainedModel,
+    model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | list[dict]],
     num_samples: int,
@@ -17,51 +73,70 @@ def sample(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
-    max_rows: int = 1024,
-) -> Iterator[list[str]]:
-    """Draw completions, yielding those of one prompt at a time, in order.
+    token_budget: int = 16384,
+    numbers: Sequence[int] | None = None,
+    done: Collection[tuple[int, int]] = (),
+) -> Iterator[Completion]:
+    """Draw completions, yielding each when it is finished.
 
     Args:
-        model: A causal language model; its mode and the random state are left as they were.
+        model: A causal language model of transformers, whose mode and attention are put back at the
+            end, or a `vllm.LLM`.
         tokenizer: Its tokenizer, with a pad token.
         prompts: Text, or lists of chat messages.
         num_samples: Completions a prompt.
         temperature: Divisor of the logits, positive.
         top_p: Nucleus mass in (0, 1]; 1 samples from the whole distribution.
         max_new_tokens: Tokens after which a completion is cut.
-        seed: Of the draws; each batch of prompts has a stream of its own.
-        max_rows: Completions decoded at once, at least one prompt's.
+        seed: Of the draws, 0 or above.
+        token_budget: Tokens of prompts and completions whose keys and values are held at once; it
+            bounds the memory and decides how many completions run side by side. vLLM has its own.
+        numbers: What to call the prompts, which decides their random streams: 0, 1, ... by default.
+        done: Pairs (prompt, sample) that are not wanted.
 
     Raises:
-        ValueError: A temperature or nucleus out of range, no pad token, or a prompt that leaves no
-            room for a completion.
+        ValueError: A temperature, nucleus or seed out of range, no pad token, a prompt that is
+            empty or leaves no room for a completion, a budget below one completion, or a model that
+            cannot be decoded this way.
     """
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"`top_p` must lie in (0, 1], got {top_p}.")
+    if min(num_samples, max_new_tokens) < 1:
+        raise ValueError(
+            f"`num_samples` and `max_new_tokens` must be 1 or more, got {num_samples} and "
+            f"{max_new_tokens}."
+        )
+    if seed < 0:
+        raise ValueError(f"`seed` must be 0 or above, got {seed}.")
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no pad token. Set `tokenizer.pad_token` to one.")
     ids = [encode(tokenizer, prompt) for prompt in prompts]
-    _check_room(ids, model.config, max_new_tokens)
-    stop = _stop_tokens(model, tokenizer)
-    was_training = model.training
-    model.eval()
-    try:
-        size = max(1, max_rows // num_samples)
-        for start in range(0, len(ids), size):
-            batch = tokenizer.pad(
-                {"input_ids": ids[start : start + size]}, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + start)
-            rows = _decode(
-                model, batch, num_samples, stop, max_new_tokens, temperature, top_p, generator
-            )
-            text = tokenizer.batch_decode(rows, skip_special_tokens=True)
-            for row in range(0, len(text), num_samples):
-                yield text[row : row + num_samples]
-    finally:
-        model.train(was_training)
+    numbers = range(len(ids)) if numbers is None else numbers
+    if empty := [number for number, row in zip(numbers, ids, strict=True) if not row]:
+        raise ValueError(f"{len(empty)} prompts have no token (first: prompt {empty[0]}).")
+    done = set(done)
+    wanted = [
+        (number, row, [s for s in range(num_samples) if (number, s) not in done])
+        for number, row in zip(numbers, ids, strict=True)
+    ]
+    wanted = [PromptRequest(*given) for given in wanted if given[2]]
+    options = SamplingOptions(temperature, top_p, max_new_tokens, seed, num_samples, token_budget)
+    if not isinstance(model, torch.nn.Module):
+        from llmmix.vllm_backend import sample_vllm
+
+        yield from sample_vllm(model, tokenizer, wanted, options)
+        return
+    long = too_long(ids, model.config, max_new_tokens)
+    if long:
+        raise ValueError(
+            f"{len(long)} prompts (first: prompt {numbers[long[0]]}, {len(ids[long[0]])} tokens) "
+            f"leave no room for max_new_tokens={max_new_tokens} in a context of "
+            f"{context_length(model.config)}. Lower `max_new_tokens` or drop those rows."
+        )
+    if wanted:
+        yield from _Engine(model, tokenizer, wanted, options).run()
 
 
 def encode(
@@ -81,72 +156,304 @@ def encode(
     )["input_ids"]
 
 
-@torch.inference_mode()
-def _decode(
-    model, batch, num_samples: int, stop: Tensor, max_new_tokens: int, temperature, top_p, generator
-) -> list[list[int]]:
-    """Token ids of `num_samples` completions of each left-padded prompt, without the stop token."""
-    mask = batch["attention_mask"]
-    cache = DynamicCache(config=model.config)
-    position = mask.cumsum(1) - 1
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=position.clamp(min=0),
-        past_key_values=cache,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(num_samples)
-    mask = mask.repeat_interleave(num_samples, 0)
-    position = position[:, -1:].repeat_interleave(num_samples, 0)
-    logits = logits.repeat_interleave(num_samples, 0)
-    alive = torch.arange(len(mask), device=mask.device)
-    out = torch.full((len(mask), max_new_tokens), -1, device=mask.device)
-    for step in range(max_new_tokens):
-        tokens = _draw(logits, temperature, top_p, generator)
-        keep = ~torch.isin(tokens, stop)
-        if not keep.all():
-            alive, tokens, mask, position = (x[keep] for x in (alive, tokens, mask, position))
-            cache.batch_select_indices(keep.nonzero().squeeze(1))
-        if not len(alive):
-            break
-        out[alive, step] = tokens
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        if step + 1 < max_new_tokens:
-            logits = model(
-                input_ids=tokens.unsqueeze(1),
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
+def context_length(config) -> int | None:
+    """Tokens that a model reads at once, if its configuration says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def too_long(ids: Sequence[list[int]], config, max_new_tokens: int) -> list[int]:
+    """Which prompts leave no room for `max_new_tokens` in the model's context."""
+    context = context_length(config)
+    if context is None:
+        return []
+    return [row for row, prompt in enumerate(ids) if len(prompt) + max_new_tokens > context]
+
+
+def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
+    """The random stream of one completion: the first `count` uniforms in [0, 1)."""
+    return np.random.Generator(
+        np.random.Philox(key=[seed, prompt], counter=[0, 0, sample, 0])
+    ).random(count)
+
+
+@dataclass
+class _Row:
+    prompt: PromptRequest
+    place: int
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+
+
+class _Engine:
+    """The decoding loop: rows [0, len(rows)) of the cache are alive."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        wanted: list[PromptRequest],
+        options: SamplingOptions,
+    ):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.stop = _stop_tokens(model, tokenizer)
+        configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+        self.configs = list({id(config): config for config in configs}.values())
+        self.waiting = deque(wanted)
+        longest = max(len(prompt.ids) for prompt in wanted)
+        self.capacity, places = _capacity(options, len(wanted), longest)
+        # The last token of a completion is never read, so it needs no key
+        own = max(1, options.max_new_tokens - 1)
+        self.cache = SharedPromptCache(self.capacity, places, longest, own)
+        self.free = list(range(places))[::-1]
+        self.rows: list[_Row] = []
+        self.open: tuple[PromptRequest, int] | None = (
+            None  # the prompt whose samples are being started
+        )
+        device = model.device
+        self.places = torch.zeros(self.capacity, dtype=torch.long, device=device)
+        self.inputs = torch.zeros_like(self.places)  # last token of each row
+        self.lengths = torch.zeros_like(self.places)  # keys of each row, its prompt's aside
+        self.starts = torch.zeros_like(self.places)  # tokens of each row's prompt
+        self.uniforms = torch.zeros(
+            self.capacity, options.max_new_tokens, dtype=torch.float64, device=device
+        )
+
+    def run(self) -> Iterator[Completion]:
+        """Start rows, decode, retire rows, until none is left."""
+        checked = False
+        while True:
+            with _sampling_mode(self.model):
+                finished = self._admit()
+                if self.rows and not checked:
+                    self._check_decoding()
+                    checked = True
+                if self.rows:
+                    finished += self._step()
+            yield from finished
+            if not (self.rows or self.open or self.waiting):
+                return
+
+    def _admit(self) -> list[Completion]:
+        """Fill the free rows; what stops or is cut at its first token is finished here."""
+        finished = []
+        while len(self.rows) < self.capacity:
+            if self.open is None:
+                if not (self.waiting and self.free):
+                    break
+                self.open = self._prefill(self.waiting.popleft(), self.free.pop())
+            prompt, place = self.open
+            room = self.capacity - len(self.rows)
+            samples, prompt.samples = prompt.samples[:room], prompt.samples[room:]
+            streams = torch.from_numpy(
+                np.stack(
+                    [
+                        uniforms(self.options.seed, prompt.number, s, self.options.max_new_tokens)
+                        for s in samples
+                    ]
+                )
+            ).to(self.uniforms.device)
+            tokens = _draw(
+                prompt.probabilities.expand(len(samples), -1), streams[:, 0].contiguous()
+            ).tolist()
+            for sample_number, stream, token in zip(samples, streams, tokens, strict=True):
+                row = _Row(prompt, place, sample_number)
+                prompt.running += 1
+                if (completion := self._take(row, token)) is not None:
+                    finished.append(completion)
+                    continue
+                at = len(self.rows)
+                self.rows.append(row)
+                self.places[at], self.inputs[at], self.lengths[at] = place, token, 0
+                self.starts[at], self.uniforms[at] = len(prompt.ids), stream
+            if not prompt.samples:
+                prompt.probabilities = self.open = None
+                self._release(prompt, place)
+        return finished
+
+    def _prefill(self, prompt: PromptRequest, place: int) -> tuple[PromptRequest, int]:
+        computed = DynamicCache()
+        ids = torch.tensor([prompt.ids], device=self.model.device)
+        logits = self.model(input_ids=ids, past_key_values=computed, logits_to_keep=1).logits
+        prompt.probabilities = _probabilities(logits[:, -1], self.options)
+        layers = computed.layers  # none, or without keys, where the model's state is another one
+        if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+            raise self._refusal("it keeps no keys and values")
+        self.cache.put_prompt(place, computed)
+        return prompt, place
+
+    def _step(self) -> list[Completion]:
+        """One token of every row."""
+        count = len(self.rows)
+        probabilities = _probabilities(self._logits(), self.options)
+        self.lengths[:count] += 1
+        u = self.uniforms[:count].gather(1, self.lengths[:count, None]).squeeze(1)
+        drawn = _draw(probabilities, u)
+        self.inputs[:count] = drawn
+        finished, left = [], []
+        for at, (row, token) in enumerate(zip(self.rows, drawn.tolist(), strict=True)):
+            if (completion := self._take(row, token)) is not None:
+                finished.append(completion)
+                left.append(at)
+        for at in reversed(left):
+            self._leave(at)
+        return finished
+
+    def _logits(self) -> Tensor:
+        count = len(self.rows)
+        self.cache.begin_step(self.places[:count], self.lengths[:count])
+        with _attention(self.configs, ATTENTION):
+            return self.model(
+                input_ids=self.inputs[:count, None],
+                position_ids=(self.starts[:count] + self.lengths[:count])[:, None],
+                use_cache=False,
+                shared_prompt_cache=self.cache,
             ).logits[:, -1]
-    return [[token for token in row if token >= 0] for row in out.tolist()]
+
+    def _take(self, row: _Row, token: int) -> Completion | None:
+        """Add a drawn token to a row; the completion, where this ends it."""
+        stopped = token in self.stop
+        if not stopped:
+            row.tokens.append(token)
+            if len(row.tokens) < self.options.max_new_tokens:
+                return None
+        row.prompt.running -= 1
+        self._release(row.prompt, row.place)
+        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        return Completion(row.prompt.number, row.sample, text, len(row.tokens), stopped)
+
+    def _release(self, prompt: PromptRequest, place: int) -> None:
+        """Give a prompt's place back once nothing reads it any more."""
+        if not prompt.running and not prompt.samples and (self.open or (None,))[0] is not prompt:
+            self.free.append(place)
+
+    def _leave(self, at: int) -> None:
+        """The last row takes the place of a finished one."""
+        last = len(self.rows) - 1
+        if at != last:
+            self.rows[at] = self.rows[last]
+            self.cache.move(last, at)
+            for state in (self.places, self.inputs, self.lengths, self.starts, self.uniforms):
+                state[at] = state[last]
+        self.rows.pop()
+
+    def _check_decoding(self) -> None:
+        """Refuse a model whose state is more than what its attention layers are given."""
+        row = self.rows[0]
+        ids = torch.tensor([[*row.prompt.ids, *row.tokens]], device=self.model.device)
+        truth = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1].float().softmax(-1)
+        ours = self._logits()[:1].float().softmax(-1)
+        distance = (truth - ours).abs().sum().item() / 2
+        if not distance < 0.05:  # NaN is refused too
+            raise self._refusal(
+                f"its next-token distribution comes out wrong by {distance:.2f} in total variation"
+            )
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"{type(self.model).__name__} cannot be decoded by llmmix's engine, which needs "
+            f"plain attention in every layer: {why}. Sample it with vLLM (`backend` 'vllm')."
+        )
 
 
-def _draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
-    p = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
+def _capacity(options: SamplingOptions, prompts: int, longest: int) -> tuple[int, int]:
+    """Rows, and places for prompts, that fit into the budget."""
+    own = options.max_new_tokens
+
+    def places(rows: int) -> int:
+        # Twice the prompts that the rows fill, for stragglers, and two more
+        return min(prompts, rows, 2 * -(-rows // options.num_samples) + 2)
+
+    def fits(rows: int) -> bool:
+        return rows * own + places(rows) * longest <= options.token_budget
+
+    if not fits(1):
+        raise ValueError(
+            f"`token_budget` of {options.token_budget} is less than one prompt of {longest} tokens "
+            f"and a completion of {own}. Raise it, or lower `max_new_tokens`."
+        )
+    rows = 1
+    while rows < prompts * options.num_samples and fits(rows + 1):
+        rows += 1
+    return rows, places(rows)
+
+
+def _probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """(R, V) fp32, not normalised: exp((logits - max) / temperature), the tail cut by `top_p`."""
+    logits = logits.float()
+    p = logits - logits.amax(-1, keepdim=True)
+    if options.temperature != 1:
+        p /= options.temperature
+    p.clamp_(min=-80).exp_()  # below it a result is subnormal, and torch's exp slows down a lot
+    if options.top_p < 1:
         # Keep the fewest tokens whose mass reaches top_p: those with less than it above them
         ordered, order = p.sort(descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
-        p = torch.zeros_like(p).scatter(1, order, ordered)
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+        above = ordered.cumsum(-1, dtype=torch.float64) - ordered
+        limit = options.top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
+        p = torch.zeros_like(p).scatter(1, order, ordered.masked_fill(above >= limit, 0))
+    return p
 
 
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+BLOCK = 256
+
+
+def _draw(p: Tensor, u: Tensor) -> Tensor:
+    """Invert the cumulative distribution: first over blocks of the vocabulary, then inside one.
+
+    Args:
+        p: (R, V) probabilities, not normalised.
+        u: (R,) uniforms in fp64.
+
+    Returns:
+        (R,) tokens.
+
+    Raises:
+        ValueError: A row that sums to NaN or infinity.
+    """
+    rows, vocabulary = p.shape
+    if vocabulary % BLOCK:
+        p = torch.nn.functional.pad(p, (0, -vocabulary % BLOCK))
+    p = p.view(rows, -1, BLOCK)
+    mass = p.sum(-1).double().cumsum(-1)
+    if not mass[:, -1].isfinite().all():
+        raise ValueError("The model's logits hold NaN or infinity: nothing can be sampled.")
+    target = u.unsqueeze(1) * mass[:, -1:]
+    block = torch.searchsorted(mass, target, right=True).clamp(max=p.size(1) - 1)
+    before = torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0)
+    inside = p[torch.arange(rows, device=p.device), block.squeeze(1)].double().cumsum(-1)
+    # The mass of a block was summed in another order: keep the target inside it
+    target = torch.minimum(target - before, inside[:, -1:] * (1 - 2**-53)).clamp(min=0)
+    token = torch.searchsorted(inside, target, right=True)
+    return (block * BLOCK + token.clamp(max=BLOCK - 1)).squeeze(1)
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     stop = model.generation_config.eos_token_id
     stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-    return torch.tensor(sorted({*stop, tokenizer.eos_token_id} - {None}), device=model.device)
+    return {*stop, tokenizer.eos_token_id} - {None}
 
 
-def _check_room(ids: list[list[int]], config, max_new_tokens: int) -> None:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return
-    long = [row for row, prompt in enumerate(ids) if len(prompt) + max_new_tokens > context]
-    if long:
-        raise ValueError(
-            f"{len(long)} prompts (first: row {long[0]}, {len(ids[long[0]])} tokens) leave no room "
-            f"for max_new_tokens={max_new_tokens} in a context of {context}. Lower "
-            "`max_new_tokens` or drop those rows."
-        )
+@contextmanager
+def _sampling_mode(model: PreTrainedModel):
+    """No gradients, and the model in eval mode; both are as they were afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _attention(configs: list, name: str):
+    """The attention that these configurations of a model name, replaced and put back."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name

@@ -1,0 +1,175 @@
+"""Attention of many completions to few prompts: the keys and values of a prompt are held once.
+
+    softmax(q [K_prompt; K_own]^T) [V_prompt; V_own]
+
+A decoding step scores the queries of all completions of a prompt against its keys in one matrix
+product, and each query against the keys of its own completion; one softmax spans both. Completions
+start at any step, and each has as many keys as it has tokens: nothing is padded but the longest
+length of the moment.
+
+The model calls it through transformers' attention interface, under the name of `ATTENTION`.
+"""
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+
+ATTENTION = "llmmix_shared_prompt"
+
+
+class SharedPromptCache:
+    """Keys and values of up to `prompts` prompts and `rows` completions of them.
+
+    Args:
+        rows: Completions at once.
+        prompts: Prompts at once.
+        prompt_length: Tokens of the longest prompt.
+        completion_length: Tokens of the longest completion.
+    """
+
+    def __init__(self, rows: int, prompts: int, prompt_length: int, completion_length: int):
+        self.rows, self.prompts = rows, prompts
+        self.prompt_length, self.completion_length = prompt_length, completion_length
+        # By layer: keys and values (place, heads, tokens, head size), of prompts and completions
+        self._prompt: list[tuple[Tensor, Tensor]] = []
+        self._own: list[tuple[Tensor, Tensor]] = []
+        self._prompt_lengths: Tensor | None = None
+
+    def put_prompt(self, place: int, computed: DynamicCache) -> None:
+        """Take over what the model computed for one prompt (a batch of one)."""
+        if not self._own:
+            self._allocate(computed)
+        for layer, buffers in zip(computed.layers, self._prompt, strict=True):
+            for source, buffer in zip((layer.keys, layer.values), buffers, strict=True):
+                buffer[place, :, : source.size(2)] = source[0]
+        self._prompt_lengths[place] = computed.get_seq_length()
+
+    def _allocate(self, computed: DynamicCache) -> None:
+        for layer in computed.layers:
+            given = (layer.keys, layer.values)
+            self._prompt.append(
+                # Zeros, since what stands behind a prompt's end is multiplied by a weight of zero
+                tuple(
+                    x.new_zeros(self.prompts, x.size(1), self.prompt_length, x.size(3))
+                    for x in given
+                )
+            )
+            self._own.append(
+                tuple(
+                    x.new_zeros(self.rows, x.size(1), self.completion_length, x.size(3))
+                    for x in given
+                )
+            )
+        device = computed.layers[0].keys.device
+        self._prompt_lengths = torch.zeros(self.prompts, dtype=torch.long, device=device)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one completion's keys and values to another row."""
+        for buffers in self._own:
+            for buffer in buffers:
+                buffer[target] = buffer[source]
+
+    def begin_step(self, places: Tensor, lengths: Tensor) -> None:
+        """Say which prompt each of the first rows completes, and how many keys each has so far.
+
+        Args:
+            places: (R,) place of the prompt of each row.
+            lengths: (R,) keys that the row holds; this step writes the next one.
+        """
+        self._row = torch.arange(len(places), device=places.device)
+        self._places, self._lengths = places, lengths
+        self._longest = int(lengths.max()) + 1
+        # The rows of each prompt side by side: members[place, i] is a row, i its number there
+        counts = torch.bincount(places, minlength=self.prompts)
+        order = places.argsort(stable=True)
+        numbers = self._row - (counts.cumsum(0) - counts)[places[order]]
+        self._number = torch.empty_like(order).scatter(0, order, numbers)
+        self._members = order.new_zeros(self.prompts, int(counts.max()))
+        self._members[places, self._number] = self._row
+        self._masks: dict[int | None, Tensor] = {}
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(R, 1, 1, prompt + own) 0 where a key is seen and -inf elsewhere."""
+        if window not in self._masks:
+            device = self._lengths.device
+            prompt = self._prompt_lengths[self._places].unsqueeze(1)
+            own = self._lengths.unsqueeze(1)
+            at_prompt = torch.arange(self.prompt_length, device=device)
+            at_own = torch.arange(self._longest, device=device)
+            seen = torch.cat([at_prompt < prompt, at_own <= own], 1)
+            if window is not None:
+                # the query stands at prompt + own
+                distance = torch.cat([prompt + own - at_prompt, own - at_own], 1)
+                seen &= distance < window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+            self._masks[window] = mask.masked_fill(~seen, -torch.inf)[:, None, None]
+        return self._masks[window]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Write the step's keys and values, and attend.
+
+        Args:
+            layer: Number of the layer.
+            query: (R, heads, 1, D), one token a row.
+            key: (R, key heads, 1, D).
+            value: (R, key heads, 1, D).
+            scaling: Factor of the scores.
+            softcap: Gemma's bound of the scores, if any.
+            window: Keys further back than this are not seen, if given.
+
+        Returns:
+            (R, 1, heads, D).
+        """
+        (prompt_keys, prompt_values), (keys, values) = self._prompt[layer], self._own[layer]
+        keys[self._row, :, self._lengths] = key[:, :, 0]
+        values[self._row, :, self._lengths] = value[:, :, 0]
+        rows, heads, size = query.size(0), keys.size(1), query.size(3)
+        query = query.view(rows, heads, -1, size) * scaling
+        of_prompt = self._by_row(self._by_prompt(query) @ prompt_keys.transpose(-1, -2))
+        of_own = query @ keys[:rows, :, : self._longest].transpose(-1, -2)
+        scores = torch.cat([of_prompt, of_own], -1)
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        scores = scores + self._mask(window, scores.dtype)
+        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        of_prompt, of_own = weights.split([self.prompt_length, self._longest], -1)
+        out = of_own @ values[:rows, :, : self._longest]
+        out += self._by_row(self._by_prompt(of_prompt) @ prompt_values)
+        return out.view(rows, 1, -1, value.size(3))
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """(R, heads, group, X) to (prompts, heads, members * group, X)."""
+        x = x[self._members].transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, x.size(-1))
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """(prompts, heads, members * group, X) back to (R, heads, group, X)."""
+        prompts, heads, _, size = x.shape
+        x = x.view(prompts, heads, self._members.size(1), -1, size)
+        return x[self._places, :, self._number]
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    cache: SharedPromptCache = kwargs["shared_prompt_cache"]
+    out = cache.attend(
+        module.layer_idx,
+        query,
+        key,
+        value,
+        query.size(-1) ** -0.5 if scaling is None else scaling,
+        kwargs.get("softcap"),
+        kwargs.get("sliding_window"),
+    )
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _attention)
