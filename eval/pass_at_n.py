@@ -5,63 +5,23 @@ r"""pass@N: the chance that at least one of N sampled answers is right, estimate
     llmmix eval pass_at_n --model_name_or_path builtin:tiny --dataset_name builtin:math \
         --num_samples 64 --n 1 16 64
 
-Rows need a `prompt` (text or messages) and an `answer`; the completion's last \boxed{...} is
-compared with it. Several models are evaluated side by side. Prints a table, and writes a JSON
-document a model and `report.html` to `--output_dir`.
+Rows need a prompt (text or messages) and a reference answer. Samples, judges, prints a table with
+95% intervals over the problems, and compares several models problem by problem. In `--output_dir`:
+NAME/samples.jsonl (every completion and verdict, written as they come; a killed run goes on from
+it), NAME/pass_at_n.json, summary.json, report.html and figures/.
 """
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-
-
-def pass_at_n(n_samples, n_correct, n):
-    """Unbiased estimate of pass@N from the samples of each problem.
-
-    Args:
-        n_samples: Samples drawn, int or array.
-        n_correct: How many of them were right, int or array.
-        n: N, int or array.
-
-    Returns:
-        A float, or an array in the broadcast shape of the arguments.
-
-    Raises:
-        ValueError: N above the samples drawn (there is no unbiased estimate then), N below 1, or
-            more right answers than samples.
-    """
-    n_samples, n_correct, n = np.broadcast_arrays(n_samples, n_correct, n)
-    if (n > n_samples).any() or (n < 1).any():
-        raise ValueError(
-            f"`n` must lie between 1 and the {n_samples.min()} samples drawn, got {n.min()} to "
-            f"{n.max()}; draw more samples."
-        )
-    if (n_correct > n_samples).any() or (n_correct < 0).any():
-        raise ValueError(
-            f"`n_correct` must lie between 0 and `n_samples`, got up to {n_correct.max()}."
-        )
-    estimates = np.array(
-        [
-            _estimate(int(a), int(c), int(k))
-            for a, c, k in zip(n_samples.flat, n_correct.flat, n.flat, strict=True)
-        ]
-    ).reshape(n.shape)
-    return float(estimates) if estimates.ndim == 0 else estimates
-
-
-@lru_cache(maxsize=65536)
-def _estimate(n_samples: int, n_correct: int, n: int) -> float:
-    if n_samples - n_correct < n:
-        return 1.0
-    # C(n-c, N) / C(n, N) is symmetric in c and N: take the shorter product
-    few, many = sorted((n_correct, n))
-    i = np.arange(n_samples - few + 1, n_samples + 1)
-    return float(-np.expm1(np.log1p(-many / i).sum()))
+from llmmix.estimators import pass_at_n
+from llmmix.sample_log import SampleLog, checkpoint_id, compare, prompt_id, summarize
+from llmmix.verify import Verifier, judge
 
 
 def evaluate(
@@ -71,58 +31,130 @@ def evaluate(
     *,
     num_samples: int,
     n: Sequence[int],
-    verify: Callable[[str, str], bool] | None = None,
+    verifier="math",
+    maj: bool = False,
+    log: SampleLog | None = None,
+    process: tuple[int, int] = (0, 1),
     description: str = "Sampling",
     **sampling,
 ) -> dict:
     """Sample, judge and estimate.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or a `vllm.LLM`.
         tokenizer: Its tokenizer.
         dataset: Rows with `prompt` and `answer`.
         num_samples: Samples a problem.
         n: The N to report.
-        verify: (completion, answer) -> right or not; exact match of the boxed answer by default.
+        verifier: A `Verifier`, or what it takes: a name, "module:function", or a function
+            (completion, answer) -> bool.
+        maj: Whether to estimate maj@N too.
+        log: Where samples are kept; those it holds are not drawn again.
+        process: This process's number and how many there are: each takes every so-manieth problem.
+            The result is of its own problems and of what the log held at the start; `judge_again`
+            is then the caller's, once, before.
         description: Title of the progress bar.
         **sampling: Options of `llmmix.sampling.sample`.
 
     Returns:
-        `pass_at_n` {N: mean over problems}, `standard_error` {N: over problems}, `n_correct` and
-        `boxed` (samples with a boxed answer at all) of each problem, and the settings.
+        What `summarize` returns, with `seconds` and `tokens_per_second` of this call.
 
     Raises:
-        ValueError: A row without a reference answer, or N above `num_samples`.
+        ValueError: A row without a reference answer, N above `num_samples`, or a log of other
+            problems.
     """
     from rich.progress import track
 
-    from llmmix.sampling import sample
-    from llmmix.verify import boxed_answer, exact_match
+    from llmmix.sampling import encode, sample, too_long
 
-    verify = verify or exact_match
-    missing = [row for row, answer in enumerate(dataset["answer"]) if answer in (None, "")]
+    _check_answers(dataset)
+    n = sorted(set(n))
+    pass_at_n(num_samples, 0, n)  # refuse N before sampling
+    verifier = verifier if isinstance(verifier, Verifier) else Verifier(verifier)
+    prompts, answers = list(dataset["prompt"]), [str(a) for a in dataset["answer"]]
+    ids = [prompt_id(prompt) for prompt in prompts]
+    if log is not None and process[1] == 1:
+        judge_again(log, dataset, verifier)
+    records = {} if log is None else {(r["problem"], r["sample"]): r for r in log.read()}
+    config = getattr(model, "config", None)  # vLLM has none, and checks its context itself
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    left_out = too_long(encoded, config, sampling.get("max_new_tokens", 256)) if config else []
+    mine = [row for row in range(process[0], len(prompts), process[1]) if row not in set(left_out)]
+    draws = sample(
+        model,
+        tokenizer,
+        [prompts[row] for row in mine],
+        num_samples,
+        numbers=mine,
+        done=records.keys(),
+        **sampling,
+    )
+    started, tokens = time.perf_counter(), 0
+    wanted = sum((row, s) not in records for row in mine for s in range(num_samples))
+    judged = judge(draws, dict(enumerate(answers)), verifier)
+    if process[0] == 0:
+        judged = track(judged, description=description, total=wanted)
+    for completion, verdict in judged:
+        row = completion.prompt
+        record = {
+            "problem": row,
+            "sample": completion.sample,
+            "prompt_id": ids[row],
+            "completion": completion.text,
+            "tokens": completion.tokens,
+            "finished": completion.finished,
+            "answer": answers[row],
+            "verifier": verifier.name,
+            "verdict": verdict,
+        }
+        records[row, completion.sample] = record
+        tokens += completion.tokens
+        if log is not None:
+            log.append([record])
+    seconds = time.perf_counter() - started
+    result = summarize(list(records.values()), len(prompts), num_samples, n, left_out, maj=maj)
+    result["errors"] = dict(verifier.errors.most_common(5))
+    return result | {"seconds": seconds, "tokens_per_second": tokens / seconds if tokens else None}
+
+
+def _check_answers(dataset) -> None:
+    missing = [
+        row
+        for row, answer in enumerate(dataset["answer"])
+        if answer is None or not str(answer).strip()
+    ]
     if missing:
-        raise ValueError(f"Row {missing[0]} has no `answer` ({len(missing)} such rows).")
-    pass_at_n(num_samples, 0, list(n))  # refuse N before sampling
-    draws = sample(model, tokenizer, dataset["prompt"], num_samples, **sampling)
-    correct, boxed = [], []
-    problems = zip(dataset["answer"], draws, strict=True)
-    for answer, completions in track(problems, description=description, total=len(dataset)):
-        correct.append(sum(verify(completion, answer) for completion in completions))
-        boxed.append(sum(boxed_answer(completion) is not None for completion in completions))
-    estimates = {k: pass_at_n(num_samples, correct, k) for k in n}
-    return {
-        "pass_at_n": {str(k): float(e.mean()) for k, e in estimates.items()},
-        "standard_error": {
-            str(k): float(e.std(ddof=1) / np.sqrt(len(e))) if len(e) > 1 else None
-            for k, e in estimates.items()
-        },
-        "estimator": "unbiased",
-        "num_samples": num_samples,
-        "n_correct": correct,
-        "boxed": boxed,
-        "sampling": sampling,
-    }
+        raise ValueError(
+            f"Row {missing[0]} has no `answer` ({len(missing)} such rows). Give one, or drop them."
+        )
+
+
+def judge_again(log: SampleLog, dataset, verifier: Verifier) -> None:
+    """Renew the verdicts of a log that another verifier gave, or on another reference answer.
+
+    Raises:
+        ValueError: The log holds samples of another prompt.
+    """
+    prompts, answers = dataset["prompt"], [str(answer) for answer in dataset["answer"]]
+    ids = [prompt_id(prompt) for prompt in prompts]
+    records, stale = list(log.read()), []
+    for record in records:
+        row = record["problem"]
+        if row >= len(ids):
+            continue
+        if record["prompt_id"] != ids[row]:
+            raise ValueError(
+                f"{log.path} holds samples of another prompt in row {row}. Name another "
+                "`output_dir`, or remove that folder."
+            )
+        if (record["verifier"], record["answer"]) != (verifier.name, answers[row]):
+            stale.append(record)
+    for record in stale:
+        answer = answers[record["problem"]]
+        verdict = verifier(record["completion"], answer)
+        record |= {"verifier": verifier.name, "answer": answer, "verdict": verdict}
+    if stale:
+        log.replace(records)
 
 
 @dataclass
@@ -132,57 +164,130 @@ class PassAtNArguments:
     model_name_or_path: list[str] = field(
         metadata={"help": "One or several: hub id, folder, .gguf file or builtin:tiny."}
     )
+    adapter: list[str] | None = field(
+        default=None,
+        metadata={"help": "PEFT folders, each a run on the one model; 'none' for the model alone."},
+    )
     dataset_name: str = field(
-        default="builtin:math", metadata={"help": "Rows with `prompt` and `answer`."}
+        default="builtin:math", metadata={"help": "Rows with a prompt and a reference answer."}
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Hub configuration, or levels of builtin:math."}
     )
     dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Text or messages."})
+    answer_column: str = field(default="answer", metadata={"help": "The reference answer."})
+    prompt_template: str = field(
+        default="{prompt}", metadata={"help": "What to make of a prompt of text."}
+    )
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "Take a prompt of text for a user's message."}
+    )
     max_problems: int | None = field(default=None, metadata={"help": "Use the first so many rows."})
     num_samples: int = field(default=64, metadata={"help": "Samples a problem."})
     n: list[int] = field(default_factory=lambda: [1, 4, 16, 64], metadata={"help": "N to report."})
-    temperature: float = field(default=1.0, metadata={"help": "Divisor of the logits."})
+    maj: bool = field(default=False, metadata={"help": "Report maj@N, the majority vote, too."})
+    temperature: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Divisor of the logits; several give coverage against temperature."},
+    )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus mass."})
     max_new_tokens: int = field(default=256, metadata={"help": "Tokens a completion."})
-    max_rows: int = field(default=256, metadata={"help": "Completions decoded at once."})
+    token_budget: int = field(
+        default=16384, metadata={"help": "Tokens whose keys and values are held at once."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the draws."})
+    verifier: str = field(
+        default="math",
+        metadata={"help": "math, exact, normalized, choice, or your module:function."},
+    )
+    verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds an answer may take."})
+    verifier_workers: int = field(default=1, metadata={"help": "Processes that judge."})
+    backend: str = field(default="transformers", metadata={"help": "transformers or vllm."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Of the weights; auto: the checkpoint's, fp32 on a CPU."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code of the checkpoint."})
     output_dir: str = field(default="runs/pass_at_n", metadata={"help": "Where the results go."})
 
 
 def main(args: PassAtNArguments) -> dict[str, dict]:
-    """Evaluate each model; print one table, write NAME/pass_at_n.json and report.html."""
+    """Evaluate each model; print the tables and write what the module's docstring lists."""
+    from accelerate import PartialState
     from transformers.utils import logging
 
     from llmmix.report import write_report
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("pass_at_n runs on one process: leave `--num_processes` out.")
+    runs = _runs(args)
+    process = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if process[1] > 1 and args.backend == "vllm":
+        raise ValueError("`backend` 'vllm' uses all GPUs from one process: no `--num_processes`.")
+    # Shards finish at different times: nobody is to give up waiting
+    patience = {"timeout": timedelta(days=30)} if process[1] > 1 else {}
+    state = PartialState(cpu=not _accelerated(), **patience)
     logging.disable_progress_bar()
     rows = _load_rows(args)
     results = {}
-    for name, run in zip(args.model_name_or_path, _run_names(args), strict=True):
-        result = {"eval": "pass_at_n", "model": name, **_evaluate_one(name, run, rows, args)}
-        out = Path(args.output_dir) / run / "pass_at_n.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1))
-        results[run] = result
-    _print_table(results, args.num_samples, len(rows))
+    with Verifier(
+        args.verifier, timeout=args.verifier_timeout, workers=args.verifier_workers
+    ) as verifier:
+        for run in runs:
+            result = _evaluate_one(run, rows, verifier, args, state)
+            if state.is_main_process:
+                folder = Path(args.output_dir) / run.name
+                (folder / "pass_at_n.json").write_text(json.dumps(result, indent=1))
+                results[run.name] = result
+    if not state.is_main_process:
+        return {}
+    differences = compare(results)
+    summary = {"runs": results, "differences": differences}
+    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
+    _print_tables(results, differences)
+    temperatures = ", ".join(f"{t:g}" for t in args.temperature)
     note = (
         f"{len(rows)} problems of {args.dataset_name}, {args.num_samples} samples each at "
-        f"temperature {args.temperature:g}, seed {args.seed}."
+        f"temperature {temperatures}, seed {args.seed}, judged by {verifier.name}."
     )
     print(f"Report: {write_report(args.output_dir, note=note)}")
     return results
 
 
-def _run_names(args: PassAtNArguments) -> list[str]:
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    model: str
+    adapter: str | None
+    temperature: float
+
+
+def _runs(args: PassAtNArguments) -> list[_Run]:
+    """One a model or adapter and temperature, each with a folder of its own."""
+    if args.backend not in ("transformers", "vllm"):
+        raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {args.backend!r}.")
+    if args.adapter and len(args.model_name_or_path) > 1:
+        raise ValueError("`adapter` goes with one `model_name_or_path`, got several.")
+    if len(set(args.temperature)) < len(args.temperature):
+        raise ValueError(f"`temperature` names one twice: {args.temperature}.")
+    names = args.adapter or args.model_name_or_path
+    runs = []
+    for given, name in zip(names, _folder_names(names), strict=True):
+        adapter = given if args.adapter and given != "none" else None
+        model = args.model_name_or_path[0] if args.adapter else given
+        if name == "none":
+            name = _folder_names([model])[0]
+        for t in args.temperature:
+            full = f"{name}-T{t:g}" if len(args.temperature) > 1 else name
+            runs.append(_Run(full, model, adapter, t))
+    return runs
+
+
+def _folder_names(names: list[str]) -> list[str]:
     """The last part of each model's name, or all of it where two would share a folder."""
-    short = [Path(name).name for name in args.model_name_or_path]
-    names = short if len(set(short)) == len(short) else args.model_name_or_path
-    if len(set(names)) < len(names):
-        raise ValueError(f"`model_name_or_path` names a model twice: {', '.join(names)}.")
-    return [name.strip("./").replace("/", "-").replace(":", "-") for name in names]
+    short = [Path(name).name for name in names]
+    short = short if len(set(short)) == len(short) else names
+    if len(set(short)) < len(short):
+        raise ValueError(f"`model_name_or_path` or `adapter` names one twice: {', '.join(names)}.")
+    return [name.strip("./").replace("/", "-").replace(":", "-") for name in short]
 
 
 def _load_rows(args: PassAtNArguments):
@@ -192,38 +297,102 @@ def _load_rows(args: PassAtNArguments):
     if args.dataset_split not in splits:
         raise ValueError(f"`dataset_split`: no {args.dataset_split!r} among {list(splits)}.")
     rows = splits[args.dataset_split]
-    if missing := {"prompt", "answer"} - set(rows.column_names):
-        raise ValueError(f"`dataset_name` lacks {sorted(missing)}; it has {rows.column_names}.")
-    return rows if args.max_problems is None else rows.take(args.max_problems)
+    for argument in ("prompt", "answer"):
+        column = getattr(args, f"{argument}_column")
+        if column not in rows.column_names:
+            raise ValueError(f"`{argument}_column`: no {column!r} among {rows.column_names}.")
+        if column != argument:
+            rows = rows.remove_columns({argument} & set(rows.column_names))
+            rows = rows.rename_column(column, argument)
+    rows = rows if args.max_problems is None else rows.take(args.max_problems)
+    if "{prompt}" not in args.prompt_template:
+        raise ValueError(f"`prompt_template` lacks {{prompt}}: {args.prompt_template!r}.")
+    if not len(rows) or not isinstance(rows[0]["prompt"], str):
+        return rows
+    texts = [args.prompt_template.replace("{prompt}", prompt) for prompt in rows["prompt"]]
+    if args.apply_chat_template:
+        texts = [[{"role": "user", "content": text}] for text in texts]
+    return rows.remove_columns("prompt").add_column("prompt", texts)
 
 
-def _evaluate_one(name: str, run: str, rows, args: PassAtNArguments) -> dict:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _evaluate_one(run: _Run, rows, verifier: Verifier, args: PassAtNArguments, state) -> dict:
+    from transformers import AutoTokenizer
 
     from llmmix.data import resolve_checkpoint
 
-    checkpoint = resolve_checkpoint(name)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    checkpoint = resolve_checkpoint(run.model)
+    settings = {
+        "model": checkpoint_id(checkpoint),
+        "adapter": checkpoint_id(run.adapter) if run.adapter else None,
+        "temperature": run.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "backend": args.backend,
+        "dtype": args.dtype,
+    }
+    log = SampleLog(Path(args.output_dir) / run.name, settings)
+    if state.is_main_process and state.num_processes > 1:
+        judge_again(log, rows, verifier)
+    state.wait_for_everyone()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=args.trust_remote_code)
+    model = _load_model(checkpoint, run.adapter, args, state.device)
+    options = {"max_new_tokens": args.max_new_tokens, "token_budget": args.token_budget}
+    options |= {"temperature": run.temperature, "top_p": args.top_p, "seed": args.seed}
+    chosen = {"num_samples": args.num_samples, "n": args.n, "maj": args.maj, "log": log}
     result = evaluate(
         model,
         tokenizer,
         rows,
-        num_samples=args.num_samples,
-        n=args.n,
-        description=f"Sampling {run}",
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        max_rows=args.max_rows,
-        seed=args.seed,
+        verifier=verifier,
+        process=(state.process_index, state.num_processes),
+        description=f"Sampling {run.name}",
+        **chosen,
+        **options,
     )
-    if "completion" in rows.column_names:
-        result["loss"] = reference_loss(model, tokenizer, rows)
+    state.wait_for_everyone()
+    if state.num_processes > 1 and state.is_main_process:
+        whole = summarize(
+            list(log.read()),
+            len(rows),
+            args.num_samples,
+            sorted(set(args.n)),
+            result["left_out"],
+            maj=args.maj,
+        )
+        result |= whole
+    names = {"eval": "pass_at_n", "model": run.model, "adapter": run.adapter}
+    result = names | {"dataset": args.dataset_name, "verifier": verifier.name, **options} | result
+    if "completion" in rows.column_names and args.backend == "transformers":
+        if state.is_main_process:
+            result["loss"] = reference_loss(model, tokenizer, rows)
     return result
+
+
+def _load_model(checkpoint: str, adapter: str | None, args: PassAtNArguments, device):
+    if args.backend == "vllm":
+        from llmmix.vllm_backend import load_vllm
+
+        options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        return load_vllm(checkpoint, adapter, **options)
+    from transformers import AutoModelForCausalLM
+
+    # bf16 is several times slower than fp32 on most processors
+    dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code
+    )
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.to(device)
+
+
+def _accelerated() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float:
@@ -244,9 +413,7 @@ def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float:
             examples.append((full, [-100] * prompt_length + full[prompt_length:]))
         width = max(len(ids) for ids, _ in examples)
         batch = {
-            "input_ids": [
-                ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in examples
-            ],
+            "input_ids": [ids + [0] * (width - len(ids)) for ids, _ in examples],
             "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples],
             "labels": [labels + [-100] * (width - len(labels)) for _, labels in examples],
         }
@@ -258,24 +425,75 @@ def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float:
     return nll / tokens
 
 
-def _print_table(results: dict[str, dict], num_samples: int, problems: int) -> None:
+def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{problems} problems, {num_samples} samples each (± standard error)")
+    console, first = Console(), next(iter(results.values()))
+    title = f"{first['rows']} problems, {first['num_samples']} samples each, 95% intervals"
+    table = Table(title=title, caption="\n".join(_remarks(results)) or None)
     table.add_column("model")
     with_loss = any("loss" in result for result in results.values())
     if with_loss:
         table.add_column("loss", justify="right")
-    for n in next(iter(results.values()))["pass_at_n"]:
-        table.add_column(f"pass@{n}", justify="right")
+    estimates = [("pass_at_n", "interval", "pass"), ("maj_at_n", "maj_interval", "maj")]
+    estimates = [names for names in estimates if names[0] in first]
+    for key, _, name in estimates:
+        for n in first[key]:
+            table.add_column(f"{name}@{n}", justify="right")
     for run, result in results.items():
         cells = [f"{result['loss']:.3f}" if "loss" in result else ""] if with_loss else []
-        for n, value in result["pass_at_n"].items():
-            error = result["standard_error"][n]
-            cells.append(f"{value:.3f}" + ("" if error is None else f" ±{error:.2f}"))
+        for key, interval, _ in estimates:
+            cells += [_cell(value, result[interval][n]) for n, value in result[key].items()]
         table.add_row(run, *cells)
-    Console().print(table)
+    console.print(table)
+    if differences:
+        table = Table(title=f"pass@N minus that of {next(iter(results))}, problem by problem")
+        table.add_column("model")
+        for n in first["pass_at_n"]:
+            table.add_column(f"pass@{n}", justify="right")
+        for run, by_n in differences.items():
+            cells = [by_n.get(n) for n in first["pass_at_n"]]
+            table.add_row(
+                run,
+                *("" if c is None else _cell(c["difference"], c["interval"], "+") for c in cells),
+            )
+        console.print(table)
+
+
+def _cell(value: float | None, interval: list[float] | None, sign: str = "") -> str:
+    if value is None:
+        return "none"
+    bounds = "" if interval is None else f"\n{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
+    return f"{value:{sign}.3f}{bounds}"
+
+
+def _remarks(results: dict[str, dict]) -> list[str]:
+    """What the estimates rest on, where it is not simply every sample."""
+    remarks = []
+    for run, result in results.items():
+        verdicts, total = result["verdicts"], sum(result["verdicts"].values())
+        parts = {
+            "unparsable": verdicts["unparsable"],
+            "cut at max_new_tokens": result["cut"],
+            "failed verification (not counted as wrong)": verdicts["failed"],
+        }
+        said = [f"{count} {what}" for what, count in parts.items() if count]
+        if said:
+            remarks.append(f"{run}: of {total} samples {', '.join(said)}.")
+        for error, count in result["errors"].items():
+            remarks.append(f"  {count} x {error}")
+        if left_out := result["left_out"]:
+            remarks.append(
+                f"{run}: {len(left_out)} problems left out, whose prompts leave no room for "
+                f"max_new_tokens={result['max_new_tokens']} in the context (first: row "
+                f"{left_out[0]})."
+            )
+        short = {n: count for n, count in result["problems"].items() if count < result["rows"]}
+        if any(count < result["rows"] - len(left_out) for count in short.values()):
+            counts = ", ".join(f"pass@{n} on {count}" for n, count in short.items())
+            remarks.append(f"{run}: too few judged samples for some problems: {counts} problems.")
+    return remarks
 
 
 if __name__ == "__main__":

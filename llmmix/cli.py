@@ -106,7 +106,9 @@ def launch(args) -> int:
     if (args.num_processes or 1) > 1:
         # On a CPU, `accelerate launch` starts one process whatever it is told; torchrun starts all
         options = ["--standalone", f"--nproc_per_node={args.num_processes}"]
-        return _become("torch.distributed.run", [*options, *target, *args.flags])
+        # Without the dashes torchrun takes a flag such as `--n` for the start of one of its own
+        *module, name = target
+        return _become("torch.distributed.run", [*options, *module, "--", name, *args.flags])
     sys.argv = [args.name, *args.flags]
     try:
         if target[0] == "-m":

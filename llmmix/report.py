@@ -54,6 +54,8 @@ def write_report(folder: str | Path, *, title: str | None = None, note: str = ""
     figures = {}
     if evaluations:
         figures["pass_at_n"] = _pass_at_n_figure(evaluations, colours)
+        if _by_temperature(evaluations):
+            figures["temperature"] = _temperature_figure(evaluations, colours)
     if histories:
         figures["training"] = _training_figure(histories, colours)
     (folder / "figures").mkdir(exist_ok=True)
@@ -91,25 +93,61 @@ def _written(run: Path) -> float:
 def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.0))
+    ticks: set[int] = set()
     for name, document in evaluations.items():
-        curve = document["pass_at_n"]
-        n = [int(k) for k in curve]
-        values = list(curve.values())
+        n, values, low, high = _curve(document, "pass_at_n", "interval")
         axis.plot(n, values, marker="o", color=colours[name], label=name, linewidth=2)
-        errors = document.get("standard_error") or {}
-        if errors and None not in errors.values():
-            low, high = (
-                [v + sign * 1.96 * e for v, e in zip(values, errors.values(), strict=True)]
-                for sign in (-1, 1)
-            )
-            axis.fill_between(n, low, high, color=colours[name], alpha=0.12, linewidth=0)
+        axis.fill_between(n, low, high, color=colours[name], alpha=0.12, linewidth=0)
+        if "maj_at_n" in document:
+            n, values, *_ = _curve(document, "maj_at_n", "maj_interval")
+            axis.plot(n, values, "--", color=colours[name], label=f"{name}, maj@N", linewidth=1.4)
+        ticks |= set(n)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(n, [str(k) for k in n])
+    axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
     axis.set_xlabel("N, samples drawn")
     axis.set_ylabel("pass@N")
     axis.set_ylim(0, 1)
     axis.legend(frameon=False)
     return _png(figure)
+
+
+def _curve(document: dict, estimate: str, interval: str) -> tuple[list, list, list, list]:
+    """N, estimates and bounds, with NaN where there is none."""
+    nothing = float("nan")
+    values = [nothing if value is None else value for value in document[estimate].values()]
+    bounds = [given or (nothing, nothing) for given in document[interval].values()]
+    low, high = zip(*bounds, strict=True)
+    return [int(n) for n in document[estimate]], values, list(low), list(high)
+
+
+def _temperature_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
+    """pass@N against temperature, a panel a model, a line for each N."""
+    plt = _pyplot()
+    models = _by_temperature(evaluations)
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(4.2 * len(models), 3.4), squeeze=False, layout="constrained"
+    )
+    for axis, (model, documents) in zip(axes.flat, models.items(), strict=True):
+        documents = sorted(documents, key=lambda document: document["temperature"])
+        temperatures = [document["temperature"] for document in documents]
+        for n, colour in zip(documents[0]["pass_at_n"], COLOURS * 9, strict=False):
+            values = [document["pass_at_n"].get(n) for document in documents]
+            axis.plot(temperatures, values, marker="o", color=colour, label=f"pass@{n}")
+        axis.set_title(model, fontsize=10)
+        axis.set_xlabel("temperature")
+        axis.set_ylim(0, 1)
+    axes.flat[0].legend(frameon=False)
+    return _png(figure)
+
+
+def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:
+    """The documents of each model that was sampled at several temperatures."""
+    models: dict[str, list[dict]] = {}
+    for document in evaluations.values():
+        if "temperature" in document:
+            model = document["adapter"] or document["model"]
+            models.setdefault(Path(model).name, []).append(document)
+    return {model: documents for model, documents in models.items() if len(documents) > 1}
 
 
 def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) -> bytes:
@@ -162,6 +200,7 @@ def _curves(histories: dict[str, list[dict]]) -> dict[str, dict[str, tuple[list,
 def _page(title: str, note: str, evaluations: dict[str, dict], figures: dict[str, bytes]) -> str:
     captions = {
         "pass_at_n": "pass@N on held-out problems, with 95% bands over problems",
+        "temperature": "Coverage against temperature",
         "training": "Training",
     }
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(note)}</p>']
@@ -184,7 +223,8 @@ def _table(evaluations: dict[str, dict]) -> str:
             columns.setdefault("loss a token", {})[name] = document["loss"]
         for n, value in document["pass_at_n"].items():
             columns.setdefault(f"pass@{n}", {})[name] = value
-    best = {c: (min if "loss" in c else max)(values.values()) for c, values in columns.items()}
+    known = {c: [v for v in values.values() if v is not None] for c, values in columns.items()}
+    best = {c: (min if "loss" in c else max)(values, default=None) for c, values in known.items()}
     head = "".join(f"<th>{c}</th>" for c in columns)
     body = ""
     for name in evaluations:

@@ -82,7 +82,7 @@ def sample(
     Args:
         model: A causal language model of transformers, whose mode and attention are put back at the
             end, or a `vllm.LLM`.
-        tokenizer: Its tokenizer, with a pad token.
+        tokenizer: Its tokenizer; it needs no pad token, since nothing is padded.
         prompts: Text, or lists of chat messages.
         num_samples: Completions a prompt.
         temperature: Divisor of the logits, positive.
@@ -95,7 +95,7 @@ def sample(
         done: Pairs (prompt, sample) that are not wanted.
 
     Raises:
-        ValueError: A temperature, nucleus or seed out of range, no pad token, a prompt that is
+        ValueError: A temperature, nucleus or seed out of range, a prompt that is
             empty or leaves no room for a completion, a budget below one completion, or a model that
             cannot be decoded this way.
     """
@@ -110,8 +110,6 @@ def sample(
         )
     if seed < 0:
         raise ValueError(f"`seed` must be 0 or above, got {seed}.")
-    if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no pad token. Set `tokenizer.pad_token` to one.")
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     numbers = range(len(ids)) if numbers is None else numbers
     if empty := [number for number, row in zip(numbers, ids, strict=True) if not row]:

@@ -95,7 +95,8 @@ def main(args: QuickstartArguments) -> None:
     command += ["--model_name_or_path", *(str(folder / method) for method in METHODS)]
     command += ["--dataset_name", "builtin:math", "--dataset_config", "1"]
     command += ["--max_problems", str(args.test_rows), "--num_samples", str(args.num_samples)]
-    command += ["--max_new_tokens", "16", "--max_rows", "2048", "--seed", str(args.seed)]
+    command += ["--max_new_tokens", "16", "--token_budget", "65536", "--verifier", "exact"]
+    command += ["--seed", str(args.seed)]
     subprocess.run([*command, "--output_dir", str(folder)], check=True)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 from trl import DPOTrainer, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ PRIVATE = {
     "_tag_names": (SFTTrainer, "dco.py sftmix.py rpo.py"),
     "_paper": (SFTTrainer, "dco.py sftmix.py rpo.py"),
     "_name": (SFTTrainer, "dco.py sftmix.py rpo.py"),
+    "_attn_implementation": (PreTrainedConfig, "sampling.py"),
 }
 
 

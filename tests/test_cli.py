@@ -113,7 +113,7 @@ def test_mistakes_are_one_line_and_status_2(argv, message, capsys, tmp_path, mon
         (
             ["run", "--num_processes", "2", "dco", "--n_samples", "3"],
             "torch.distributed.run",
-            ["--standalone", "--nproc_per_node=2", "-m", "llmmix.recipes.dco", "--n_samples", "3"],
+            ["--standalone", "--nproc_per_node=2", "-m", "--", "llmmix.recipes.dco", "--n_samples"],
         ),
         (
             ["run", "--accelerate_config", "fsdp2", "--num_processes", "4", "rpo"],

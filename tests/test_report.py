@@ -11,7 +11,7 @@ HISTORY = [
 ]
 EVALUATION = {
     "pass_at_n": {"1": 0.1, "4": 0.3},
-    "standard_error": {"1": 0.01, "4": 0.02},
+    "interval": {"1": [0.08, 0.12], "4": [0.26, 0.34]},
     "loss": 0.5,
 }
 
@@ -48,8 +48,8 @@ def test_a_run_too_short_for_curves_still_reports(tmp_path):
     assert write_report(tmp_path / "run").exists()
 
 
-def test_one_problem_has_no_error_bars(tmp_path):
-    document = {"pass_at_n": {"1": 0.1}, "standard_error": {"1": None}}
+def test_one_problem_has_no_interval(tmp_path):
+    document = {"pass_at_n": {"1": 0.1}, "interval": {"1": None}}
     (tmp_path / "pass_at_n.json").write_text(json.dumps(document))
     assert write_report(tmp_path).exists()
 
@@ -57,3 +57,21 @@ def test_one_problem_has_no_error_bars(tmp_path):
 def test_nothing_to_report(tmp_path):
     with pytest.raises(FileNotFoundError, match="Nothing to report"):
         write_report(tmp_path)
+
+
+def test_missing_estimates_majority_votes_and_temperatures(tmp_path):
+    for t in (0.5, 1.0):
+        document = {
+            **EVALUATION,
+            "pass_at_n": {"1": 0.1, "4": None},
+            "interval": {"1": [0.0, 0.2], "4": None},
+            "maj_at_n": {"1": 0.1, "4": 0.2},
+            "maj_interval": {"1": [0.0, 0.2], "4": [0.1, 0.3]},
+            "model": "m",
+            "adapter": None,
+            "temperature": t,
+        }
+        make_run(tmp_path / f"m-T{t:g}", history=None, evaluation=document)
+    page = write_report(tmp_path).read_text()
+    assert page.count("<img") == 2 and "Coverage against temperature" in page
+    assert (tmp_path / "figures" / "temperature.png").exists()
