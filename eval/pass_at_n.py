@@ -23,6 +23,8 @@ from llmmix.estimators import pass_at_n
 from llmmix.sample_log import SampleLog, checkpoint_id, compare, prompt_id, summarize
 from llmmix.verify import Verifier, judge
 
+SECONDS_UNWRITTEN = 1.0  # what a killed run may lose
+
 
 def evaluate(
     model,
@@ -94,23 +96,30 @@ def evaluate(
     judged = judge(draws, dict(enumerate(answers)), verifier)
     if process[0] == 0:
         judged = track(judged, description=description, total=wanted)
-    for completion, verdict in judged:
-        row = completion.prompt
-        record = {
-            "problem": row,
-            "sample": completion.sample,
-            "prompt_id": ids[row],
-            "completion": completion.text,
-            "tokens": completion.tokens,
-            "finished": completion.finished,
-            "answer": answers[row],
-            "verifier": verifier.name,
-            "verdict": verdict,
-        }
-        records[row, completion.sample] = record
-        tokens += completion.tokens
+    unwritten, written = [], started
+    try:
+        for completion, verdict in judged:
+            row = completion.prompt
+            record = {
+                "problem": row,
+                "sample": completion.sample,
+                "prompt_id": ids[row],
+                "completion": completion.text,
+                "tokens": completion.tokens,
+                "finished": completion.finished,
+                "answer": answers[row],
+                "verifier": verifier.name,
+                "verdict": verdict,
+            }
+            records[row, completion.sample] = record
+            tokens += completion.tokens
+            unwritten.append(record)
+            if log is not None and time.perf_counter() - written > SECONDS_UNWRITTEN:
+                log.append(unwritten)
+                unwritten, written = [], time.perf_counter()
+    finally:
         if log is not None:
-            log.append([record])
+            log.append(unwritten)
     seconds = time.perf_counter() - started
     result = summarize(list(records.values()), len(prompts), num_samples, n, left_out, maj=maj)
     result["errors"] = dict(verifier.errors.most_common(5))
@@ -432,7 +441,7 @@ def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> Non
     console, first = Console(), next(iter(results.values()))
     title = f"{first['rows']} problems, {first['num_samples']} samples each, 95% intervals"
     table = Table(title=title, caption="\n".join(_remarks(results)) or None)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     with_loss = any("loss" in result for result in results.values())
     if with_loss:
         table.add_column("loss", justify="right")
@@ -440,7 +449,7 @@ def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> Non
     estimates = [names for names in estimates if names[0] in first]
     for key, _, name in estimates:
         for n in first[key]:
-            table.add_column(f"{name}@{n}", justify="right")
+            table.add_column(f"{name}@{n}", justify="right", no_wrap=True)
     for run, result in results.items():
         cells = [f"{result['loss']:.3f}" if "loss" in result else ""] if with_loss else []
         for key, interval, _ in estimates:
@@ -449,9 +458,9 @@ def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> Non
     console.print(table)
     if differences:
         table = Table(title=f"pass@N minus that of {next(iter(results))}, problem by problem")
-        table.add_column("model")
+        table.add_column("model", overflow="fold")
         for n in first["pass_at_n"]:
-            table.add_column(f"pass@{n}", justify="right")
+            table.add_column(f"pass@{n}", justify="right", no_wrap=True)
         for run, by_n in differences.items():
             cells = [by_n.get(n) for n in first["pass_at_n"]]
             table.add_row(
@@ -464,7 +473,7 @@ def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> Non
 def _cell(value: float | None, interval: list[float] | None, sign: str = "") -> str:
     if value is None:
         return "none"
-    bounds = "" if interval is None else f"\n{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
+    bounds = "" if interval is None else f"\n[{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]"
     return f"{value:{sign}.3f}{bounds}"
 
 

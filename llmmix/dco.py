@@ -17,6 +17,7 @@ Recipe: recipes/dco.py. Evaluation: eval/pass_at_n.py. Invariants: tests/test_in
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -161,6 +162,7 @@ class DCOTrainer(SFTTrainer):
         "id": "2502.07154",
     }
     loss_is_scaled_for_ga = True  # the loss is divided by the examples of the whole window
+    row_weights: Callable[[list[int]], Tensor] | None = None  # see filtering.attach_weights
 
     def __init__(self, model, args: DCOConfig | None = None, train_dataset=None, **kwargs):
         args = args or DCOConfig("dco-output")
@@ -181,22 +183,35 @@ class DCOTrainer(SFTTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(int((b["labels"][:, 1:] != -100).any(1).sum()) for b in batches)
         count = self.accelerator.gather(torch.tensor(count, device=device)).sum()
+        if self.row_weights is not None and batches:
+            rows = [batch.pop("row").tolist() for batch in batches]
+            weights = self.row_weights(sum(rows, [])).to(device, torch.float32)
+            for batch, part in zip(batches, weights.split([len(r) for r in rows]), strict=True):
+                batch["row_weights"] = part
         return batches, count.clamp(min=1)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self.row_weights is not None and "row" not in self._signature_columns:
+            self._signature_columns += ["row"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DCO on the same forward that TRL's metrics come from."""
+        given = inputs.pop("row_weights", None)
         recorder = ForwardRecorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         output = recorder.output
         lengths = output.label_mask.sum(1)
         logps = output.log_probs.sum(1)
-        weight = dco_weight(logps, self.args.n_samples)
-        if self.args.reduction == "sum":
+        weight = dco_weight(logps, self.args.n_samples) if given is None else given
+        if given is not None and self.args.reduction == "sum":
+            losses = weight * -logps
+        elif self.args.reduction == "sum":
             losses = dco_loss(logps, self.args.n_samples)
         else:
             losses = weight * -logps / lengths.clamp(min=1)
         scored = lengths > 0
-        losses = losses * scored  # F is 0 at p = 1, so a row without targets adds an exact zero
+        losses = losses * scored  # a row without targets adds an exact zero
         if num_items_in_batch is None:
             loss = losses.sum() / scored.sum().clamp(min=1)
         else:  # DDP averages gradients over ranks

@@ -4,8 +4,13 @@
         --dataset_name rows.jsonl --n_samples 64
 
 Rows are what `trl sft` takes: prompt and completion, chat messages, or text. Add `--use_peft` for
-LoRA. The method is described in llmmix/dco.py.
+LoRA. With `--stepwise true`, rows of `prompt` and `steps`, or chats with several answers, give one
+example a step, and n_samples is the N of a step. With `--likelihood_threshold 0.1`, rows whose F has
+fallen below it are left out (NCO). The method is described in llmmix/dco.py, llmmix/steps.py and
+llmmix/filtering.py; for chains of thought see recipes/dco_cot.py.
 """
+
+from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
@@ -17,22 +22,45 @@ from llmmix.data import (
     load_train_and_eval,
     prepare_model_args,
 )
+from llmmix.filtering import LikelihoodFilter, attach_filter
 from llmmix.report import write_report
+from llmmix.steps import split_steps
 
 
-def main(script_args: ScriptArguments, training_args: DCOConfig, model_args: ModelConfig) -> None:
+@dataclass
+class SelectionArguments:
+    """Which examples DCO sees."""
+
+    stepwise: bool = field(default=False, metadata={"help": "Make an example of each step."})
+    likelihood_threshold: float | None = field(
+        default=None, metadata={"help": "NCO: leave rows out whose F is below it, such as 0.1."}
+    )
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: DCOConfig,
+    model_args: ModelConfig,
+    selection_args: SelectionArguments,
+) -> None:
     """Load, train, save."""
     checkpoint = prepare_model_args(model_args, training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
+    tokenizer = load_tokenizer(checkpoint, model_args, training_args)
+    if selection_args.stepwise:
+        train_dataset = split_steps(train_dataset, tokenizer)
+        eval_dataset = eval_dataset and split_steps(eval_dataset, tokenizer)
     trainer = DCOTrainer(
         checkpoint,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(checkpoint, model_args, training_args),
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if (threshold := selection_args.likelihood_threshold) is not None:
+        attach_filter(trainer, LikelihoodFilter(trainer, threshold=threshold))
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     trainer.save_state()
@@ -45,4 +73,4 @@ def main(script_args: ScriptArguments, training_args: DCOConfig, model_args: Mod
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, DCOConfig, ModelConfig), __file__))
+    main(*parse_args((ScriptArguments, DCOConfig, ModelConfig, SelectionArguments), __file__))

@@ -1,0 +1,126 @@
+"""Solutions in steps: each step becomes an example of its own, its context all that comes before.
+
+DCO on whole proofs needs N of about N_eff^k draws for k steps. Applied to each step with a small
+`n_samples` (N_eff, 4 to 32), it brakes the sure steps and pulls at the unsure ones:
+
+    sum over steps of loss_N(p_step),    p_step = p(step | prompt, steps before)
+
+The tokens are those of the whole solution, tokenized once, so that the product of the p_step is the
+probability of the whole.
+"""
+
+import logging
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def split_steps(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, separator: str = "\n"
+) -> Dataset:
+    """One example a step, from rows with `prompt` and `steps`, or chats with several answers.
+
+    Args:
+        dataset: Rows of `prompt` (text or messages) and `steps` (a list of texts), or of `messages`
+            whose every assistant turn is a step.
+        tokenizer: A fast one, with a chat template where messages are given.
+        separator: Written between the steps of `steps`, and scored with the step it ends.
+
+    Returns:
+        From `steps`, rows of `input_ids` and `labels`; the end-of-sequence token, or the end of the
+        assistant's turn, belongs to the last step. From `messages`, rows of `prompt` and
+        `completion`, both messages.
+
+    Raises:
+        ValueError: Other columns, no row with a step, or a tokenizer without character offsets.
+    """
+    columns = dataset.column_names
+    if {"prompt", "steps"} <= set(columns):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not tell where in the text its tokens stand, "
+                "which `steps` needs: use a fast tokenizer, or give the steps as assistant turns."
+            )
+        split, options = _split_text, {"tokenizer": tokenizer, "separator": separator}
+    elif "messages" in columns:
+        split, options = _split_messages, {}
+    else:
+        raise ValueError(
+            f"Stepwise rows need `prompt` and `steps`, or `messages`; the dataset has {columns}."
+        )
+    found = dataset.map(
+        _split_rows,
+        batched=True,
+        remove_columns=columns,
+        fn_kwargs={"split": split, "options": options},
+        desc="Splitting steps",
+    )
+    if not len(found):
+        raise ValueError(f"None of the {len(dataset)} rows holds a step that is not empty.")
+    if blank := sum(not _steps_of(row) for row in dataset):
+        logger.warning("Dropped %d of %d rows without a step.", blank, len(dataset))
+    logger.info("Split %d rows into %d steps.", len(dataset), len(found))
+    return found
+
+
+def _split_rows(batch: dict[str, list], split, options: dict) -> dict[str, list]:
+    examples = []
+    for values in zip(*batch.values(), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        if _steps_of(row):
+            examples += split(row, **options)
+    names = examples[0] if examples else ()
+    return {name: [example[name] for example in examples] for name in names}
+
+
+def _steps_of(row: dict) -> list[str]:
+    """The steps that say something."""
+    if "steps" in row:
+        return [step for step in row["steps"] or () if step and step.strip()]
+    return [
+        message["content"]
+        for message in row["messages"] or ()
+        if message["role"] == "assistant" and (message["content"] or "").strip()
+    ]
+
+
+def _split_messages(row: dict) -> list[dict]:
+    messages = row["messages"]
+    return [
+        {"prompt": messages[:i], "completion": [message]}
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and (message["content"] or "").strip() and i
+    ]
+
+
+def _split_text(row: dict, tokenizer: PreTrainedTokenizerBase, separator: str) -> list[dict]:
+    steps = _steps_of(row)
+    parts = [step + separator for step in steps[:-1]] + steps[-1:]
+    prompt, solution = row["prompt"], "".join(parts)
+    if isinstance(prompt, str):
+        text = prompt + solution + (tokenizer.eos_token or "")
+        start, special = len(prompt), True
+    else:
+        answer = [{"role": "assistant", "content": solution}]
+        text = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
+        start, special = text.rindex(solution), False  # the template writes its own special tokens
+    tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+    ends = [start]
+    for part in parts:
+        ends.append(ends[-1] + len(part))
+    ends[-1] = len(text)
+    examples = []
+    for begin, end in zip(ends, ends[1:], strict=False):
+        # A token that spans two steps belongs to the one in which it ends
+        mine = [begin < stop <= end for _, stop in offsets]
+        if not any(mine):
+            continue
+        last = max(i for i, inside in enumerate(mine) if inside)
+        labels = [
+            token if inside else -100 for token, inside in zip(ids, mine[: last + 1], strict=False)
+        ]
+        examples.append({"input_ids": ids[: last + 1], "labels": labels})
+    return examples

@@ -1,0 +1,93 @@
+"""DCO for chains of thought: train on what N draws do not yet solve, found by sampling.
+
+    llmmix run dco_cot --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --dataset_name builtin:math --solve_threshold 0.1
+
+Rows need a prompt, a completion that reasons, and the reference `answer`. The model in training is
+sampled on them; rows it solves as often as `solve_threshold` are left out (with `--n_samples 1`, as
+the authors ran it), and the loss of the others is weighed by F(N, p^) (with N above 1). The method
+is described in llmmix/filtering.py.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from llmmix import DCOConfig, DCOTrainer
+from llmmix.cli import parse_args
+from llmmix.data import (
+    checkpoint_to_resume,
+    load_tokenizer,
+    load_train_and_eval,
+    prepare_model_args,
+)
+from llmmix.filtering import SolveRates, attach_filter, attach_weights
+from llmmix.report import write_report
+from llmmix.verify import Verifier
+
+
+@dataclass
+class SolveRateArguments:
+    """How often a row is solved, and what follows from it."""
+
+    solve_threshold: float | None = field(
+        default=0.1, metadata={"help": "Leave rows out that are solved as often; null: none."}
+    )
+    solve_samples: int = field(default=64, metadata={"help": "Completions sampled a row."})
+    min_samples: int = field(default=1, metadata={"help": "Judged ones below which p^ is 0."})
+    refresh_every: int = field(default=100, metadata={"help": "Steps an estimate stays good for."})
+    unfiltered_steps: int = field(default=20, metadata={"help": "Steps before the first estimate."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a completion."})
+    token_budget: int = field(
+        default=16384, metadata={"help": "Tokens whose keys and values are held at once."}
+    )
+    verifier: str = field(
+        default="math", metadata={"help": "math, exact, normalized, choice, or module:function."}
+    )
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: DCOConfig,
+    model_args: ModelConfig,
+    solve_args: SolveRateArguments,
+) -> None:
+    """Load, train, save."""
+    checkpoint = prepare_model_args(model_args, training_args)
+    train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
+    trainer = DCOTrainer(
+        checkpoint,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=load_tokenizer(checkpoint, model_args, training_args),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    rates = SolveRates(
+        trainer,
+        Verifier(solve_args.verifier),
+        num_samples=solve_args.solve_samples,
+        min_samples=solve_args.min_samples,
+        refresh_every=solve_args.refresh_every,
+        warmup_steps=solve_args.unfiltered_steps,
+        max_new_tokens=solve_args.max_new_tokens,
+        token_budget=solve_args.token_budget,
+    )
+    attach_weights(trainer, rates.weights)
+    if (threshold := solve_args.solve_threshold) is not None:
+        steps = solve_args.unfiltered_steps
+        attach_filter(trainer, rates.below(threshold), warmup_steps=steps)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if trainer.accelerator.is_main_process:
+        print(f"Report: {write_report(training_args.output_dir)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_args((ScriptArguments, DCOConfig, ModelConfig, SolveRateArguments), __file__))
