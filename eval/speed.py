@@ -1,28 +1,30 @@
-"""Speed and memory of the fused head and of whole training steps, beside TRL's.
+"""Speed and memory of the fused head, training steps and sampling, beside their peers.
 
     llmmix eval speed
     llmmix eval speed --model_name_or_path builtin:tiny HuggingFaceTB/SmolLM2-135M-Instruct
+    llmmix eval speed --kinds sampling --rounds 1 --model_name_or_path SmolLM2-135M.gguf
     llmmix eval speed --device cuda
 
 The head alone (frozen or trained, some positions masked) is timed against TRL's fused head and
 against plain cross-entropy on full logits; steps of SFT, DCO, SFTMix and RPO against TRL's
-SFTTrainer and DPOTrainer. The contenders of a row take turns in one process, and the ratios are of
+SFTTrainer and DPOTrainer; `llmmix.sampling.sample` against transformers' `generate` with
+`num_return_sequences`, prompt by prompt, and against the matrix products that its tokens take.
+The contenders of a row take turns in one process (sampling: a process each), and the ratios are of
 their medians. Peak memory is what one call, the first, adds to what its inputs take, each contender
 in a process of its own. Nothing else should run on the machine. Prints a table and writes
 `speed.json` to `--output_dir`.
 """
 
-import gc
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
+
+from llmmix.timing import Case, machine, measure, measure_apart, quiet
 
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's SFTTrainer logs
 
@@ -36,7 +38,7 @@ class SpeedArguments:
         metadata={"help": "Models whose steps are timed: hub id, folder, .gguf or builtin:tiny."},
     )
     kinds: list[str] = field(
-        default_factory=lambda: ["head", "steps"], metadata={"help": "What to time."}
+        default_factory=lambda: ["head", "steps", "sampling"], metadata={"help": "What to time."}
     )
     device: str | None = field(
         default=None, metadata={"help": "'cpu' or 'cuda'; a GPU where there is one by default."}
@@ -56,25 +58,14 @@ class SpeedArguments:
     )
     batch_size: int = field(default=4, metadata={"help": "Rows a training step; even."})
     max_length: int = field(default=256, metadata={"help": "Tokens of each row of a step."})
+    prompts: int = field(default=8, metadata={"help": "Prompts to sample, of builtin:math."})
+    num_samples: int = field(default=64, metadata={"help": "Completions a prompt."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens of a completion."})
     rounds: int = field(default=5, metadata={"help": "Timed calls of each contender."})
     memory: bool = field(
         default=True, metadata={"help": "Measure peak memory too, a process a contender."}
     )
     output_dir: str = field(default="runs/speed", metadata={"help": "Where speed.json goes."})
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time: picklable, so that it can be built again in a process of its own."""
-
-    row: str
-    contender: str
-    build: Callable[..., Callable[[], None]]
-    options: dict
-
-    def built(self) -> Callable[[], None]:
-        """A call that does it once."""
-        return self.build(**self.options)
 
 
 def head_cases(args: SpeedArguments) -> list[list[Case]]:
@@ -276,94 +267,157 @@ def _rows(tokenizer, method: str, batch_size: int, max_length: int):
     return Dataset.from_dict(prompts | responses)
 
 
-def measure(cases: list[Case], args: SpeedArguments) -> dict:
-    """One row of the table: the contenders in turns, then each alone for its memory."""
-    import torch
-
-    calls = [case.built() for case in cases]
-    seconds = [[] for _ in cases]
-    for turn in range(args.rounds + 1):  # the first warms up
-        for call, taken in zip(calls, seconds, strict=True):
-            started = time.perf_counter()
-            call()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                taken.append(time.perf_counter() - started)
-    del call, calls
-    gc.collect()
-    if args.device != "cpu":
-        torch.cuda.empty_cache()
-    row = {"row": cases[0].row, "contenders": {}}
-    for case, taken in zip(cases, seconds, strict=True):
-        row["contenders"][case.contender] = {
-            "seconds": statistics.median(taken),
-            "range": [min(taken), max(taken)],
-            "peak_mib": _in_its_own_process(case, args.device) if args.memory else None,
+def sampling_cases(args: SpeedArguments) -> list[list[Case]]:
+    """Rows of sampling: ours first, then `generate`, prompt by prompt, as many rows at once."""
+    groups = []
+    for model in args.model_name_or_path:
+        size = f"{args.prompts} prompts x {args.num_samples}, up to {args.max_new_tokens} tokens"
+        options = {
+            "model": model,
+            "device": args.device,
+            "prompts": args.prompts,
+            "num_samples": args.num_samples,
+            "max_new_tokens": args.max_new_tokens,
         }
-    ours, *peers = row["contenders"].values()
-    for peer in peers:
-        peer["time_ratio"] = ours["seconds"] / peer["seconds"]
-        # None too where a call fits into what the process holds already
-        peer["memory_ratio"] = ours["peak_mib"] / peer["peak_mib"] if peer["peak_mib"] else None
-    return row
+        groups.append(
+            [
+                Case(f"Sampling {Path(model).name}, {size}", name, sampling_call, options | engine)
+                for name, engine in (
+                    ("llmmix", {"engine": "llmmix"}),
+                    ("generate", {"engine": "generate"}),
+                )
+            ]
+        )
+    return groups
 
 
-def _in_its_own_process(case: Case, device: str) -> float:
-    # Forked from a process that has imported everything and computed nothing
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["trl.trainer.dpo_trainer", "llmmix.sftmix", "peft"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_mib, case, device).result()
-
-
-def _peak_mib(case: Case, device: str) -> float:
-    """What the first call adds, at its peak, to the memory that its inputs take."""
+def sampling_call(
+    *, model, device, prompts, num_samples, max_new_tokens, engine
+) -> Callable[[], dict]:
+    """Completions of problems of all levels, until each stops by itself or is cut."""
     import torch
 
-    _quiet()
-    call = case.built()
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    call()
-    return _resident_mib("VmHWM") - before
+    from llmmix.sampling import encode, sample
+
+    model, tokenizer = _load(model, device)
+    rows = _spread(prompts)
+    longest = max(len(encode(tokenizer, prompt)) for prompt in rows)
+    # What `generate` holds for the samples of the longest prompt
+    budget = num_samples * (longest + max_new_tokens)
+    torch.manual_seed(0)
+
+    def ours() -> dict:
+        found = sample(
+            model,
+            tokenizer,
+            rows,
+            num_samples,
+            max_new_tokens=max_new_tokens,
+            token_budget=budget,
+        )
+        tokens = [completion.tokens for completion in found]
+        return {"completions": len(tokens), "tokens": sum(tokens)}
+
+    def theirs() -> dict:
+        completions = tokens = 0
+        for prompt in rows:
+            ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=num_samples,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id,
+            )[:, ids.size(1) :]
+            completions += len(out)
+            tokens += int((out != tokenizer.eos_token_id).cumprod(1).sum())
+        return {"completions": completions, "tokens": tokens}
+
+    return ours if engine == "llmmix" else theirs
 
 
-def _resident_mib(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return next(
-        int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(name)
-    )
+def _spread(count: int) -> list:
+    """Prompts spread over the test split, so over its levels."""
+    from llmmix.data import load_splits
+
+    rows = load_splits("builtin:math")["test"]
+    return [rows[i * len(rows) // count]["prompt"] for i in range(count)]
+
+
+def _load(name: str, device: str):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmmix.data import resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(name)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(checkpoint)
+
+
+def matrix_products(name: str, device: str, rows: int, tokens: int) -> float:
+    """Seconds that a model's linear layers alone take for so many tokens, `rows` at a time."""
+    import torch
+
+    model, _ = _load(name, device)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {
+        size: torch.randn(rows, size, device=device, dtype=model.dtype)
+        for size in {layer.in_features for layer in layers}
+    }
+    taken = []
+    with torch.inference_mode():
+        for _ in range(6):
+            started = time.perf_counter()
+            for layer in layers:
+                layer(inputs[layer.in_features])
+            if device != "cpu":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:]) * tokens / rows
 
 
 def main(args: SpeedArguments) -> dict:
     """Time each row; print one table, write speed.json as the rows come."""
     args = _resolve(args)
-    _quiet()
-    cases = {"head": head_cases, "steps": step_cases}
+    quiet()
     result = {
         "eval": "speed",
         "settings": asdict(args),
-        "machine": _machine(args.device),
+        "machine": machine(args.device),
         "rows": [],
     }
     out = Path(args.output_dir) / "speed.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
-        for group in cases[kind](args):
+        for group in CASES[kind](args):
             print(f"{group[0].row} ...", flush=True)
-            result["rows"].append(measure(group, args))
+            result["rows"].append(_measure(kind, group, args))
             out.write_text(json.dumps(result, indent=1))
     _print_table(result)
     print(f"Written: {out}")
     return result
+
+
+CASES = {"head": head_cases, "steps": step_cases, "sampling": sampling_cases}
+
+
+def _measure(kind: str, group: list[Case], args: SpeedArguments) -> dict:
+    if kind != "sampling":
+        return measure(group, rounds=args.rounds, device=args.device, memory=args.memory)
+    row = measure_apart(group, rounds=args.rounds, device=args.device)
+    ours = next(iter(row["contenders"].values()))
+    model = group[0].options["model"]
+    seconds = matrix_products(model, args.device, args.num_samples, ours["tokens"])
+    row["contenders"][f"its matrix products, {args.num_samples} rows at a time"] = {
+        "seconds": seconds,
+        "peak_mib": None,
+        "time_ratio": ours["seconds"] / seconds,
+    }
+    return row
 
 
 def _resolve(args: SpeedArguments) -> SpeedArguments:
@@ -372,8 +426,8 @@ def _resolve(args: SpeedArguments) -> SpeedArguments:
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("speed runs on one process: leave `--num_processes` out.")
-    if unknown := set(args.kinds) - {"head", "steps"}:
-        raise ValueError(f"`kinds` has {sorted(unknown)}; there are 'head' and 'steps'.")
+    if unknown := set(args.kinds) - set(CASES):
+        raise ValueError(f"`kinds` has {sorted(unknown)}; there are {', '.join(CASES)}.")
     if bad := [share for share in args.masked if not 0 <= share < 1]:
         raise ValueError(f"`masked` must hold shares from 0 to below 1, got {bad}.")
     if args.rounds < 1:
@@ -383,32 +437,16 @@ def _resolve(args: SpeedArguments) -> SpeedArguments:
         raise ValueError(f"`device` must be 'cpu' or 'cuda', got {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device` is 'cuda', and torch sees no GPU here.")
-    if args.memory and device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        raise ValueError("`memory` is read from Linux's /proc: pass `--memory false` here.")
+    weighed = args.memory or "sampling" in args.kinds
+    if weighed and device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise ValueError(
+            "Memory is read from Linux's /proc, which is not there: pass `--memory false` and "
+            "leave 'sampling' out of `kinds`."
+        )
     sizes = (1024, 576, 49152) if device == "cpu" else (8192, 2048, 128256)
     names = ("rows", "hidden_size", "vocab_size")
     given = {name: getattr(args, name) or size for name, size in zip(names, sizes, strict=True)}
     return replace(args, device=device, **given)
-
-
-def _machine(device: str) -> dict:
-    import torch
-    import transformers
-    import trl
-
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl.__version__,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), "CPU")
 
 
 def _print_table(result: dict) -> None:
@@ -435,20 +473,10 @@ def _print_table(result: dict) -> None:
                 "" if figures["peak_mib"] is None else f"{figures['peak_mib']:.0f}",
                 *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
             )
+            if "tokens" in figures:
+                rates = (figures[key] / figures["seconds"] for key in ("completions", "tokens"))
+                table.add_row("    {:.2f} completions, {:.0f} tokens a second".format(*rates))
     Console().print(table)
-
-
-def _quiet() -> None:
-    import logging
-    import warnings
-
-    import datasets
-    import transformers.utils.logging
-
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)  # such as that every row fills `max_length`
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

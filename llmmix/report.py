@@ -10,6 +10,10 @@ import html
 import json
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COLOURS = ["#4269d0", "#ef8636", "#3ca951", "#a463f2", "#ff725c", "#6cc5b0", "#97bbf5", "#9c6b4e"]
 
@@ -138,6 +142,38 @@ def _temperature_figure(evaluations: dict[str, dict], colours: dict[str, str]) -
         axis.set_ylim(0, 1)
     axes.flat[0].legend(frameon=False)
     return _png(figure)
+
+
+def draw_panels(
+    path: str | Path, x: list[float], panels: dict[str, dict[str, "np.ndarray"]], xlabel: str
+) -> Path:
+    """A PNG of curves side by side, each the mean over repeats within their range.
+
+    Args:
+        path: Of the PNG.
+        x: Positions of the points.
+        panels: By title, curves by name, each (repeats, points).
+        xlabel: What x is.
+
+    Returns:
+        The path.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
+            axis.plot(x, values.mean(0), marker="o", markersize=4, color=colour, label=name)
+            axis.fill_between(
+                x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0
+            )
+        axis.set_title(title)
+        axis.set_xlabel(xlabel)
+        axis.set_ylim(bottom=0)
+    axes.flat[0].legend(frameon=False)
+    Path(path).write_bytes(_png(figure))
+    return Path(path)
 
 
 def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:

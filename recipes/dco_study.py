@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import matplotlib
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits, resolve_checkpoint
 from llmmix.estimators import pass_at_n
+from llmmix.report import draw_panels
 from llmmix.sampling import sample
 from llmmix.verify import Verifier, judge
 
@@ -40,7 +40,7 @@ class StudyArguments:
     train_rows: int = field(default=256, metadata={"help": "Problems to train on."})
     test_rows: int = field(default=128, metadata={"help": "Held-out problems to sample."})
     num_samples: int = field(default=64, metadata={"help": "Samples a held-out problem."})
-    n: list[int] = field(default_factory=lambda: [1, 4, 16, 64], metadata={"help": "N to report."})
+    n: list[int] = field(default_factory=lambda: [1, 16, 64], metadata={"help": "N to report."})
     steps: list[int] = field(
         default_factory=lambda: [80, 160, 240, 320, 400], metadata={"help": "When to sample."}
     )
@@ -60,8 +60,8 @@ class Coverage(TrainerCallback):
         if state.global_step not in self.args.steps:
             return
         options = {"max_new_tokens": 16, "token_budget": 65536, "seed": state.global_step}
-        prompts, answers = self.rows["prompt"], dict(enumerate(self.rows["answer"]))
-        draws = sample(model, self.tokenizer, prompts, self.args.num_samples, **options)
+        answers = dict(enumerate(self.rows["answer"]))
+        draws = sample(model, self.tokenizer, self.rows["prompt"], self.args.num_samples, **options)
         correct = np.zeros(len(self.rows), dtype=int)
         with Verifier("exact") as verifier:
             for completion, verdict in judge(draws, answers, verifier):
@@ -78,12 +78,8 @@ def main(args: StudyArguments) -> None:
     logging.disable_progress_bar()
     checkpoint = resolve_checkpoint("builtin:tiny")
     splits = load_splits("builtin:math", "1")
-    train, test = (
-        splits[name].take(rows)
-        for name, rows in (("train", args.train_rows), ("test", args.test_rows))
-    )
-    folder = Path(args.output_dir)
-    results = {}
+    train, test = splits["train"].take(args.train_rows), splits["test"].take(args.test_rows)
+    folder, results = Path(args.output_dir), {}
     for n in args.n_samples:
         for seed in args.seeds:
             print(f"N = {n}, seed {seed}", flush=True)
@@ -105,6 +101,7 @@ def main(args: StudyArguments) -> None:
             trainer = DCOTrainer(checkpoint, config, train_dataset=train)
             coverage = Coverage(args, trainer.processing_class, test)
             trainer.add_callback(coverage)
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
             results[f"N={n} seed={seed}"] = coverage.points
             (folder / "dco_study.json").write_text(json.dumps(results, indent=1))
@@ -114,34 +111,27 @@ def main(args: StudyArguments) -> None:
 
 def show(args: StudyArguments, results: dict) -> None:
     """Mean and range over the seeds, printed and drawn."""
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     epochs = [step * args.batch_size / args.train_rows for step in args.steps]
-    figure, axes = plt.subplots(
-        1, len(args.n), figsize=(3.2 * len(args.n), 3.2), squeeze=False, layout="constrained"
-    )
-    table = Table(title=f"mean (range) over {len(args.seeds)} seeds, last column: {epochs[-1]:g}")
-    table.add_column("trained with")
-    table.add_column("pass@")
+    panels: dict[str, dict[str, np.ndarray]] = {f"pass@{n}": {} for n in args.n}
+    table = Table(title=f"Mean over {len(args.seeds)} seeds, by epoch (range at the last)")
+    table.add_column("")
     for epoch in epochs:
-        table.add_column(f"epoch {epoch:g}", justify="right")
-    for trained in args.n_samples:
-        name = "cross-entropy" if trained == 1 else f"DCO N={trained}"
-        for axis, n in zip(axes.flat, args.n, strict=True):
+        table.add_column(f"{epoch:g}", justify="right", no_wrap=True)
+    for n in args.n:
+        table.add_section()
+        table.add_row(f"[bold]pass@{n}")
+        for trained in args.n_samples:
+            name = "cross-entropy" if trained == 1 else f"DCO, N = {trained}"
             runs = [results[f"N={trained} seed={seed}"] for seed in args.seeds]
             values = np.array([[run[step][n] for step in args.steps] for run in runs])
-            mean, low, high = values.mean(0), values.min(0), values.max(0)
-            axis.plot(epochs, mean, marker="o", label=name)
-            axis.fill_between(epochs, low, high, alpha=0.12, linewidth=0)
-            axis.set(title=f"pass@{n}", xlabel="epoch", ylim=(0, None))
-            cells = zip(mean, low, high, strict=True)
-            table.add_row(name, str(n), *(f"{m:.3f} ({a:.2f}-{b:.2f})" for m, a, b in cells))
-    axes.flat[0].legend(frameon=False)
-    path = Path(args.output_dir) / "dco_study.png"
-    figure.savefig(path, dpi=150)
+            panels[f"pass@{n}"][name] = values
+            cells = [f"{value:.3f}" for value in values.mean(0)]
+            last = values[:, -1]
+            table.add_row(name, *cells[:-1], f"{cells[-1]} ({last.min():.2f} to {last.max():.2f})")
     Console().print(table)
-    print(f"Figure: {path}")
+    print(
+        f"Figure: {draw_panels(Path(args.output_dir) / 'dco_study.png', epochs, panels, 'epoch')}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import pytest
 from llmmix.eval import speed
 from llmmix.eval.speed import SpeedArguments
 
+from llmmix.timing import Case, measure_apart
+
 SMALL = {
     "rows": 32,
     "hidden_size": 16,
@@ -16,6 +18,9 @@ SMALL = {
     "batch_size": 2,
     "max_length": 24,
     "memory": False,
+    "prompts": 2,
+    "num_samples": 3,
+    "max_new_tokens": 8,
 }
 
 
@@ -29,13 +34,20 @@ def test_every_row_names_its_contenders_and_their_ratios(checkpoint, tmp_path, c
         "trained head, recomputing",
         "trained head, within the budget",
     ]
-    assert len(names) == len(set(names)) == 2 * 3 + 2 * 4  # shares masked, and full and LoRA
-    for row in result["rows"]:
+    # shares masked, full and LoRA, and sampling
+    assert len(names) == len(set(names)) == 2 * 3 + 2 * 4 + 1
+    *trained, sampled = result["rows"]
+    for row in trained:
         ours, *peers = row["contenders"].values()
         assert len(peers) == (2 if "head" in row["row"] and "SFT" not in row["row"] else 1)
         for peer in peers:
             assert peer["time_ratio"] == ours["seconds"] / peer["seconds"] > 0
-    assert "frozen head" in capsys.readouterr().out
+    ours, theirs, bound = sampled["contenders"].values()
+    assert ours["completions"] == theirs["completions"] == 6
+    assert 0 < ours["tokens"] <= 48 and 0 < theirs["tokens"] <= 48
+    assert bound["time_ratio"] == ours["seconds"] / bound["seconds"]
+    shown = capsys.readouterr().out
+    assert "frozen head" in shown and "tokens a second" in shown
 
 
 def test_contenders_of_the_head_compute_the_same_loss(monkeypatch):
@@ -66,8 +78,8 @@ def test_contenders_of_a_step_train_on_the_same_rows(checkpoint, monkeypatch):
 
 def test_peak_memory_is_that_of_one_call():
     """A call that holds 64 MiB, in a process of its own."""
-    case = speed.Case("row", "contender", hold, {"mib": 64})
-    assert 60 < speed._in_its_own_process(case, "cpu") < 90
+    row = measure_apart([Case("row", "contender", hold, {"mib": 64})], rounds=1, device="cpu")
+    assert 60 < row["contenders"]["contender"]["peak_mib"] < 90
 
 
 def hold(mib):
