@@ -11,159 +11,19 @@ NAME/samples.jsonl (every completion and verdict, written as they come; a killed
 it), NAME/pass_at_n.json, summary.json, report.html and figures/.
 """
 
+import gc
 import json
 import os
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 from llmmix.estimators import pass_at_n
-from llmmix.sample_log import SampleLog, checkpoint_id, compare, prompt_id, summarize
-from llmmix.verify import Verifier, judge
+from llmmix.sample_log import SampleLog, checkpoint_id
+from llmmix.solving import compare, evaluate, judge_again, summarize
+from llmmix.verify import Verifier
 
-SECONDS_UNWRITTEN = 1.0  # what a killed run may lose
-
-
-def evaluate(
-    model,
-    tokenizer,
-    dataset,
-    *,
-    num_samples: int,
-    n: Sequence[int],
-    verifier="math",
-    maj: bool = False,
-    log: SampleLog | None = None,
-    process: tuple[int, int] = (0, 1),
-    description: str = "Sampling",
-    **sampling,
-) -> dict:
-    """Sample, judge and estimate.
-
-    Args:
-        model: A causal language model, or a `vllm.LLM`.
-        tokenizer: Its tokenizer.
-        dataset: Rows with `prompt` and `answer`.
-        num_samples: Samples a problem.
-        n: The N to report.
-        verifier: A `Verifier`, or what it takes: a name, "module:function", or a function
-            (completion, answer) -> bool.
-        maj: Whether to estimate maj@N too.
-        log: Where samples are kept; those it holds are not drawn again.
-        process: This process's number and how many there are: each takes every so-manieth problem.
-            The result is of its own problems and of what the log held at the start; `judge_again`
-            is then the caller's, once, before.
-        description: Title of the progress bar.
-        **sampling: Options of `llmmix.sampling.sample`.
-
-    Returns:
-        What `summarize` returns, with `seconds` and `tokens_per_second` of this call.
-
-    Raises:
-        ValueError: A row without a reference answer, N above `num_samples`, or a log of other
-            problems.
-    """
-    from rich.progress import track
-
-    from llmmix.sampling import encode, sample, too_long
-
-    _check_answers(dataset)
-    n = sorted(set(n))
-    pass_at_n(num_samples, 0, n)  # refuse N before sampling
-    verifier = verifier if isinstance(verifier, Verifier) else Verifier(verifier)
-    prompts, answers = list(dataset["prompt"]), [str(a) for a in dataset["answer"]]
-    ids = [prompt_id(prompt) for prompt in prompts]
-    if log is not None and process[1] == 1:
-        judge_again(log, dataset, verifier)
-    records = {} if log is None else {(r["problem"], r["sample"]): r for r in log.read()}
-    config = getattr(model, "config", None)  # vLLM has none, and checks its context itself
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    left_out = too_long(encoded, config, sampling.get("max_new_tokens", 256)) if config else []
-    mine = [row for row in range(process[0], len(prompts), process[1]) if row not in set(left_out)]
-    draws = sample(
-        model,
-        tokenizer,
-        [prompts[row] for row in mine],
-        num_samples,
-        numbers=mine,
-        done=records.keys(),
-        **sampling,
-    )
-    started, tokens = time.perf_counter(), 0
-    wanted = sum((row, s) not in records for row in mine for s in range(num_samples))
-    judged = judge(draws, dict(enumerate(answers)), verifier)
-    if process[0] == 0:
-        judged = track(judged, description=description, total=wanted)
-    unwritten, written = [], started
-    try:
-        for completion, verdict in judged:
-            row = completion.prompt
-            record = {
-                "problem": row,
-                "sample": completion.sample,
-                "prompt_id": ids[row],
-                "completion": completion.text,
-                "tokens": completion.tokens,
-                "finished": completion.finished,
-                "answer": answers[row],
-                "verifier": verifier.name,
-                "verdict": verdict,
-            }
-            records[row, completion.sample] = record
-            tokens += completion.tokens
-            unwritten.append(record)
-            if log is not None and time.perf_counter() - written > SECONDS_UNWRITTEN:
-                log.append(unwritten)
-                unwritten, written = [], time.perf_counter()
-    finally:
-        if log is not None:
-            log.append(unwritten)
-    seconds = time.perf_counter() - started
-    result = summarize(list(records.values()), len(prompts), num_samples, n, left_out, maj=maj)
-    result["errors"] = dict(verifier.errors.most_common(5))
-    return result | {"seconds": seconds, "tokens_per_second": tokens / seconds if tokens else None}
-
-
-def _check_answers(dataset) -> None:
-    missing = [
-        row
-        for row, answer in enumerate(dataset["answer"])
-        if answer is None or not str(answer).strip()
-    ]
-    if missing:
-        raise ValueError(
-            f"Row {missing[0]} has no `answer` ({len(missing)} such rows). Give one, or drop them."
-        )
-
-
-def judge_again(log: SampleLog, dataset, verifier: Verifier) -> None:
-    """Renew the verdicts of a log that another verifier gave, or on another reference answer.
-
-    Raises:
-        ValueError: The log holds samples of another prompt.
-    """
-    prompts, answers = dataset["prompt"], [str(answer) for answer in dataset["answer"]]
-    ids = [prompt_id(prompt) for prompt in prompts]
-    records, stale = list(log.read()), []
-    for record in records:
-        row = record["problem"]
-        if row >= len(ids):
-            continue
-        if record["prompt_id"] != ids[row]:
-            raise ValueError(
-                f"{log.path} holds samples of another prompt in row {row}. Name another "
-                "`output_dir`, or remove that folder."
-            )
-        if (record["verifier"], record["answer"]) != (verifier.name, answers[row]):
-            stale.append(record)
-    for record in stale:
-        answer = answers[record["problem"]]
-        verdict = verifier(record["completion"], answer)
-        record |= {"verifier": verifier.name, "answer": answer, "verdict": verdict}
-    if stale:
-        log.replace(records)
+__all__ = ["PassAtNArguments", "evaluate", "main", "pass_at_n", "reference_loss"]
 
 
 @dataclass
@@ -257,7 +117,7 @@ def main(args: PassAtNArguments) -> dict[str, dict]:
         f"{len(rows)} problems of {args.dataset_name}, {args.num_samples} samples each at "
         f"temperature {temperatures}, seed {args.seed}, judged by {verifier.name}."
     )
-    print(f"Report: {write_report(args.output_dir, note=note)}")
+    print(f"Report: {write_report(args.output_dir, note=note, runs=results)}")
     return results
 
 
@@ -287,12 +147,18 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
         for t in args.temperature:
             full = f"{name}-T{t:g}" if len(args.temperature) > 1 else name
             runs.append(_Run(full, model, adapter, t))
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError(
+            f"Two runs would share a folder: {', '.join(run.name for run in runs)}. Rename one."
+        )
     return runs
 
 
 def _folder_names(names: list[str]) -> list[str]:
     """The last part of each model's name, or all of it where two would share a folder."""
-    short = [Path(name).name for name in names]
+    short = [
+        Path(name).resolve().name if Path(name).exists() else Path(name).name for name in names
+    ]
     short = short if len(set(short)) == len(short) else names
     if len(set(short)) < len(short):
         raise ValueError(f"`model_name_or_path` or `adapter` names one twice: {', '.join(names)}.")
@@ -331,7 +197,7 @@ def _evaluate_one(run: _Run, rows, verifier: Verifier, args: PassAtNArguments, s
 
     checkpoint = resolve_checkpoint(run.model)
     settings = {
-        "model": checkpoint_id(checkpoint),
+        "model": checkpoint_id(checkpoint, _commit(checkpoint, args)),
         "adapter": checkpoint_id(run.adapter) if run.adapter else None,
         "temperature": run.temperature,
         "top_p": args.top_p,
@@ -374,8 +240,20 @@ def _evaluate_one(run: _Run, rows, verifier: Verifier, args: PassAtNArguments, s
     result = names | {"dataset": args.dataset_name, "verifier": verifier.name, **options} | result
     if "completion" in rows.column_names and args.backend == "transformers":
         if state.is_main_process:
-            result["loss"] = reference_loss(model, tokenizer, rows)
+            kept = [row for row in range(len(rows)) if row not in set(result["left_out"])]
+            result["loss"] = reference_loss(model, tokenizer, rows.select(kept))
+    # The head attached for the loss is a reference cycle: let go before the next model is loaded
+    del model
+    gc.collect()
     return result
+
+
+def _commit(checkpoint: str, args: PassAtNArguments) -> str | None:
+    """Which commit of a hub id is loaded."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=args.trust_remote_code)
+    return getattr(config, "_commit_hash", None)
 
 
 def _load_model(checkpoint: str, adapter: str | None, args: PassAtNArguments, device):
@@ -401,11 +279,17 @@ def _load_model(checkpoint: str, adapter: str | None, args: PassAtNArguments, de
 def _accelerated() -> bool:
     import torch
 
-    return torch.accelerator.is_available()
+    # The sampling engine draws in fp64, which Apple's GPUs lack
+    return (
+        torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
+    )
 
 
-def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float:
-    """Mean NLL in nats a token of the reference completions (`completion`), given their prompts."""
+def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float | None:
+    """Mean NLL in nats a token of the reference completions (`completion`), given their prompts.
+
+    None where they have no token.
+    """
     import torch
     from trl.data_utils import common_prefix_length
 
@@ -417,7 +301,10 @@ def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float:
     for start in range(0, len(dataset), batch_size):
         examples = []
         for row in dataset.select(range(start, min(start + batch_size, len(dataset)))):
-            full = encode(tokenizer, row["prompt"] + row["completion"], generation=False)
+            completion = row["completion"]
+            if isinstance(completion, str) and not isinstance(row["prompt"], str):
+                completion = [{"role": "assistant", "content": completion}]
+            full = encode(tokenizer, row["prompt"] + completion, generation=False)
             prompt_length = common_prefix_length(encode(tokenizer, row["prompt"]), full)
             examples.append((full, [-100] * prompt_length + full[prompt_length:]))
         width = max(len(ids) for ids, _ in examples)
@@ -431,16 +318,18 @@ def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float:
             output = model(**batch, fused_lm_head=True)
         nll -= output.log_probs.double().sum().item()
         tokens += int(output.label_mask.sum())
-    return nll / tokens
+    return nll / tokens if tokens else None
 
 
 def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console, first = Console(), next(iter(results.values()))
     title = f"{first['rows']} problems, {first['num_samples']} samples each, 95% intervals"
-    table = Table(title=title, caption="\n".join(_remarks(results)) or None)
+    # Escaped, since an answer or an error may hold what rich takes for markup
+    table = Table(title=title, caption=escape("\n".join(_remarks(results))) or None)
     table.add_column("model", overflow="fold")
     with_loss = any("loss" in result for result in results.values())
     if with_loss:
@@ -451,13 +340,15 @@ def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> Non
         for n in first[key]:
             table.add_column(f"{name}@{n}", justify="right", no_wrap=True)
     for run, result in results.items():
-        cells = [f"{result['loss']:.3f}" if "loss" in result else ""] if with_loss else []
+        loss = result.get("loss")
+        cells = ["" if loss is None else f"{loss:.3f}"] if with_loss else []
         for key, interval, _ in estimates:
             cells += [_cell(value, result[interval][n]) for n, value in result[key].items()]
-        table.add_row(run, *cells)
+        table.add_row(escape(run), *cells)
     console.print(table)
     if differences:
-        table = Table(title=f"pass@N minus that of {next(iter(results))}, problem by problem")
+        first_run = escape(next(iter(results)))
+        table = Table(title=f"pass@N minus that of {first_run}, problem by problem")
         table.add_column("model", overflow="fold")
         for n in first["pass_at_n"]:
             table.add_column(f"pass@{n}", justify="right", no_wrap=True)

@@ -326,7 +326,8 @@ def sampling_call(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
-                top_k=0,
+                # the model's distribution, whatever its generation_config says
+                **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
                 num_return_sequences=num_samples,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.eos_token_id,
@@ -473,10 +474,12 @@ def _print_table(result: dict) -> None:
                 "" if figures["peak_mib"] is None else f"{figures['peak_mib']:.0f}",
                 *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
             )
+    Console().print(table)
+    for row in result["rows"]:
+        for name, figures in row["contenders"].items():
             if "tokens" in figures:
                 rates = (figures[key] / figures["seconds"] for key in ("completions", "tokens"))
-                table.add_row("    {:.2f} completions, {:.0f} tokens a second".format(*rates))
-    Console().print(table)
+                print("{}: {:.2f} completions, {:.0f} tokens a second".format(name, *rates))
 
 
 if __name__ == "__main__":

@@ -257,9 +257,10 @@ def check_sft_dataset(
     elif text_field in columns:
         response = text_field
     else:
+        steps = "`steps` are split by llmmix.steps.split_steps (`--stepwise true` of dco). "
         raise ValueError(
-            f"`{argument}` has the columns {sorted(columns)}; accepted are {formats}. Rename the "
-            "columns to one of these."
+            f"`{argument}` has the columns {sorted(columns)}; accepted are {formats}. "
+            f"{steps if 'steps' in columns else ''}Rename the columns to one of these."
         )
     _check_template(first[response], argument, processing_class)
     return _drop_blank(dataset, [response], argument)

@@ -243,7 +243,8 @@ class DCOTrainer(SFTTrainer):
         unbraked = self._metrics["train"].pop("dco/unbraked", [])
         self._metrics["eval"].pop("dco/unbraked", None)
         early = self.state.global_step < self.state.max_steps / 10  # when every weight is near 1
-        if unbraked and self.args.n_samples > 1 and not early and not self._warned_unbraked:
+        own = self.row_weights is None  # else a weight of 1 says nothing of the completion
+        if unbraked and own and self.args.n_samples > 1 and not early and not self._warned_unbraked:
             if sum(unbraked) / len(unbraked) > 0.99:
                 self._warned_unbraked = True
                 logger.warning(

@@ -35,7 +35,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from llmmix.dco import DCOTrainer, dco_weight
-from llmmix.sampling import sample
+from llmmix.sampling import check_room, encode, sample
+from llmmix.solving import reference_answers
 from llmmix.verify import Verifier, judge
 
 logger = get_logger(__name__)
@@ -88,7 +89,8 @@ class SolveRates(TrainerCallback, ExportableState):
         token_budget: As for `sample`.
 
     Raises:
-        ValueError: Rows without a prompt or an answer, or parameters spread over processes.
+        ValueError: Rows without a prompt or an answer, prompts that leave no room for a
+            completion, or parameters spread over processes.
     """
 
     def __init__(
@@ -104,22 +106,21 @@ class SolveRates(TrainerCallback, ExportableState):
         max_new_tokens: int = 1024,
         token_budget: int = 16384,
     ):
-        check_whole_model("Sampling the model in training", trainer)
+        check_trainer("Sampling the model in training", trainer)
         rows = trainer.train_dataset
         if missing := {"prompt", "answer"} - set(rows.column_names):
             raise ValueError(
                 f"Solve rates need rows with `prompt` and `answer`; {sorted(missing)} is missing."
-            )
-        blank = [i for i, answer in enumerate(rows["answer"]) if not str(answer or "").strip()]
-        if blank:
-            raise ValueError(
-                f"Row {blank[0]} of the training rows has no `answer` ({len(blank)} such rows)."
             )
         if not 1 <= min_samples <= num_samples or refresh_every < 1:
             raise ValueError(
                 "`min_samples` must lie between 1 and `num_samples`, and `refresh_every` be 1 or "
                 f"more, got {min_samples}, {num_samples} and {refresh_every}."
             )
+        self._answers = reference_answers(rows)
+        prompts = rows.select_columns(["prompt"])
+        ids = [encode(trainer.processing_class, row["prompt"]) for row in prompts]
+        check_room(ids, trainer.model, max_new_tokens, token_budget)  # now, not in mid-run
         self.trainer = trainer
         self.verifier = verifier if isinstance(verifier, Verifier) else Verifier(verifier)
         self.num_samples, self.min_samples = num_samples, min_samples
@@ -165,35 +166,41 @@ class SolveRates(TrainerCallback, ExportableState):
 
     def _estimate(self, rows: list[int]) -> dict[int, float]:
         step = self.trainer.state.global_step
-        dataset = self.trainer.train_dataset.select_columns(["prompt", "answer"])
-        found = [dataset[row] for row in rows]
+        dataset = self.trainer.train_dataset.select_columns(["prompt"])
         completions = sample(
             self.trainer.model,
             self.trainer.processing_class,
-            [row["prompt"] for row in found],
+            [dataset[row]["prompt"] for row in rows],
             self.num_samples,
             numbers=rows,
             seed=self.trainer.args.seed * 1_000_003 + step,  # other draws at each refresh
             **self.sampling,
         )
-        answers = {row: str(given["answer"]) for row, given in zip(rows, found, strict=True)}
+        answers = {row: self._answers[row] for row in rows}
         judged, right = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
+        why = None
         for completion, verdict in judge(completions, answers, self.verifier):
+            if verdict == "failed":
+                why = self.verifier.why(completion.text, answers[completion.prompt])
             judged[completion.prompt] += verdict != "failed"
             right[completion.prompt] += verdict == "right"
         failed = sum(self.num_samples - count for count in judged.values())
-        _log(self.trainer, "solve_rate/failed", failed / (self.num_samples * len(rows)))
+        share = failed / (self.num_samples * len(rows))
+        _log(self.trainer, "solve_rate/failed", share)
+        if share > 0.5:
+            logger.warning(
+                "%.0f%% of the verifications failed (%s): solve rates rest on the others alone.",
+                100 * share,
+                why,
+            )
         known = [row for row in rows if judged[row] >= self.min_samples]
         return dict.fromkeys(rows, 0.0) | {row: right[row] / judged[row] for row in known}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take up the estimates of the run that is resumed."""
-        if saved := state.stateful_callbacks.get("SolveRates"):
-            self._known = {int(row): tuple(kept) for row, kept in saved["attributes"]["known"]}
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """End the verifier's processes."""
-        self.verifier.close()
+        """Forget the estimates of another run, or take up those of the one that is resumed."""
+        saved = state.stateful_callbacks.setdefault("SolveRates", self.state())
+        known = saved["attributes"]["known"] if state.global_step else ()
+        self._known = {int(row): tuple(kept) for row, kept in known}
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
@@ -217,17 +224,24 @@ class FilteredSampler(Sampler[int]):
         self, size: int, keep: Callable[[list[int]], list[bool]], candidates: int, seed: int
     ):
         self.size, self.keep, self.candidates, self.seed = size, keep, candidates, seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with the first pass."""
         self.exhausted = False
-        self.asked = self.kept = 0
         self._waiting: deque[int] = deque()
         self._given: list[int] = []  # of this iteration
+        self._replay: list[int] = []  # at the start of the next one
         self._pass = self._position = self._fruitless = 0
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self):
-        yield from list(self._given)  # what a resumed run has seen
+        # What a resumed run has seen. It is cleared here and not at the end, which a loader that
+        # reads ahead reaches before its last batch is trained on
+        self._given, self._replay = self._replay, []
+        yield from list(self._given)
         while len(self._given) < self.size:
             while not self._waiting and not self.exhausted:
                 self._ask()
@@ -235,7 +249,6 @@ class FilteredSampler(Sampler[int]):
                 return
             self._given.append(self._waiting.popleft())
             yield self._given[-1]
-        self._given = []
 
     def _ask(self) -> None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._pass)
@@ -246,7 +259,6 @@ class FilteredSampler(Sampler[int]):
             self._pass, self._position = self._pass + 1, 0
         kept = [row for row, wanted in zip(rows, self.keep(rows), strict=True) if wanted]
         self._waiting += kept
-        self.asked, self.kept = self.asked + len(rows), self.kept + len(kept)
         self._fruitless = 0 if kept else self._fruitless + len(rows)
         self.exhausted = self._fruitless >= self.size
 
@@ -255,13 +267,21 @@ class FilteredSampler(Sampler[int]):
         return {
             "given": self._given,
             "waiting": list(self._waiting),
-            "place": [self._pass, self._position, self._fruitless, self.asked, self.kept],
+            "place": [self._pass, self._position, self._fruitless],
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`."""
-        self._given, self._waiting = list(state["given"]), deque(state["waiting"])
-        self._pass, self._position, self._fruitless, self.asked, self.kept = state["place"]
+    def load_state_dict(self, state: dict, *, new_epoch: bool = False) -> None:
+        """Go on from `state_dict`: the next iteration gives what the last one had given, and more.
+
+        Args:
+            state: From `state_dict`.
+            new_epoch: Whether the last iteration was trained on to its end, and another is due.
+        """
+        self.reset()
+        self._replay, self._waiting = list(state["given"]), deque(state["waiting"])
+        self._pass, self._position, self._fruitless = state["place"]
+        if new_epoch:
+            self._replay = []
 
 
 class FilterCallback(TrainerCallback, ExportableState):
@@ -279,10 +299,18 @@ class FilterCallback(TrainerCallback, ExportableState):
             )
             control.should_training_stop = True
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """As after a step: rows may end inside an accumulation window."""
+        self.on_step_end(args, state, control)
+
     def on_train_begin(self, args, state, control, **kwargs):
-        """Go on where the run that is resumed had come."""
-        if saved := state.stateful_callbacks.get("FilterCallback"):
-            self.sampler.load_state_dict(saved["attributes"])
+        """Begin anew, or where the run that is resumed had come."""
+        saved = state.stateful_callbacks.setdefault("FilterCallback", self.state())
+        if state.global_step:
+            ended = float(state.epoch).is_integer()
+            self.sampler.load_state_dict(saved["attributes"], new_epoch=ended)
+        else:
+            self.sampler.reset()
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
@@ -311,16 +339,23 @@ def attach_filter(
         The sampler that the trainer now uses.
 
     Raises:
-        ValueError: Loader workers, which draw rows long before their time; or parameters spread
-            over processes.
+        ValueError: Loader workers, which draw rows long before their time; a loader that one
+            process reads for all; a second filter; or parameters spread over processes.
     """
-    check_whole_model("A filter", trainer)
+    check_trainer("A filter", trainer)
     args = trainer.args
     if args.dataloader_num_workers:
         raise ValueError(
             f"`dataloader_num_workers={args.dataloader_num_workers}` draws rows long before they "
             "are trained on, and a filter decides by the model of the moment. Set it to 0."
         )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config`: with `dispatch_batches` one process reads the rows of all, and "
+            "a filter needs each to ask about its share. Set it to false."
+        )
+    if any(isinstance(other, FilterCallback) for other in trainer.callback_handler.callbacks):
+        raise ValueError("The trainer has a filter already. Combine both into one `keep`.")
     accelerator = trainer.accelerator
     rank, ranks = accelerator.process_index, accelerator.num_processes
 
@@ -374,16 +409,22 @@ class _WithRows:
         return batch
 
 
-def check_whole_model(what: str, trainer: Trainer) -> None:
-    """Refuse a model whose parameters no process holds whole.
+def check_trainer(what: str, trainer: Trainer) -> None:
+    """Refuse what this module does not hold under.
 
     Raises:
-        ValueError: FSDP or DeepSpeed.
+        ValueError: FSDP or DeepSpeed, under which no process holds the whole model; callbacks
+            restored by the Trainer, which cannot make these.
     """
     kind = trainer.accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"{what} needs the whole model on each process, which {kind} spreads. Use DDP."
+            f"{what} needs the whole model on each process, and {kind} spreads it. Use DDP."
+        )
+    if trainer.args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            f"{what} restores its state by itself: leave `restore_callback_states_from_checkpoint` "
+            "at False."
         )
 
 

@@ -79,13 +79,14 @@ class SharedPromptCache:
         self._row = torch.arange(len(places), device=places.device)
         self._places, self._lengths = places, lengths
         self._longest = int(lengths.max()) + 1
-        # The rows of each prompt side by side: members[place, i] is a row, i its number there
-        counts = torch.bincount(places, minlength=self.prompts)
-        order = places.argsort(stable=True)
-        numbers = self._row - (counts.cumsum(0) - counts)[places[order]]
+        # The rows of each prompt side by side: members[i, j] is row j of the i-th prompt in use
+        self._used, prompt, counts = places.unique(return_inverse=True, return_counts=True)
+        order = prompt.argsort(stable=True)
+        numbers = self._row - (counts.cumsum(0) - counts)[prompt[order]]
         self._number = torch.empty_like(order).scatter(0, order, numbers)
-        self._members = order.new_zeros(self.prompts, int(counts.max()))
-        self._members[places, self._number] = self._row
+        self._prompt_of_row = prompt
+        self._members = order.new_zeros(len(counts), int(counts.max()))
+        self._members[prompt, self._number] = self._row
         self._masks: dict[int | None, Tensor] = {}
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -129,7 +130,10 @@ class SharedPromptCache:
         Returns:
             (R, 1, heads, D).
         """
-        (prompt_keys, prompt_values), (keys, values) = self._prompt[layer], self._own[layer]
+        keys, values = self._own[layer]
+        prompt_keys, prompt_values = self._prompt[layer]
+        if len(self._used) < self.prompts:
+            prompt_keys, prompt_values = prompt_keys[self._used], prompt_values[self._used]
         keys[self._row, :, self._lengths] = key[:, :, 0]
         values[self._row, :, self._lengths] = value[:, :, 0]
         rows, heads, size = query.size(0), keys.size(1), query.size(3)
@@ -147,19 +151,24 @@ class SharedPromptCache:
         return out.view(rows, 1, -1, value.size(3))
 
     def _by_prompt(self, x: Tensor) -> Tensor:
-        """(R, heads, group, X) to (prompts, heads, members * group, X)."""
+        """(R, heads, group, X) to (prompts in use, heads, members * group, X)."""
         x = x[self._members].transpose(1, 2)
         return x.reshape(*x.shape[:2], -1, x.size(-1))
 
     def _by_row(self, x: Tensor) -> Tensor:
-        """(prompts, heads, members * group, X) back to (R, heads, group, X)."""
+        """(prompts in use, heads, members * group, X) back to (R, heads, group, X)."""
         prompts, heads, _, size = x.shape
         x = x.view(prompts, heads, self._members.size(1), -1, size)
-        return x[self._places, :, self._number]
+        return x[self._prompt_of_row, :, self._number]
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     cache: SharedPromptCache = kwargs["shared_prompt_cache"]
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(
+            "Models with attention sinks, such as GPT-OSS, are not decoded by llmmix's engine. "
+            "Sample them with vLLM (`backend` 'vllm')."
+        )
     out = cache.attend(
         module.layer_idx,
         query,

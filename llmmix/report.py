@@ -8,6 +8,7 @@ Writes `report.html`, with every picture inside it, and the same pictures as PNG
 import base64
 import html
 import json
+from collections.abc import Collection
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,13 +34,16 @@ img { max-width: 100%; height: auto }
 """
 
 
-def write_report(folder: str | Path, *, title: str | None = None, note: str = "") -> Path:
+def write_report(
+    folder: str | Path, *, title: str | None = None, note: str = "", runs: Collection[str] = ()
+) -> Path:
     """Write `report.html` and `figures/*.png` into a run folder.
 
     Args:
         folder: Of one run, or of several in its subfolders.
         title: Heading; the folder's name by default.
         note: One plain sentence or two under the heading: what was run.
+        runs: Subfolders to show; all by default.
 
     Returns:
         The path of the page.
@@ -48,7 +52,10 @@ def write_report(folder: str | Path, *, title: str | None = None, note: str = ""
         FileNotFoundError: Nothing to report: neither a trainer state nor an evaluation.
     """
     folder = Path(folder)
-    histories, evaluations = read_runs(folder)
+    histories, evaluations = (
+        {name: run for name, run in found.items() if name in runs or not runs}
+        for found in read_runs(folder)
+    )
     if not histories and not evaluations:
         raise FileNotFoundError(
             f"Nothing to report: {folder} holds no trainer_state.json and no pass_at_n.json."
@@ -97,7 +104,9 @@ def _written(run: Path) -> float:
 def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.0))
-    ticks: set[int] = set()
+    ticks = {int(n) for document in evaluations.values() for n in document["pass_at_n"]}
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(min(ticks) / 1.2, max(ticks) * 1.2)
     for name, document in evaluations.items():
         n, values, low, high = _curve(document, "pass_at_n", "interval")
         axis.plot(n, values, marker="o", color=colours[name], label=name, linewidth=2)
@@ -105,8 +114,6 @@ def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> 
         if "maj_at_n" in document:
             n, values, *_ = _curve(document, "maj_at_n", "maj_interval")
             axis.plot(n, values, "--", color=colours[name], label=f"{name}, maj@N", linewidth=1.4)
-        ticks |= set(n)
-    axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
     axis.set_xlabel("N, samples drawn")
     axis.set_ylabel("pass@N")
@@ -181,8 +188,7 @@ def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:
     models: dict[str, list[dict]] = {}
     for document in evaluations.values():
         if "temperature" in document:
-            model = document["adapter"] or document["model"]
-            models.setdefault(Path(model).name, []).append(document)
+            models.setdefault(document["adapter"] or document["model"], []).append(document)
     return {model: documents for model, documents in models.items() if len(documents) > 1}
 
 
@@ -255,7 +261,7 @@ def _page(title: str, note: str, evaluations: dict[str, dict], figures: dict[str
 def _table(evaluations: dict[str, dict]) -> str:
     columns: dict[str, dict[str, float]] = {}
     for name, document in evaluations.items():
-        if "loss" in document:
+        if document.get("loss") is not None:
             columns.setdefault("loss a token", {})[name] = document["loss"]
         for n, value in document["pass_at_n"].items():
             columns.setdefault(f"pass@{n}", {})[name] = value

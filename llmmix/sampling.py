@@ -121,18 +121,12 @@ def sample(
     ]
     wanted = [PromptRequest(*given) for given in wanted if given[2]]
     options = SamplingOptions(temperature, top_p, max_new_tokens, seed, num_samples, token_budget)
+    check_room(ids, model, max_new_tokens, token_budget, numbers)
     if not isinstance(model, torch.nn.Module):
         from llmmix.vllm_backend import sample_vllm
 
-        yield from sample_vllm(model, tokenizer, wanted, options)
+        yield from sample_vllm(model, wanted, options)
         return
-    long = too_long(ids, model.config, max_new_tokens)
-    if long:
-        raise ValueError(
-            f"{len(long)} prompts (first: prompt {numbers[long[0]]}, {len(ids[long[0]])} tokens) "
-            f"leave no room for max_new_tokens={max_new_tokens} in a context of "
-            f"{context_length(model.config)}. Lower `max_new_tokens` or drop those rows."
-        )
     if wanted:
         yield from _Engine(model, tokenizer, wanted, options).run()
 
@@ -154,17 +148,53 @@ def encode(
     )["input_ids"]
 
 
-def context_length(config) -> int | None:
-    """Tokens that a model reads at once, if its configuration says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def context_length(model) -> int | None:
+    """Tokens that a model, or a `vllm.LLM`, reads at once, if it says so."""
+    if not isinstance(model, torch.nn.Module):
+        return model.llm_engine.model_config.max_model_len
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def too_long(ids: Sequence[list[int]], config, max_new_tokens: int) -> list[int]:
+def too_long(ids: Sequence[list[int]], model, max_new_tokens: int) -> list[int]:
     """Which prompts leave no room for `max_new_tokens` in the model's context."""
-    context = context_length(config)
+    context = context_length(model)
     if context is None:
         return []
     return [row for row, prompt in enumerate(ids) if len(prompt) + max_new_tokens > context]
+
+
+def check_room(
+    ids: Sequence[list[int]],
+    model,
+    max_new_tokens: int,
+    token_budget: int,
+    numbers: Sequence[int] | None = None,
+) -> None:
+    """Refuse prompts that leave no room for a completion.
+
+    Args:
+        ids: Token ids of each prompt.
+        model: A causal language model or a `vllm.LLM`.
+        max_new_tokens: Tokens of a completion.
+        token_budget: Tokens held at once; not vLLM's.
+        numbers: What to call the prompts.
+
+    Raises:
+        ValueError: A prompt too long for the context or for the budget.
+    """
+    numbers = range(len(ids)) if numbers is None else numbers
+    if long := too_long(ids, model, max_new_tokens):
+        raise ValueError(
+            f"{len(long)} prompts (first: prompt {numbers[long[0]]}, {len(ids[long[0]])} tokens) "
+            f"leave no room for max_new_tokens={max_new_tokens} in a context of "
+            f"{context_length(model)}. Lower `max_new_tokens` or drop those rows."
+        )
+    longest = max(map(len, ids), default=0)
+    if isinstance(model, torch.nn.Module) and longest + max_new_tokens > token_budget:
+        raise ValueError(
+            f"`token_budget` of {token_budget} is less than one prompt of {longest} tokens and a "
+            f"completion of {max_new_tokens}. Raise it, or lower `max_new_tokens`."
+        )
 
 
 def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
@@ -182,6 +212,9 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
 
 
+ROWS_STARTED_AT_ONCE = 1024
+
+
 class _Engine:
     """The decoding loop: rows [0, len(rows)) of the cache are alive."""
 
@@ -193,12 +226,16 @@ class _Engine:
         options: SamplingOptions,
     ):
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            raise self._refusal("its layers stand on several devices")
+        if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+            raise self._refusal("it attends in chunks")
         self.stop = _stop_tokens(model, tokenizer)
         configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
         self.configs = list({id(config): config for config in configs}.values())
         self.waiting = deque(wanted)
         longest = max(len(prompt.ids) for prompt in wanted)
-        self.capacity, places = _capacity(options, len(wanted), longest)
+        self.capacity, places = _capacity(options, [len(p.samples) for p in wanted], longest)
         # The last token of a completion is never read, so it needs no key
         own = max(1, options.max_new_tokens - 1)
         self.cache = SharedPromptCache(self.capacity, places, longest, own)
@@ -234,13 +271,14 @@ class _Engine:
     def _admit(self) -> list[Completion]:
         """Fill the free rows; what stops or is cut at its first token is finished here."""
         finished = []
-        while len(self.rows) < self.capacity:
+        # Where all stop at their first token, what is finished is handed over before more starts
+        while len(self.rows) < self.capacity and len(finished) < ROWS_STARTED_AT_ONCE:
             if self.open is None:
                 if not (self.waiting and self.free):
                     break
                 self.open = self._prefill(self.waiting.popleft(), self.free.pop())
             prompt, place = self.open
-            room = self.capacity - len(self.rows)
+            room = min(self.capacity - len(self.rows), ROWS_STARTED_AT_ONCE)
             samples, prompt.samples = prompt.samples[:room], prompt.samples[room:]
             streams = torch.from_numpy(
                 np.stack(
@@ -338,10 +376,11 @@ class _Engine:
         """Refuse a model whose state is more than what its attention layers are given."""
         row = self.rows[0]
         ids = torch.tensor([[*row.prompt.ids, *row.tokens]], device=self.model.device)
-        truth = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1].float().softmax(-1)
-        ours = self._logits()[:1].float().softmax(-1)
-        distance = (truth - ours).abs().sum().item() / 2
-        if not distance < 0.05:  # NaN is refused too
+        truth = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+        ours = self._logits()[:1]
+        distance = (truth.float().softmax(-1) - ours.float().softmax(-1)).abs().sum().item() / 2
+        # Half precision rounds logits of 32 and above to a quarter; NaN is refused too
+        if not distance < (0.05 if ours.dtype == torch.float32 else 0.25):
             raise self._refusal(
                 f"its next-token distribution comes out wrong by {distance:.2f} in total variation"
             )
@@ -353,30 +392,34 @@ class _Engine:
         )
 
 
-def _capacity(options: SamplingOptions, prompts: int, longest: int) -> tuple[int, int]:
-    """Rows, and places for prompts, that fit into the budget."""
-    own = options.max_new_tokens
+def _capacity(options: SamplingOptions, samples: list[int], longest: int) -> tuple[int, int]:
+    """Rows, and places for prompts, that fit into the budget.
+
+    Args:
+        options: With the budget.
+        samples: Wanted of each prompt.
+        longest: Tokens of the longest prompt.
+    """
+    own, each = options.max_new_tokens, -(-sum(samples) // len(samples))
 
     def places(rows: int) -> int:
         # Twice the prompts that the rows fill, for stragglers, and two more
-        return min(prompts, rows, 2 * -(-rows // options.num_samples) + 2)
+        return min(len(samples), rows, 2 * -(-rows // each) + 2)
 
     def fits(rows: int) -> bool:
         return rows * own + places(rows) * longest <= options.token_budget
 
-    if not fits(1):
-        raise ValueError(
-            f"`token_budget` of {options.token_budget} is less than one prompt of {longest} tokens "
-            f"and a completion of {own}. Raise it, or lower `max_new_tokens`."
-        )
     rows = 1
-    while rows < prompts * options.num_samples and fits(rows + 1):
+    while rows < sum(samples) and fits(rows + 1):
         rows += 1
     return rows, places(rows)
 
 
 def _probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """(R, V) fp32, not normalised: exp((logits - max) / temperature), the tail cut by `top_p`."""
+    """(R, V) fp32, not normalised: exp((logits - max) / temperature), the tail cut by `top_p`.
+
+    V is padded by zeros to a whole number of blocks.
+    """
     logits = logits.float()
     p = logits - logits.amax(-1, keepdim=True)
     if options.temperature != 1:
@@ -388,7 +431,7 @@ def _probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
         above = ordered.cumsum(-1, dtype=torch.float64) - ordered
         limit = options.top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
         p = torch.zeros_like(p).scatter(1, order, ordered.masked_fill(above >= limit, 0))
-    return p
+    return torch.nn.functional.pad(p, (0, -p.size(1) % BLOCK)) if p.size(1) % BLOCK else p
 
 
 BLOCK = 256
@@ -398,7 +441,7 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
     """Invert the cumulative distribution: first over blocks of the vocabulary, then inside one.
 
     Args:
-        p: (R, V) probabilities, not normalised.
+        p: (R, V) probabilities, not normalised; V a whole number of blocks.
         u: (R,) uniforms in fp64.
 
     Returns:
@@ -407,9 +450,7 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
     Raises:
         ValueError: A row that sums to NaN or infinity.
     """
-    rows, vocabulary = p.shape
-    if vocabulary % BLOCK:
-        p = torch.nn.functional.pad(p, (0, -vocabulary % BLOCK))
+    rows = len(p)
     p = p.view(rows, -1, BLOCK)
     mass = p.sum(-1).double().cumsum(-1)
     if not mass[:, -1].isfinite().all():

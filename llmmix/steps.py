@@ -10,6 +10,7 @@ probability of the whole.
 """
 
 import logging
+import os
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def split_steps(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, separator: str = "\n"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    separator: str = "\n",
+    max_length: int | None = None,
 ) -> Dataset:
     """One example a step, from rows with `prompt` and `steps`, or chats with several answers.
 
@@ -27,6 +32,8 @@ def split_steps(
             whose every assistant turn is a step.
         tokenizer: A fast one, with a chat template where messages are given.
         separator: Written between the steps of `steps`, and scored with the step it ends.
+        max_length: Steps of `steps` that end beyond so many tokens are dropped and counted: a part
+            of a step has another probability.
 
     Returns:
         From `steps`, rows of `input_ids` and `labels`; the end-of-sequence token, or the end of the
@@ -37,6 +44,7 @@ def split_steps(
         ValueError: Other columns, no row with a step, or a tokenizer without character offsets.
     """
     columns = dataset.column_names
+    kept = [column for column in columns if column in ("tools", "chat_template_kwargs")]
     if {"prompt", "steps"} <= set(columns):
         if not tokenizer.is_fast:
             raise ValueError(
@@ -44,8 +52,12 @@ def split_steps(
                 "which `steps` needs: use a fast tokenizer, or give the steps as assistant turns."
             )
         split, options = _split_text, {"tokenizer": tokenizer, "separator": separator}
+        names = ["input_ids", "labels"]
+        if kept and not isinstance(next(iter(dataset), {}).get("prompt"), str):
+            raise ValueError(f"`steps` cannot be told apart with {kept}; give assistant turns.")
     elif "messages" in columns:
-        split, options = _split_messages, {}
+        split, options = _split_messages, {"kept": kept}
+        names = ["prompt", "completion", *kept]
     else:
         raise ValueError(
             f"Stepwise rows need `prompt` and `steps`, or `messages`; the dataset has {columns}."
@@ -54,24 +66,31 @@ def split_steps(
         _split_rows,
         batched=True,
         remove_columns=columns,
-        fn_kwargs={"split": split, "options": options},
+        fn_kwargs={"split": split, "options": options, "names": names},
         desc="Splitting steps",
     )
     if not len(found):
         raise ValueError(f"None of the {len(dataset)} rows holds a step that is not empty.")
     if blank := sum(not _steps_of(row) for row in dataset):
         logger.warning("Dropped %d of %d rows without a step.", blank, len(dataset))
+    if max_length is not None and "input_ids" in names:
+        whole = found.filter(lambda ids: len(ids) <= max_length, input_columns="input_ids")
+        if dropped := len(found) - len(whole):
+            logger.warning(
+                "Dropped %d of %d steps that end beyond max_length=%d.",
+                *(dropped, len(found), max_length),
+            )
+            found = whole
     logger.info("Split %d rows into %d steps.", len(dataset), len(found))
     return found
 
 
-def _split_rows(batch: dict[str, list], split, options: dict) -> dict[str, list]:
+def _split_rows(batch: dict[str, list], split, options: dict, names: list[str]) -> dict[str, list]:
     examples = []
     for values in zip(*batch.values(), strict=True):
         row = dict(zip(batch, values, strict=True))
         if _steps_of(row):
             examples += split(row, **options)
-    names = examples[0] if examples else ()
     return {name: [example[name] for example in examples] for name in names}
 
 
@@ -86,10 +105,10 @@ def _steps_of(row: dict) -> list[str]:
     ]
 
 
-def _split_messages(row: dict) -> list[dict]:
+def _split_messages(row: dict, kept: list[str]) -> list[dict]:
     messages = row["messages"]
     return [
-        {"prompt": messages[:i], "completion": [message]}
+        {"prompt": messages[:i], "completion": [message]} | {name: row[name] for name in kept}
         for i, message in enumerate(messages)
         if message["role"] == "assistant" and (message["content"] or "").strip() and i
     ]
@@ -100,12 +119,23 @@ def _split_text(row: dict, tokenizer: PreTrainedTokenizerBase, separator: str) -
     parts = [step + separator for step in steps[:-1]] + steps[-1:]
     prompt, solution = row["prompt"], "".join(parts)
     if isinstance(prompt, str):
-        text = prompt + solution + (tokenizer.eos_token or "")
+        end = tokenizer.eos_token or ""
+        text = prompt + solution + ("" if end and solution.endswith(end) else end)
         start, special = len(prompt), True
     else:
+        # Templates may trim the content, so it has no outer space to begin with
+        parts[0], parts[-1] = parts[0].lstrip(), parts[-1].rstrip()
+        solution = "".join(parts)
         answer = [{"role": "assistant", "content": solution}]
         text = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
-        start, special = text.rindex(solution), False  # the template writes its own special tokens
+        opened = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        start = text.find(solution, len(os.path.commonprefix([text, opened])))
+        if start < 0:
+            raise ValueError(
+                "The chat template rewrites the assistant's text, so its steps cannot be told "
+                f"apart: {solution[:80]!r}. Give the steps as assistant turns, or another template."
+            )
+        special = False  # the template writes its own special tokens
     tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
     ends = [start]

@@ -105,11 +105,11 @@ def _first_call(case: Case, device: str) -> tuple[float, float, dict]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     started = time.perf_counter()
-    figures = call() or {}
+    figures = call()
     _synchronize(device)
     seconds = time.perf_counter() - started
     peak = _resident_mib("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
-    return seconds, peak - before, figures
+    return seconds, peak - before, figures if isinstance(figures, dict) else {}
 
 
 def _resident_mib(name: str) -> float:

@@ -15,13 +15,15 @@ import json
 import logging
 import os
 import re
+import signal
 import string
 import subprocess
 import sys
 import threading
-from collections import Counter, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 Verdict = Literal["right", "wrong", "unparsable", "failed"]
 VERDICTS = ("right", "wrong", "unparsable", "failed")
 
-BACKLOG = 4096  # completions that may wait for a verdict
-MEMORY_LIMIT = 4 * 2**30  # bytes of address space in a verifier's process
+BACKLOG = 512  # completions that may wait for a verdict
+REMEMBERED = 10_000  # pairs whose verdicts are kept
+SECONDS_TO_START = 120
+MEMORY_LIMIT = 4 * 2**30  # bytes that a verifier's process may take besides its imports
 
 
 def boxed_answer(text: str) -> str | None:
@@ -64,9 +68,11 @@ def normalized(completion: str, answer: str) -> bool | None:
 
     Case, punctuation, articles and spaces do not count, as in SQuAD's exact match.
     """
-    given = boxed_answer(completion)
+    given, wanted = boxed_answer(completion), _words(str(answer))
+    if not wanted:
+        raise ValueError(f"the reference {answer!r} has no word left once it is normalized")
     words = _words(completion if given is None else given)
-    return words == _words(str(answer)) if words else None
+    return words == wanted if words else None
 
 
 def choice(completion: str, answer: str) -> bool | None:
@@ -76,11 +82,11 @@ def choice(completion: str, answer: str) -> bool | None:
         completion: Such as "The answer is (B)", "\boxed{B}" or "B. Paris".
         answer: A letter, with or without brackets.
     """
-    wanted = re.search(r"[A-Za-z]", str(answer))
+    wanted = re.fullmatch(r"\W*([A-Za-z])\W*", str(answer))
     if wanted is None:
-        raise ValueError(f"the reference {answer!r} has no letter")
+        raise ValueError(f"the reference {answer!r} is not a letter")
     given = _chosen(completion)
-    return None if given is None else given.upper() == wanted[0].upper()
+    return None if given is None else given.upper() == wanted[1].upper()
 
 
 def math(completion: str, answer: str) -> bool | None:
@@ -119,7 +125,7 @@ class Verifier:
     """Judges completions; safe to call from several threads.
 
     `math` and functions of your own run in processes of their own, each call under a time limit: a
-    process that overstays is killed and another started. Pairs seen before are not judged again.
+    process that overstays is killed and another started. Pairs seen lately are not judged again.
 
     Args:
         function: A name above, "module:function", or a callable, which runs in this process without
@@ -138,9 +144,9 @@ class Verifier:
             )
         self.name = function if isinstance(function, str) else _name(function)
         self.timeout = timeout
-        self.errors: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._seen: dict[tuple[str, str], Future] = {}
+        self._seen: OrderedDict[tuple[str, str], Future] = OrderedDict()
+        self._errors: dict[tuple[str, str], str] = {}
         self._local: Callable | None = None
         self._pool = ThreadPoolExecutor(workers)
         self._idle: list[_Worker] = []
@@ -155,7 +161,7 @@ class Verifier:
                     f"`verifier`: no {function!r}; there are {', '.join(BUILT_IN)}, or name a "
                     "function of yours as module:function."
                 )
-            self._idle = [_Worker(path) for _ in range(workers)]
+            self._idle = [_Worker(path, timeout) for _ in range(workers)]
 
     def __call__(self, completion: str, answer: str) -> Verdict:
         """The verdict on one completion."""
@@ -163,15 +169,27 @@ class Verifier:
 
     def submit(self, completion: str, answer: str) -> Future:
         """A future of the verdict."""
+        if self._local:
+            return _done(self._judge_here(completion, str(answer)))
         key = (self._text_that_counts(completion), str(answer))
         with self._lock:
             if key not in self._seen:
-                self._seen[key] = (
-                    _done(self._judge_here(*key))
-                    if self._local
-                    else self._pool.submit(self._judge_outside, *key)
-                )
+                self._seen[key] = self._pool.submit(self._judge_outside, *key)
+                if len(self._seen) > REMEMBERED:
+                    self._seen.popitem(last=False)
+            self._seen.move_to_end(key)
             return self._seen[key]
+
+    def forget(self, futures: Iterable[Future]) -> None:
+        """Give up verdicts that have not been begun."""
+        given_up = {id(future) for future in futures if future.cancel()}
+        with self._lock:
+            for key in [key for key, future in self._seen.items() if id(future) in given_up]:
+                del self._seen[key]
+
+    def why(self, completion: str, answer: str) -> str | None:
+        """What went wrong where the verdict was "failed"."""
+        return self._errors.get((self._text_that_counts(completion), str(answer)))
 
     def close(self) -> None:
         """End the processes."""
@@ -187,7 +205,11 @@ class Verifier:
 
     def _text_that_counts(self, completion: str) -> str:
         # Many samples box one answer: it is judged once
-        if self.name == "math" and (given := boxed_answer(completion)) is not None:
+        if (
+            self.name == "math"
+            and not self._local
+            and (given := boxed_answer(completion)) is not None
+        ):
             return f"\\boxed{{{given}}}"
         return completion
 
@@ -195,7 +217,7 @@ class Verifier:
         try:
             return _verdict(self._local(completion, answer))
         except Exception as error:
-            return self._failed(f"{type(error).__name__}: {error}")
+            return self._failed(completion, answer, f"{type(error).__name__}: {error}")
 
     def _judge_outside(self, completion: str, answer: str) -> Verdict:
         with self._lock:
@@ -205,10 +227,10 @@ class Verifier:
         finally:
             with self._lock:
                 self._idle.append(worker)
-        return self._failed(error) if error else verdict
+        return self._failed(completion, answer, error) if error else verdict
 
-    def _failed(self, error: str) -> Verdict:
-        self.errors[error[:200]] += 1
+    def _failed(self, completion: str, answer: str, error: str) -> Verdict:
+        self._errors[completion, answer] = error[:200]
         return "failed"
 
 
@@ -223,13 +245,19 @@ def judge(
         verifier: Who judges.
     """
     pending: deque[tuple[Completion, Future]] = deque()
-    for completion in completions:
-        pending.append((completion, verifier.submit(completion.text, answers[completion.prompt])))
-        while pending and (pending[0][1].done() or len(pending) > BACKLOG):
+    try:
+        for completion in completions:
+            answer = answers[completion.prompt]
+            pending.append((completion, verifier.submit(completion.text, answer)))
+            while pending and (pending[0][1].done() or len(pending) > BACKLOG):
+                done, verdict = pending.popleft()
+                yield done, verdict.result()
+        while pending:
             done, verdict = pending.popleft()
             yield done, verdict.result()
-    for done, verdict in pending:
-        yield done, verdict.result()
+    finally:
+        # Left half way: nobody waits for the rest, and the interpreter must not at its end
+        verifier.forget([verdict for _, verdict in pending])
 
 
 def stated_answer(completion: str, verifier: str) -> str | None:
@@ -251,64 +279,95 @@ def stated_answer(completion: str, verifier: str) -> str | None:
 class _Worker:
     """A process that answers one question a line, started anew when it dies."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, timeout: float):
+        self.path, self.timeout = path, timeout
         self._start()
 
     def judge(self, completion: str, answer: str, timeout: float) -> tuple[Verdict, str | None]:
         """The verdict, and what went wrong if anything did."""
-        if self.process.poll() is not None:
-            self._start()
-        overdue = threading.Event()
-        timer = threading.Timer(timeout, lambda: (overdue.set(), self.process.kill()))
-        timer.start()
         try:
-            self.process.stdin.write(json.dumps([completion, answer]) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError:  # it died between two questions
-            line = ""
-        finally:
-            timer.cancel()
+            if not self.alive or self.process.poll() is not None:
+                self._start()
+        except ValueError as error:  # it started before
+            return "failed", str(error)
+        question = json.dumps([completion, answer]) + "\n"
+        line, overdue = self._exchange(question, timeout)
+        if line and not overdue:
+            return tuple(json.loads(line))
+        self.kill()  # a reply that came at the last moment does not save a process told to end
         if line:
             return tuple(json.loads(line))
-        self.kill()
-        return "failed", f"no verdict within {timeout:g} s" if overdue.is_set() else "it crashed"
+        return "failed", f"no verdict within {timeout:g} s" if overdue else "it crashed"
+
+    def _exchange(self, question: str, timeout: float) -> tuple[str, bool]:
+        """The reply to a question, and whether the process has been told to end."""
+        process, overdue = self.process, threading.Event()
+        timer = threading.Timer(timeout, lambda: (overdue.set(), _kill(process)))
+        timer.daemon = True
+        timer.start()
+        try:
+            process.stdin.write(question)
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:  # it died between two questions
+            line = ""
+        timer.cancel()
+        timer.join()
+        return line, overdue.is_set()
 
     def kill(self) -> None:
-        self.process.kill()
+        """End it; the next question starts another."""
+        self.alive = False
+        _kill(self.process)
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):  # what it did not read can no longer be written
+                pipe.close()
 
     def _start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmmix.verify", self.path],
+            [sys.executable, "-m", "llmmix.verify", self.path, str(self.timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])},
+            start_new_session=True,  # so that what it starts can be ended with it
         )
+        self.alive = True
         # The first line says that the function was found, so that imports are not timed
-        problem = json.loads(self.process.stdout.readline() or '"its process did not start"')
+        line, _ = self._exchange("", SECONDS_TO_START)
+        problem = json.loads(line) if line else f"no answer within {SECONDS_TO_START} s of starting"
         if problem:
             self.kill()
             raise ValueError(f"`verifier` {self.path!r}: {problem}")
 
 
-def serve(path: str) -> None:
+def _kill(process: subprocess.Popen) -> None:
+    """End a process and what it has started."""
+    with suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
+def serve(path: str, timeout: float) -> None:
     """Answer questions from standard input until it ends; `python -m llmmix.verify` does this.
 
     Args:
         path: module:function.
+        timeout: Seconds that the asker waits. Who asked may be gone: well after it, this ends.
     """
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the function prints must not be taken for a verdict
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # What the function reads or prints must not be taken for a question or a verdict
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
 
     def say(message) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
 
     module, _, name = path.partition(":")
     try:
@@ -323,21 +382,30 @@ def serve(path: str) -> None:
         say(f"{type(error).__name__}: {error}")
         return
     _limit_memory()
+    alarm = getattr(signal, "alarm", lambda seconds: None)
     say(None)
-    for line in sys.stdin:
+    for question in questions:
+        alarm(int(timeout) + 60)
         try:
-            say([_verdict(function(*json.loads(line))), None])
+            say([_verdict(function(*json.loads(question))), None])
         except Exception as error:  # RecursionError and MemoryError among them
             say(["failed", f"{type(error).__name__}: {error}"])
+        alarm(0)
 
 
 def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
+    """Let the process grow by `MEMORY_LIMIT` from what its imports have taken."""
+    statm = "/proc/self/statm"
+    if not os.path.exists(statm):  # Linux alone tells, and keeps, such a limit
         return
+    import resource
+
+    with open(statm) as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    limit = taken + MEMORY_LIMIT
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
@@ -370,21 +438,26 @@ def _words(text: str) -> str:
 
 def _chosen(completion: str) -> str | None:
     if (given := boxed_answer(completion)) is not None:
-        completion = re.sub(r"\\text\w*\{|\}", "", given)
-        found = re.match(r"\W*([A-Za-z])\b", completion)
+        bare = re.sub(r"\\(?:text|math)\w*\s*\{|[{}]", "", given)
+        found = re.match(r"\W*([A-Za-z])(?![A-Za-z])", bare)
         return found[1] if found else None
-    patterns = (
-        r"(?i:answer)(?:\s+(?i:is|would be|should be))?\s*:?\s*\**\(?([A-Z])\b(?!')",
-        r"^\W*([A-Z])(?=[).:]|\s*$)",
-        r"(?:^|[\s(*])([A-Z])(?=[\s).,*:]|$)",
+    # "the answer is (B)", "**Answer:** option B"; but not "Answer: I think"
+    named = re.findall(
+        r"(?i:answer)(?:\s+(?i:is|would be|should be))?[\s:*$(]*(?:(?i:option|choice)[\s*$(]*)?"
+        r"([A-Z])(?=[\s).,:*$]*(?:$|[\n).,:*$]))",
+        completion,
+        flags=re.MULTILINE,
     )
-    for pattern in patterns[:2]:
-        if found := re.findall(pattern, completion.strip(), flags=re.MULTILINE):
-            return found[-1]
-    # A letter alone somewhere: "A" and "I" are words too
-    found = [c for c in re.findall(patterns[2], completion) if c not in "AI"]
-    return found[-1] if found else None
+    if named:
+        return named[-1]
+    # A line that opens with a letter, "B. Paris": the answer, unless several do and restate options
+    opening = set(re.findall(r"^\W*([A-Z])(?=[).:]|\s*$)", completion.strip(), flags=re.MULTILINE))
+    if len(opening) == 1:
+        return opening.pop()
+    # A letter alone somewhere; "A" and "I" are words too
+    alone = re.findall(r"(?:^|[\s(*])([B-HJ-Z]|A(?=[).,:*]))(?=[\s).,*:]|$)", completion)
+    return alone[-1] if alone else None
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], float(sys.argv[2]))

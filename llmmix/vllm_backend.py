@@ -38,7 +38,7 @@ def load_vllm(checkpoint: str, adapter: str | None = None, **options):
 
 
 def sample_vllm(
-    llm, tokenizer, wanted: Sequence[PromptRequest], options: SamplingOptions
+    llm, wanted: Sequence[PromptRequest], options: SamplingOptions
 ) -> Iterator[Completion]:
     """Draw what is wanted, a few thousand requests a call, each with a seed of its own."""
     from vllm import SamplingParams
@@ -63,10 +63,9 @@ def sample_vllm(
         for (prompt, sample), output in zip(part, outputs, strict=True):
             answer = output.outputs[0]
             finished = answer.finish_reason == "stop"
-            tokens = list(answer.token_ids)
-            if finished and tokens and tokens[-1] == tokenizer.eos_token_id:
-                tokens.pop()
-            yield Completion(prompt.number, sample, answer.text, len(tokens), finished)
+            # The stop token, which comes with the others, is not counted
+            tokens = max(0, len(answer.token_ids) - finished)
+            yield Completion(prompt.number, sample, answer.text, tokens, finished)
 
 
 def request_seed(seed: int, prompt: int, sample: int) -> int:

@@ -48,8 +48,9 @@ def main(
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     if selection_args.stepwise:
-        train_dataset = split_steps(train_dataset, tokenizer)
-        eval_dataset = eval_dataset and split_steps(eval_dataset, tokenizer)
+        length = training_args.max_length
+        train_dataset = split_steps(train_dataset, tokenizer, max_length=length)
+        eval_dataset = eval_dataset and split_steps(eval_dataset, tokenizer, max_length=length)
     trainer = DCOTrainer(
         checkpoint,
         args=training_args,

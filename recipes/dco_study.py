@@ -42,7 +42,7 @@ class StudyArguments:
     num_samples: int = field(default=64, metadata={"help": "Samples a held-out problem."})
     n: list[int] = field(default_factory=lambda: [1, 16, 64], metadata={"help": "N to report."})
     steps: list[int] = field(
-        default_factory=lambda: [80, 160, 240, 320, 400], metadata={"help": "When to sample."}
+        default_factory=lambda: [80, 160, 240, 320], metadata={"help": "When to sample."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Constant after 20 steps."})
     batch_size: int = field(default=32, metadata={"help": "Problems a step."})
@@ -91,7 +91,7 @@ def main(args: StudyArguments) -> None:
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=20,
                 per_device_train_batch_size=args.batch_size,
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 save_strategy="no",
                 report_to="none",
                 logging_strategy="no",

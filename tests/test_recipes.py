@@ -78,6 +78,56 @@ def test_recipe_trains_and_saves(name, lora, rows, checkpoint, monkeypatch, caps
         assert not list((rows / "again").glob("reference-*"))
 
 
+def logged(out) -> dict:
+    """Every metric of a run, and its last value."""
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return {key: value for entry in history for key, value in entry.items()}
+
+
+def test_dco_by_steps(rows, checkpoint, capsys):
+    steps = [
+        {"prompt": "What is (2+3)*4? ", "steps": ["2+3=5", "5*4=\\boxed{20}"]},
+        {"prompt": "What is 9-4? ", "steps": ["9-4=\\boxed{5}"]},
+    ]
+    (rows / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    argv = ["run", "dco", "--model_name_or_path", checkpoint, "--output_dir", str(rows / "out")]
+    argv += ["--dataset_name", str(rows / "steps.jsonl"), "--logging_steps", "1", *SMALL]
+    argv += ["--per_device_train_batch_size", "3"]
+    assert cli.main(argv) == 2 and "split_steps" in capsys.readouterr().err
+    assert cli.main([*argv, "--stepwise", "true", "--n_samples", "8"]) == 0
+    assert logged(rows / "out")["epoch"] == 2  # three examples are one step
+
+
+def test_dco_leaves_out_what_is_likely(rows, checkpoint):
+    argv = ["run", "dco", "--model_name_or_path", checkpoint, "--output_dir", str(rows / "out")]
+    argv += ["--dataset_name", str(rows / "math.jsonl"), "--logging_steps", "1", *SMALL]
+    assert cli.main([*argv, "--likelihood_threshold", "0.1", "--max_steps", "22"]) == 0
+    assert logged(rows / "out")["filter/kept"] == 1  # a random model is sure of nothing
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]])
+def test_dco_for_chains_of_thought(lora, rows, checkpoint):
+    argv = ["run", "dco_cot", "--model_name_or_path", checkpoint, "--max_new_tokens", "8", *lora]
+    argv += ["--dataset_name", str(rows / "math.jsonl"), "--output_dir", str(rows / "out"), *SMALL]
+    argv += ["--solve_samples", "4", "--unfiltered_steps", "1", "--max_steps", "3"]
+    assert cli.main([*argv, "--logging_steps", "1"]) == 0
+    found = logged(rows / "out")
+    assert found["solve_rate/mean"] == 0 and found["dco/weight"] == 1 and found["filter/kept"] == 1
+
+
+def test_dco_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tiny-1").symlink_to(checkpoint)
+    argv = ["run", "dco_study", "--n_samples", "1", "4", "--seeds", "0", "1", "--steps", "2", "3"]
+    argv += ["--num_samples", "4", "--n", "1", "4", "--test_rows", "3", "--train_rows", "8"]
+    assert cli.main([*argv, "--batch_size", "4", "--output_dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "dco_study.json").read_text())
+    assert len(found) == 4 and set(found["N=4 seed=1"]) == {"2", "3"}
+    assert (tmp_path / "out" / "dco_study.png").read_bytes().startswith(b"\x89PNG")
+    assert "cross-entropy" in capsys.readouterr().out
+
+
 def test_report_to_tensorboard(rows, checkpoint):
     argv = ["run", "dco", "--model_name_or_path", checkpoint, "--output_dir", str(rows / "out")]
     argv += ["--dataset_name", str(rows / "math.jsonl"), "--report_to", "tensorboard", *SMALL]

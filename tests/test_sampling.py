@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -146,6 +148,7 @@ def test_inverse_of_the_cumulative_distribution(vocabulary):
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(40, vocabulary, generator=generator) ** 4
     p[:, ::3] = 0
+    p = torch.nn.functional.pad(p, (0, -vocabulary % sampling.BLOCK))
     u = torch.rand(40, generator=generator, dtype=torch.float64)
     u[0], u[1] = 0, 1 - 2**-53
     exact = (p.double() / p.double().sum(1, keepdim=True)).cumsum(1)
@@ -250,6 +253,8 @@ def test_finished_rows_leave_and_the_others_go_on(loaded):
     model.generation_config.eos_token_id = list(range(0, len(tokenizer), 2))
     draws = list(sample(model, tokenizer, ["12+7="], 300, max_new_tokens=20, seed=1))
     lengths = [c.tokens for c in draws]
+    odd = {tokenizer.decode([i], skip_special_tokens=True) for i in range(1, len(tokenizer), 2)}
+    assert {c.text for c in draws if c.tokens == 1} <= odd  # what stops is not in the text
     assert len(draws) == 300 and min(lengths) == 0 and 2 < max(lengths) < 20
     assert all(c.finished for c in draws)
 
@@ -305,15 +310,58 @@ def test_refusals(loaded, prompts, options, message):
         list(sample(*loaded, prompts, 1, **options))
 
 
-def test_no_pad_token_and_nan_are_refused(loaded):
+def test_nan_is_refused(loaded):
     model, tokenizer = loaded
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
         list(sample(model, tokenizer, ["1"], 1, max_new_tokens=8))
+
+
+def test_no_pad_token_is_needed(loaded):
+    model, tokenizer = loaded
+    whole = list(sample(model, tokenizer, PROMPTS, 2, max_new_tokens=4))
     tokenizer.pad_token = None
-    with pytest.raises(ValueError, match="no pad token"):
-        list(sample(model, tokenizer, ["1"], 1))
+    assert whole == list(sample(model, tokenizer, PROMPTS, 2, max_new_tokens=4))
+
+
+def test_completions_of_one_token_come_as_they_are_drawn(loaded, monkeypatch):
+    """Prompts are read as they are needed, not all before the first completion."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(sampling, "ROWS_STARTED_AT_ONCE", 4)
+    read = []
+    prefill = sampling._Engine._prefill
+    monkeypatch.setattr(
+        sampling._Engine,
+        "_prefill",
+        lambda self, *given: (read.append(1), prefill(self, *given))[1],
+    )
+    draws = sample(model, tokenizer, ["1+1=", "2", "3", "4", "5", "6"], 4, max_new_tokens=1)
+    next(draws)
+    assert len(read) == 1
+    assert len(list(draws)) == 23 and len(read) == 6
+
+
+def test_attention_sinks_and_several_devices_are_refused(loaded):
+    model, tokenizer = loaded
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="its layers stand on several devices"):
+        list(sample(model, tokenizer, ["1"], 1, max_new_tokens=4))
+    config = GptOssConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with pytest.raises(ValueError, match="attention sinks"):
+        list(sample(GptOssForCausalLM(config), tokenizer, ["1"], 1, max_new_tokens=4))
 
 
 def test_vllm_is_asked_for_each_completion_with_its_own_seed(tokenizer, monkeypatch):
@@ -329,7 +377,8 @@ def test_vllm_is_asked_for_each_completion_with_its_own_seed(tokenizer, monkeypa
         answer.finish_reason = "stop"
         return [SimpleNamespace(outputs=[answer]) for _ in prompts]
 
-    llm = SimpleNamespace(generate=generate)
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    llm = SimpleNamespace(generate=generate, llm_engine=config)
     draws = list(sample(llm, tokenizer, PROMPTS, 3, done={(1, 0)}, temperature=0.5))
     assert [(c.prompt, c.sample) for c in draws] == [
         (p, s) for p in range(4) for s in range(3) if (p, s) != (1, 0)

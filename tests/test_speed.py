@@ -1,6 +1,7 @@
 """What the benchmark reports; how fast anything is, is never tested."""
 
 import json
+import logging
 
 import pytest
 from llmmix.eval import speed
@@ -22,6 +23,13 @@ SMALL = {
     "num_samples": 3,
     "max_new_tokens": 8,
 }
+
+
+@pytest.fixture(autouse=True)
+def loud():
+    """What `main` silences must be heard by the tests that follow."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def test_every_row_names_its_contenders_and_their_ratios(checkpoint, tmp_path, capsys):

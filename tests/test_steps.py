@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -50,10 +51,16 @@ def test_steps_multiply_to_the_whole_solution(checkpoint, chat):
     parts = [logp(model, row["input_ids"], row["labels"]) for row in split.select(range(3))]
     assert sum(parts) == pytest.approx(total, rel=1e-6)
     said = [
-        tokenizer.decode([y for y in row["labels"] if y != -100], skip_special_tokens=True).rstrip()
+        tokenizer.decode([y for y in row["labels"] if y != -100]).removesuffix("\n" if chat else "")
         for row in split
     ]
-    assert said == ["2+3=5", "5*4=20", "\\boxed{20}", "7-5=\\boxed{2}"]
+    end = tokenizer.eos_token
+    assert said == [
+        "2+3=5" + ("" if chat else "\n"),
+        "5*4=20" + ("" if chat else "\n"),
+        "\\boxed{20}" + end,
+        "7-5=\\boxed{2}" + end,
+    ]
 
 
 def test_assistant_turns_are_steps():
@@ -72,6 +79,41 @@ def test_rows_without_a_step_are_counted(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(split_steps(Dataset.from_dict(rows), tokenizer)) == 1
     assert "Dropped 1 of 2 rows without a step" in caplog.text
+
+
+def test_a_thousand_rows_of_which_the_last_is_blank(tokenizer):
+    rows = {"prompt": ["a"] * 1001, "steps": [["x"]] * 1000 + [[""]]}
+    assert len(split_steps(Dataset.from_dict(rows), tokenizer)) == 1000
+
+
+def test_templates_that_trim_and_answers_that_stand_in_the_template_too(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    template = tokenizer.chat_template
+    trimming = template.replace("message['content']", "message['content'] | trim")
+    tokenizer.chat_template = trimming
+    prompt = [[{"role": "user", "content": "state"}]]
+    rows = Dataset.from_dict({"prompt": prompt, "steps": [["  im", "end\n "]]})
+    said = [
+        tokenizer.decode([y for y in row["labels"] if y != -100])
+        for row in split_steps(rows, tokenizer)
+    ]
+    assert said == ["im\n", "end<|im_end|>\n"]
+    tokenizer.chat_template = template.replace("message['content']", "message['content'] | upper")
+    with pytest.raises(ValueError, match="template rewrites the assistant's text"):
+        split_steps(rows, tokenizer)
+
+
+def test_steps_beyond_the_length_are_dropped_whole(tokenizer, caplog):
+    rows = Dataset.from_dict({"prompt": ["1+1"], "steps": [["2", "3" * 50]]})
+    with caplog.at_level(logging.WARNING):
+        assert len(split_steps(rows, tokenizer, max_length=20)) == 1
+    assert "Dropped 1 of 2 steps" in caplog.text
+
+
+def test_an_end_of_sequence_is_not_written_twice(tokenizer):
+    rows = {"prompt": ["a"], "steps": [["b" + tokenizer.eos_token]]}
+    (row,) = split_steps(Dataset.from_dict(rows), tokenizer)
+    assert row["input_ids"].count(tokenizer.eos_token_id) == 1
 
 
 def test_other_columns_and_nothing_left_are_refused(tokenizer):

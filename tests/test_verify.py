@@ -1,9 +1,13 @@
 import os
+import signal
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from llmmix.verify import Verifier, boxed_answer, choice, exact, normalized
+from llmmix.verify import Verifier, boxed_answer, choice, exact, judge, normalized
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,13 @@ def test_normalized(completion, answer, verdict):
     assert normalized(completion, answer) is verdict
 
 
+def test_references_that_cannot_be_met_are_no_wrong_answers():
+    with pytest.raises(ValueError, match="is not a letter"):
+        choice("B", "option B")
+    with pytest.raises(ValueError, match="no word left"):
+        normalized("+", "+")
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "verdict"),
     [
@@ -57,6 +68,13 @@ def test_normalized(completion, answer, verdict):
         ("A dog and I went out", "A", None),
         ("nothing", "A", None),
         ("The answer is (B).", "A", False),
+        ("A) one\nB) two\nC) three\nSo B is correct", "B", True),
+        ("**Answer:** A", "A", True),
+        ("the correct answer is option A", "A", True),
+        ("The final answer is $A$", "A", True),
+        ("Answer: I think B", "B", True),
+        (r"\boxed{\mathbf{B}}", "B", True),
+        (r"\boxed{Bob}", "B", None),
     ],
 )
 def test_choice(completion, answer, verdict):
@@ -109,7 +127,13 @@ def dies(completion, answer):
 
 
 def eats(completion, answer):
-    return len(bytearray(2**40)) > 0
+    return len(bytearray(5 * 2**30)) > 0  # which the machine has, and the process may not take
+
+
+def forks(completion, answer):
+    if completion == "hang":
+        subprocess.run(["sleep", "60"])
+    return sys.stdin.read() == ""  # not the next question
 
 
 @pytest.mark.parametrize(
@@ -117,6 +141,7 @@ def eats(completion, answer):
     [
         ("raises", "x", "KeyError: 'oh'"),
         ("hangs", "hang", "no verdict within 1 s"),
+        ("forks", "hang", "no verdict within 1 s"),
         ("dies", "die", "it crashed"),
         ("eats", "x", "MemoryError"),
     ],
@@ -124,9 +149,20 @@ def eats(completion, answer):
 def test_a_failure_is_counted_and_the_next_answer_is_judged(function, completion, message):
     with Verifier(f"{__name__}:{function}", timeout=1) as verifier:
         assert verifier(completion, "1") == "failed"
-        assert message in next(iter(verifier.errors))
-        if function in ("hangs", "dies"):
+        assert message in verifier.why(completion, "1")
+        if function in ("hangs", "forks", "dies"):
             assert verifier("1", "1") == "right"
+
+
+def test_a_worker_killed_between_two_questions_is_replaced():
+    with Verifier(f"{__name__}:dies") as verifier:
+        assert verifier("1", "1") == "right"
+        worker = verifier._idle[0]
+        worker.process.poll = lambda: None  # as it was seen just before
+        os.killpg(worker.process.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        assert verifier("2", "1") == "failed" and "crashed" in verifier.why("2", "1")
+        assert verifier("3", "1") == "wrong"
 
 
 def test_your_own_function_in_this_process_or_another():
@@ -135,17 +171,44 @@ def test_your_own_function_in_this_process_or_another():
     with Verifier(raises) as verifier:
         assert verifier("1", "1") == "failed" and verifier.name.endswith(":raises")
     with Verifier(lambda *_: "maybe") as verifier:
-        assert verifier("1", "1") == "failed" and "returns a bool" in next(iter(verifier.errors))
+        assert verifier("1", "1") == "failed" and "returns a bool" in verifier.why("1", "1")
     with Verifier(f"{__name__}:dies", workers=2) as verifier:
         futures = [verifier.submit(str(i), "3") for i in range(6)]
         assert [f.result() for f in futures] == ["right" if i == 3 else "wrong" for i in range(6)]
 
 
-def test_one_answer_is_judged_once():
-    seen = []
-    with Verifier(lambda *pair: seen.append(pair)) as verifier:
-        assert {verifier("a", "1") for _ in range(5)} == {"unparsable"}
-    assert seen == [("a", "1")]
+CALLS = 0
+
+
+def counts(completion, answer):
+    global CALLS
+    CALLS += 1
+    return CALLS == 1
+
+
+def test_one_answer_is_judged_once(math_verifier):
+    with Verifier(f"{__name__}:counts") as verifier:
+        assert {verifier("a", "1") for _ in range(5)} == {"right"}
+        assert verifier("b", "1") == "wrong"
+    # of a boxed answer, whatever is said around it
+    texts = [rf"{word}: \boxed{{77}}" for word in ("so", "thus", "hence")]
+    assert len({id(math_verifier.submit(text, "78")) for text in texts}) == 1
+
+
+def test_judging_left_half_way_gives_up_the_rest():
+    completions = [SimpleNamespace(prompt=0, text=str(i)) for i in range(50)]
+    with Verifier(f"{__name__}:slow", timeout=20) as verifier:
+        judged = judge(iter(completions), {0: "1"}, verifier)
+        next(judged)
+        started = time.monotonic()
+        judged.close()
+        verifier._pool.shutdown()
+        assert time.monotonic() - started < 5
+
+
+def slow(completion, answer):
+    time.sleep(0.3)
+    return True
 
 
 @pytest.mark.parametrize(
