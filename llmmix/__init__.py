@@ -14,6 +14,14 @@ _HOMES = {
     "RPOTrainer": "rpo",
     "attach_head": "head",
     "linear_logprobs": "logprobs",
+    "LikelihoodFilter": "filtering",
+    "SolveRates": "filtering",
+    "attach_filter": "filtering",
+    "attach_weights": "filtering",
+    "split_steps": "steps",
+    "sample": "sampling",
+    "Verifier": "verify",
+    "pass_at_n": "estimators",
 }
 
 __all__ = sorted(_HOMES)

@@ -20,10 +20,12 @@ from llmmix import (
     RPOTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    sample,
 )
 from llmmix.cache import built_once
 from llmmix.confidence import add_confidence
 from llmmix.data import resolve_checkpoint
+from llmmix.sampling import encode
 
 pytestmark = pytest.mark.real
 
@@ -123,6 +125,26 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(smollm2):
     )
     out = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].size(1) :])
+
+
+def test_sampling_is_generate_in_the_greedy_limit_and_alone_or_together_the_same(smollm2):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompts = [user("What is the capital of France?"), "Once upon a time", user("Count to five.")]
+    greedy = list(sample(model, tokenizer, prompts, 2, max_new_tokens=10, temperature=1e-4))
+    for completion in greedy:
+        ids = torch.tensor([encode(tokenizer, prompts[completion.prompt])])
+        out = model.generate(ids, max_new_tokens=10, do_sample=False)
+        text = tokenizer.decode(out[0, ids.size(1) :], skip_special_tokens=True)
+        assert completion.text == text
+    together, alone = (
+        sorted(
+            (c.prompt, c.sample, c.text)
+            for c in sample(model, tokenizer, prompts, 3, max_new_tokens=10, token_budget=budget)
+        )
+        for budget in (4096, 64)
+    )
+    assert together == alone and len({text for *_, text in together}) > 3
 
 
 @pytest.mark.parametrize(
