@@ -324,47 +324,54 @@ def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float | N
 def _print_tables(results: dict[str, dict], differences: dict[str, dict]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console, first = Console(), next(iter(results.values()))
     title = f"{first['rows']} problems, {first['num_samples']} samples each, 95% intervals"
-    # Escaped, since an answer or an error may hold what rich takes for markup
-    table = Table(title=title, caption=escape("\n".join(_remarks(results))) or None)
-    table.add_column("model", overflow="fold")
+    columns = [f"pass@{n}" for n in first["pass_at_n"]]
     with_loss = any("loss" in result for result in results.values())
-    if with_loss:
-        table.add_column("loss", justify="right")
-    estimates = [("pass_at_n", "interval", "pass"), ("maj_at_n", "maj_interval", "maj")]
-    estimates = [names for names in estimates if names[0] in first]
-    for key, _, name in estimates:
-        for n in first[key]:
-            table.add_column(f"{name}@{n}", justify="right", no_wrap=True)
+    table = _table(title, ["loss", *columns] if with_loss else columns)
     for run, result in results.items():
         loss = result.get("loss")
         cells = ["" if loss is None else f"{loss:.3f}"] if with_loss else []
-        for key, interval, _ in estimates:
-            cells += [_cell(value, result[interval][n]) for n, value in result[key].items()]
-        table.add_row(escape(run), *cells)
+        estimates = result["pass_at_n"].items()
+        table.add_row(
+            escape(run), *cells, *(_cell(value, result["interval"][n]) for n, value in estimates)
+        )
     console.print(table)
-    if differences:
-        first_run = escape(next(iter(results)))
-        table = Table(title=f"pass@N minus that of {first_run}, problem by problem")
-        table.add_column("model", overflow="fold")
-        for n in first["pass_at_n"]:
-            table.add_column(f"pass@{n}", justify="right", no_wrap=True)
-        for run, by_n in differences.items():
-            cells = [by_n.get(n) for n in first["pass_at_n"]]
-            table.add_row(
-                run,
-                *("" if c is None else _cell(c["difference"], c["interval"], "+") for c in cells),
-            )
+    if "maj_at_n" in first:
+        table = _table("Majority votes", [f"maj@{n}" for n in first["maj_at_n"]])
+        for run, result in results.items():
+            votes = result["maj_at_n"].items()
+            table.add_row(escape(run), *(_cell(v, result["maj_interval"][n]) for n, v in votes))
         console.print(table)
+    if differences:
+        title = f"pass@N minus that of {next(iter(results))}, problem by problem"
+        table = _table(title, columns)
+        for run, by_n in differences.items():
+            cells = (by_n.get(n) for n in first["pass_at_n"])
+            shown = ("" if c is None else _cell(c["difference"], c["interval"], "+") for c in cells)
+            table.add_row(escape(run), *shown)
+        console.print(table)
+    for remark in _remarks(results):
+        console.print(remark, markup=False, highlight=False)
+
+
+def _table(title: str, columns: list[str]):
+    from rich.markup import escape
+    from rich.table import Table
+
+    # Escaped, since a name may hold what rich takes for markup
+    table = Table(title=escape(title))
+    table.add_column("model", overflow="fold", min_width=12)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _cell(value: float | None, interval: list[float] | None, sign: str = "") -> str:
     if value is None:
         return "none"
-    bounds = "" if interval is None else f"\n[{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]"
+    bounds = "" if interval is None else f"\n{interval[0]:{sign}.2f} to {interval[1]:{sign}.2f}"
     return f"{value:{sign}.3f}{bounds}"
 
 

@@ -162,7 +162,7 @@ class DCOTrainer(SFTTrainer):
         "id": "2502.07154",
     }
     loss_is_scaled_for_ga = True  # the loss is divided by the examples of the whole window
-    row_weights: Callable[[list[int]], Tensor] | None = None  # see filtering.attach_weights
+    row_weights: Callable[[list[int]], Tensor] | None = None  # see solve_rates.attach_weights
 
     def __init__(self, model, args: DCOConfig | None = None, train_dataset=None, **kwargs):
         args = args or DCOConfig("dco-output")

@@ -1,26 +1,15 @@
-"""Which rows are still worth a step: DCO's idea as data selection, and DCO for chains of thought.
+"""NCO: train on the rows whose target the model does not yet find likely, in full batches.
 
-    NCO     keep a row while F(N, p) > threshold,   p of its target, from a forward in eval mode
-    DCO^a   p^ = share of `num_samples` sampled completions that end in the right answer
-            hard: keep a row while p^ < threshold;   soft: loss = F(N, p^) * cross-entropy
+    keep a row while F(N, p) > threshold,   p of its target, from a forward in eval mode
 
-A long chain of thought has a p so small that DCO on it is cross-entropy; what can be covered by N
-draws is its final answer, whose probability is a sum over chains and is estimated by sampling the
-model in training. Filters hold the batch constant: rows are drawn until as many are kept as a batch
-takes, and an epoch is as many kept rows as the dataset has rows. TRL's log shows `filter/kept`, the
-share of the candidates kept, `solve_rate/mean`, of the rows asked about, and `solve_rate/failed`,
-the share of the samples whose verification failed.
+DCO's idea as data selection. A filter holds the batch constant: rows are drawn until as many are
+kept as a batch takes, and an epoch is as many kept rows as the dataset has rows. TRL's log shows
+`filter/kept`, the share of the candidates kept.
 
-    symbol   name
-    p^       SolveRates(rows)
-    N        n_samples
-    F        dco_weight
+    attach_filter(trainer, LikelihoodFilter(trainer))
 
-    attach_filter(trainer, LikelihoodFilter(trainer))                    NCO
-    rates = SolveRates(trainer, verifier)
-    attach_filter(trainer, rates.below(0.1)); attach_weights(trainer, rates.weights)    DCO^a
-
-Recipes: recipes/dco_cot.py, recipes/dco.py. Source: arXiv 2502.07154 and its released code.
+The filter of DCO^a is in llmmix/solve_rates.py. Recipe: recipes/dco.py. Source: arXiv 2502.07154
+and its released code.
 """
 
 from collections import deque
@@ -28,16 +17,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from llmmix.dco import DCOTrainer, dco_weight
-from llmmix.sampling import check_room, encode, sample
-from llmmix.solving import reference_answers
-from llmmix.verify import Verifier, judge
 
 logger = get_logger(__name__)
 
@@ -54,7 +40,7 @@ class LikelihoodFilter:
     def __init__(
         self, trainer: DCOTrainer, *, n_samples: int | None = None, threshold: float = 0.1
     ):
-        self.trainer, self.threshold = trainer, _share("threshold", threshold)
+        self.trainer, self.threshold = trainer, check_share("threshold", threshold)
         self.n_samples = trainer.args.n_samples if n_samples is None else n_samples
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
@@ -69,142 +55,6 @@ class LikelihoodFilter:
                 batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
                 logps.append(model(**batch, fused_lm_head=True).log_probs.sum(1))
         return dco_weight(torch.cat(logps), self.n_samples) > self.threshold
-
-
-class SolveRates(TrainerCallback, ExportableState):
-    """p^, how often the model in training solves each of its rows, estimated by sampling and kept.
-
-    Rows need a `prompt` and an `answer`. During the first `warmup_steps` every p^ is 0, so that
-    nothing is filtered and every weight is 1.
-
-    Args:
-        trainer: Whose model is sampled, on prompts of its training rows.
-        verifier: A `Verifier`, or what it takes.
-        num_samples: Completions a row.
-        min_samples: With fewer judged ones, p^ counts as 0.
-        refresh_every: Optimizer steps for which an estimate is taken as it is.
-        warmup_steps: Steps before the first estimate.
-        temperature: Of the sampling.
-        max_new_tokens: Tokens after which a completion is cut.
-        token_budget: As for `sample`.
-
-    Raises:
-        ValueError: Rows without a prompt or an answer, prompts that leave no room for a
-            completion, or parameters spread over processes.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        verifier="math",
-        *,
-        num_samples: int = 64,
-        min_samples: int = 1,
-        refresh_every: int = 100,
-        warmup_steps: int = 20,
-        temperature: float = 1.0,
-        max_new_tokens: int = 1024,
-        token_budget: int = 16384,
-    ):
-        check_trainer("Sampling the model in training", trainer)
-        rows = trainer.train_dataset
-        if missing := {"prompt", "answer"} - set(rows.column_names):
-            raise ValueError(
-                f"Solve rates need rows with `prompt` and `answer`; {sorted(missing)} is missing."
-            )
-        if not 1 <= min_samples <= num_samples or refresh_every < 1:
-            raise ValueError(
-                "`min_samples` must lie between 1 and `num_samples`, and `refresh_every` be 1 or "
-                f"more, got {min_samples}, {num_samples} and {refresh_every}."
-            )
-        self._answers = reference_answers(rows)
-        prompts = rows.select_columns(["prompt"])
-        ids = [encode(trainer.processing_class, row["prompt"]) for row in prompts]
-        check_room(ids, trainer.model, max_new_tokens, token_budget)  # now, not in mid-run
-        self.trainer = trainer
-        self.verifier = verifier if isinstance(verifier, Verifier) else Verifier(verifier)
-        self.num_samples, self.min_samples = num_samples, min_samples
-        self.refresh_every, self.warmup_steps = refresh_every, warmup_steps
-        self.sampling = {
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "token_budget": token_budget,
-        }
-        self._known: dict[int, tuple[int, float]] = {}  # row: step, p^
-        trainer.add_callback(self)
-
-    def __call__(self, rows: Sequence[int]) -> Tensor:
-        """(rows,) p^ in fp64, sampled where it is not known or too old.
-
-        All processes must call it together, each for rows of its own.
-        """
-        step = self.trainer.state.global_step
-        if step < self.warmup_steps:
-            return torch.zeros(len(rows), dtype=torch.float64)
-        old = [
-            row
-            for row in dict.fromkeys(rows)
-            if row not in self._known or step - self._known[row][0] >= self.refresh_every
-        ]
-        found = self._estimate(old) if old else {}
-        # Every process learns what each has estimated; they call this together, if for other rows
-        for part in gather_object([found]):
-            self._known |= {row: (step, rate) for row, rate in part.items()}
-        rates = torch.tensor([self._known[row][1] for row in rows], dtype=torch.float64)
-        if len(rows):
-            _log(self.trainer, "solve_rate/mean", rates.mean().item())
-        return rates
-
-    def below(self, threshold: float) -> Callable[[Sequence[int]], Tensor]:
-        """The hard filter: rows whose p^ is below the threshold are kept."""
-        _share("threshold", threshold)
-        return lambda rows: self(rows) < threshold
-
-    def weights(self, rows: Sequence[int]) -> Tensor:
-        """(rows,) F(N, p^), with the trainer's N: the soft form."""
-        return dco_weight(self(rows).log(), self.trainer.args.n_samples)
-
-    def _estimate(self, rows: list[int]) -> dict[int, float]:
-        step = self.trainer.state.global_step
-        dataset = self.trainer.train_dataset.select_columns(["prompt"])
-        completions = sample(
-            self.trainer.model,
-            self.trainer.processing_class,
-            [dataset[row]["prompt"] for row in rows],
-            self.num_samples,
-            numbers=rows,
-            seed=self.trainer.args.seed * 1_000_003 + step,  # other draws at each refresh
-            **self.sampling,
-        )
-        answers = {row: self._answers[row] for row in rows}
-        judged, right = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
-        why = None
-        for completion, verdict in judge(completions, answers, self.verifier):
-            if verdict == "failed":
-                why = self.verifier.why(completion.text, answers[completion.prompt])
-            judged[completion.prompt] += verdict != "failed"
-            right[completion.prompt] += verdict == "right"
-        failed = sum(self.num_samples - count for count in judged.values())
-        share = failed / (self.num_samples * len(rows))
-        _log(self.trainer, "solve_rate/failed", share)
-        if share > 0.5:
-            logger.warning(
-                "%.0f%% of the verifications failed (%s): solve rates rest on the others alone.",
-                100 * share,
-                why,
-            )
-        known = [row for row in rows if judged[row] >= self.min_samples]
-        return dict.fromkeys(rows, 0.0) | {row: right[row] / judged[row] for row in known}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Forget the estimates of another run, or take up those of the one that is resumed."""
-        saved = state.stateful_callbacks.setdefault("SolveRates", self.state())
-        known = saved["attributes"]["known"] if state.global_step else ()
-        self._known = {int(row): tuple(kept) for row, kept in known}
-
-    def state(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"known": list(self._known.items())}}
 
 
 class FilteredSampler(Sampler[int]):
@@ -367,7 +217,7 @@ def attach_filter(
         flags = torch.zeros(share, dtype=torch.bool, device=args.device)
         flags[: len(mine)] = keep(mine).to(args.device)  # even of no rows: it may be collective
         flags = accelerator.gather(flags)[: len(rows)].tolist()
-        _log(trainer, "filter/kept", sum(flags) / len(flags))
+        log_metric(trainer, "filter/kept", sum(flags) / len(flags))
         return flags
 
     if candidates is None:
@@ -379,38 +229,8 @@ def attach_filter(
     return sampler
 
 
-def attach_weights(trainer: DCOTrainer, weights: Callable[[Sequence[int]], Tensor]) -> None:
-    """Weigh the cross-entropy of each row by a function of the row, in place of F of its target.
-
-    Args:
-        trainer: Its `reduction` decides between the summed and the mean token loss.
-        weights: (rows) -> (rows,), such as `SolveRates.weights`; called once for each accumulation
-            window, on the rows of this process.
-    """
-    trainer.train_dataset = trainer.train_dataset.add_column(
-        "row", list(range(len(trainer.train_dataset)))
-    )
-    trainer.data_collator = _WithRows(trainer.data_collator)
-    trainer.row_weights = weights
-
-
-class _WithRows:
-    """A collator that passes the number of each row on."""
-
-    def __init__(self, collate):
-        self.collate = collate
-
-    def __call__(self, examples: list[dict]) -> dict:
-        numbered = "row" in examples[0]
-        rows = [example.pop("row") for example in examples] if numbered else None
-        batch = self.collate(examples)
-        if numbered:
-            batch["row"] = torch.tensor(rows)
-        return batch
-
-
 def check_trainer(what: str, trainer: Trainer) -> None:
-    """Refuse what this module does not hold under.
+    """Refuse what filters and solve rates do not hold under.
 
     Raises:
         ValueError: FSDP or DeepSpeed, under which no process holds the whole model; callbacks
@@ -428,8 +248,8 @@ def check_trainer(what: str, trainer: Trainer) -> None:
         )
 
 
-def _log(trainer: Trainer, name: str, value: float) -> None:
-    """Let TRL average the values since its last log."""
+def log_metric(trainer: Trainer, name: str, value: float) -> None:
+    """Let TRL average a metric's values since its last log; other trainers do not show it."""
     if hasattr(trainer, "_metrics"):
         trainer._metrics["train"][name].append(value)
 
@@ -449,7 +269,8 @@ class _eval_mode:
             module.training = True
 
 
-def _share(name: str, value: float) -> float:
+def check_share(name: str, value: float) -> float:
+    """Refuse a threshold outside (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
     return value

@@ -84,7 +84,7 @@ def evaluate(
     started, tokens = time.perf_counter(), 0
     wanted = sum((row, s) not in records for row in mine for s in range(num_samples))
     judged = judge(draws, dict(enumerate(answers)), verifier)
-    if process[0] == 0:
+    if process[0] == 0 and wanted:
         judged = track(judged, description=description, total=wanted)
     unwritten, written = [], started
     try:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Verdict = Literal["right", "wrong", "unparsable", "failed"]
 VERDICTS = ("right", "wrong", "unparsable", "failed")
 
+TAIL = 200  # characters at the end of a text in which an answer without a box is looked for
 BACKLOG = 512  # completions that may wait for a verdict
 REMEMBERED = 10_000  # pairs whose verdicts are kept
 SECONDS_TO_START = 120
@@ -92,8 +93,9 @@ def choice(completion: str, answer: str) -> bool | None:
 def math(completion: str, answer: str) -> bool | None:
     """Whether math-verify finds the answer equal to the reference; None if it finds no answer.
 
-    The boxed answer counts where there is one; else what math-verify extracts from the text. It is
-    meant for a process of its own: an expression may take for ever.
+    The boxed answer counts where there is one; else what math-verify extracts from the end of the
+    text: further up stands the question's own expression as often as not, which it would evaluate.
+    It is meant for a process of its own: an expression may take for ever.
     """
     from math_verify import parse, verify
 
@@ -104,7 +106,8 @@ def math(completion: str, answer: str) -> bool | None:
         return None
     # The time limit is the caller's: math-verify's own needs the main thread's signals
     options = {"parsing_timeout": None}
-    found = parse(completion if given is None else f"\\boxed{{{given}}}", **options)
+    text = completion.strip()[-TAIL:] if given is None else f"\\boxed{{{given}}}"
+    found = parse(text, **options)
     if not found:
         return None
     reference = parse(f"${answer}$", **options)
@@ -271,7 +274,7 @@ def stated_answer(completion: str, verifier: str) -> str | None:
     if (given := boxed_answer(completion)) is not None:
         return _squeeze(given) or None
     if verifier == "math":
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", completion)
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", completion.strip()[-TAIL:])
         return numbers[-1].replace(",", "") if numbers else None
     return _words(completion) or None
 

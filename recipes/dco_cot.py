@@ -6,7 +6,7 @@
 Rows need a prompt, a completion that reasons, and the reference `answer`. The model in training is
 sampled on them; rows it solves as often as `solve_threshold` are left out (with `--n_samples 1`, as
 the authors ran it), and the loss of the others is weighed by F(N, p^) (with N above 1). The method
-is described in llmmix/filtering.py.
+is described in llmmix/solve_rates.py.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +21,9 @@ from llmmix.data import (
     load_train_and_eval,
     prepare_model_args,
 )
-from llmmix.filtering import SolveRates, attach_filter, attach_weights
+from llmmix.filtering import attach_filter
 from llmmix.report import write_report
+from llmmix.solve_rates import SolveRates, attach_weights
 from llmmix.verify import Verifier
 
 

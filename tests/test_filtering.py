@@ -14,10 +14,9 @@ from llmmix.dco import dco_weight
 from llmmix.filtering import (
     FilteredSampler,
     LikelihoodFilter,
-    SolveRates,
     attach_filter,
-    attach_weights,
 )
+from llmmix.solve_rates import SolveRates, attach_weights
 from llmmix.verify import Verifier
 
 SETTINGS = {

@@ -94,6 +94,8 @@ def test_choice(completion, answer, verdict):
         (r"\boxed{43}", "42", "wrong"),
         ("6 apples cost 12 dollars", "6", "wrong"),
         ("no number here", "5", "unparsable"),
+        # the question said again, and no answer
+        ("To evaluate $(1+2i)6-3i$, I make a table. " + "And so on. " * 30, "6+9i", "unparsable"),
         (r"\boxed{ }", "5", "unparsable"),
         ("", "5", "unparsable"),
     ],
