@@ -106,6 +106,7 @@ def main(args: PassAtNArguments) -> dict[str, dict]:
                 folder = Path(args.output_dir) / run.name
                 (folder / "pass_at_n.json").write_text(json.dumps(result, indent=1))
                 results[run.name] = result
+    state.destroy_process_group()
     if not state.is_main_process:
         return {}
     differences = compare(results)
