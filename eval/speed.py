@@ -281,11 +281,13 @@ def sampling_cases(args: SpeedArguments) -> list[list[Case]]:
         }
         groups.append(
             [
-                Case(f"Sampling {Path(model).name}, {size}", name, sampling_call, options | engine)
-                for name, engine in (
-                    ("llmmix", {"engine": "llmmix"}),
-                    ("generate", {"engine": "generate"}),
+                Case(
+                    f"Sampling {Path(model).name}, {size}",
+                    engine,
+                    sampling_call,
+                    options | {"engine": engine},
                 )
+                for engine in ("llmmix", "generate")
             ]
         )
     return groups

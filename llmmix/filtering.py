@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from llmmix.dco import DCOTrainer, dco_weight
+from llmmix.sampling import eval_mode
 
 logger = get_logger(__name__)
 
@@ -49,7 +50,7 @@ class LikelihoodFilter:
         dataset = trainer.train_dataset.select_columns(["input_ids", "labels"])
         size = trainer.args.per_device_train_batch_size
         logps = [torch.zeros(0, device=trainer.args.device)]
-        with _eval_mode(model), torch.no_grad(), trainer.compute_loss_context_manager():
+        with eval_mode(model), torch.no_grad(), trainer.compute_loss_context_manager():
             for start in range(0, len(rows), size):
                 batch = trainer.data_collator([dataset[row] for row in rows[start : start + size]])
                 batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
@@ -252,21 +253,6 @@ def log_metric(trainer: Trainer, name: str, value: float) -> None:
     """Let TRL average a metric's values since its last log; other trainers do not show it."""
     if hasattr(trainer, "_metrics"):
         trainer._metrics["train"][name].append(value)
-
-
-class _eval_mode:
-    """Every module in eval mode, and back as it was."""
-
-    def __init__(self, model):
-        self.training = [module for module in model.modules() if module.training]
-
-    def __enter__(self):
-        for module in self.training:
-            module.training = False
-
-    def __exit__(self, *exception):
-        for module in self.training:
-            module.training = True
 
 
 def check_share(name: str, value: float) -> float:

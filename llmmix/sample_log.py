@@ -85,23 +85,25 @@ class SampleLog:
         """Write samples, and let them reach the disk."""
         if not records:
             return
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with self._lock:
             self._drop_half_a_line()  # as a full disk leaves it
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
+                file.write(_lines(records))
 
     def replace(self, records: list[dict]) -> None:
         """Write all samples anew, as when they have been judged again."""
         beside = self.path.with_suffix(".tmp")
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with self._lock:
-            beside.write_text(lines, encoding="utf-8")
+            beside.write_text(_lines(records), encoding="utf-8")
             beside.replace(self.path)
 
     def locked(self):
         """A context in which no other process writes."""
         return self._lock
+
+
+def _lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def prompt_id(prompt: str | list[dict]) -> str:

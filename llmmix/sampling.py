@@ -257,7 +257,7 @@ class _Engine:
         """Start rows, decode, retire rows, until none is left."""
         checked = False
         while True:
-            with _sampling_mode(self.model):
+            with eval_mode(self.model), torch.inference_mode():
                 finished = self._admit()
                 if self.rows and not checked:
                     self._check_decoding()
@@ -472,14 +472,13 @@ def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 @contextmanager
-def _sampling_mode(model: PreTrainedModel):
-    """No gradients, and the model in eval mode; both are as they were afterwards."""
+def eval_mode(model: torch.nn.Module):
+    """Every module in eval mode, and each as it was afterwards; `model.train()` would lose that."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True

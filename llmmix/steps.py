@@ -98,11 +98,11 @@ def _steps_of(row: dict) -> list[str]:
     """The steps that say something."""
     if "steps" in row:
         return [step for step in row["steps"] or () if step and step.strip()]
-    return [
-        message["content"]
-        for message in row["messages"] or ()
-        if message["role"] == "assistant" and (message["content"] or "").strip()
-    ]
+    return [message["content"] for message in row["messages"] or () if _is_step(message)]
+
+
+def _is_step(message: dict) -> bool:
+    return message["role"] == "assistant" and bool((message["content"] or "").strip())
 
 
 def _split_messages(row: dict, kept: list[str]) -> list[dict]:
@@ -110,7 +110,7 @@ def _split_messages(row: dict, kept: list[str]) -> list[dict]:
     return [
         {"prompt": messages[:i], "completion": [message]} | {name: row[name] for name in kept}
         for i, message in enumerate(messages)
-        if message["role"] == "assistant" and (message["content"] or "").strip() and i
+        if _is_step(message) and i
     ]
 
 

@@ -146,7 +146,6 @@ class Verifier:
                 f"`timeout` must be positive and `workers` 1 or more, got {timeout} and {workers}."
             )
         self.name = function if isinstance(function, str) else _name(function)
-        self.timeout = timeout
         self._lock = threading.Lock()
         self._seen: OrderedDict[tuple[str, str], Future] = OrderedDict()
         self._errors: dict[tuple[str, str], str] = {}
@@ -226,7 +225,7 @@ class Verifier:
         with self._lock:
             worker = self._idle.pop()
         try:
-            verdict, error = worker.judge(completion, answer, self.timeout)
+            verdict, error = worker.judge(completion, answer)
         finally:
             with self._lock:
                 self._idle.append(worker)
@@ -286,7 +285,7 @@ class _Worker:
         self.path, self.timeout = path, timeout
         self._start()
 
-    def judge(self, completion: str, answer: str, timeout: float) -> tuple[Verdict, str | None]:
+    def judge(self, completion: str, answer: str) -> tuple[Verdict, str | None]:
         """The verdict, and what went wrong if anything did."""
         try:
             if not self.alive or self.process.poll() is not None:
@@ -294,13 +293,12 @@ class _Worker:
         except ValueError as error:  # it started before
             return "failed", str(error)
         question = json.dumps([completion, answer]) + "\n"
-        line, overdue = self._exchange(question, timeout)
-        if line and not overdue:
-            return tuple(json.loads(line))
-        self.kill()  # a reply that came at the last moment does not save a process told to end
+        line, overdue = self._exchange(question, self.timeout)
+        if overdue or not line:
+            self.kill()  # even if a reply came at the last moment: it has been told to end
         if line:
             return tuple(json.loads(line))
-        return "failed", f"no verdict within {timeout:g} s" if overdue else "it crashed"
+        return "failed", f"no verdict within {self.timeout:g} s" if overdue else "it crashed"
 
     def _exchange(self, question: str, timeout: float) -> tuple[str, bool]:
         """The reply to a question, and whether the process has been told to end."""
