@@ -11,15 +11,14 @@ NAME/samples.jsonl (every completion and verdict, written as they come; a killed
 it), NAME/pass_at_n.json, summary.json, report.html and figures/.
 """
 
-import gc
 import json
 import os
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
+from llmmix.checkpoints import Checkpoint, Loader, evaluation_state, named_checkpoints
 from llmmix.estimators import pass_at_n
-from llmmix.sample_log import SampleLog, checkpoint_id
+from llmmix.sample_log import SampleLog
 from llmmix.solving import compare, evaluate, judge_again, summarize
 from llmmix.verify import Verifier
 
@@ -82,18 +81,14 @@ class PassAtNArguments:
 
 def main(args: PassAtNArguments) -> dict[str, dict]:
     """Evaluate each model; print the tables and write what the module's docstring lists."""
-    from accelerate import PartialState
     from transformers.utils import logging
 
     from llmmix.report import write_report
 
     runs = _runs(args)
-    process = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if process[1] > 1 and args.backend == "vllm":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.backend == "vllm":
         raise ValueError("`backend` 'vllm' uses all GPUs from one process: no `--num_processes`.")
-    # Shards finish at different times: nobody is to give up waiting
-    patience = {"timeout": timedelta(days=30)} if process[1] > 1 else {}
-    state = PartialState(cpu=not _accelerated(), **patience)
+    state = evaluation_state()
     logging.disable_progress_bar()
     rows = _load_rows(args)
     results = {}
@@ -125,8 +120,7 @@ def main(args: PassAtNArguments) -> dict[str, dict]:
 @dataclass(frozen=True)
 class _Run:
     name: str
-    model: str
-    adapter: str | None
+    checkpoint: Checkpoint
     temperature: float
 
 
@@ -134,36 +128,14 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
     """One a model or adapter and temperature, each with a folder of its own."""
     if args.backend not in ("transformers", "vllm"):
         raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {args.backend!r}.")
-    if args.adapter and len(args.model_name_or_path) > 1:
-        raise ValueError("`adapter` goes with one `model_name_or_path`, got several.")
     if len(set(args.temperature)) < len(args.temperature):
         raise ValueError(f"`temperature` names one twice: {args.temperature}.")
-    names = args.adapter or args.model_name_or_path
-    runs = []
-    for given, name in zip(names, _folder_names(names), strict=True):
-        adapter = given if args.adapter and given != "none" else None
-        model = args.model_name_or_path[0] if args.adapter else given
-        if name == "none":
-            name = _folder_names([model])[0]
-        for t in args.temperature:
-            full = f"{name}-T{t:g}" if len(args.temperature) > 1 else name
-            runs.append(_Run(full, model, adapter, t))
-    if len({run.name for run in runs}) < len(runs):
-        raise ValueError(
-            f"Two runs would share a folder: {', '.join(run.name for run in runs)}. Rename one."
-        )
-    return runs
-
-
-def _folder_names(names: list[str]) -> list[str]:
-    """The last part of each model's name, or all of it where two would share a folder."""
-    short = [
-        Path(name).resolve().name if Path(name).exists() else Path(name).name for name in names
+    several = len(args.temperature) > 1
+    return [
+        _Run(f"{given.name}-T{t:g}" if several else given.name, given, t)
+        for given in named_checkpoints(args.model_name_or_path, args.adapter)
+        for t in args.temperature
     ]
-    short = short if len(set(short)) == len(short) else names
-    if len(set(short)) < len(short):
-        raise ValueError(f"`model_name_or_path` or `adapter` names one twice: {', '.join(names)}.")
-    return [name.strip("./").replace("/", "-").replace(":", "-") for name in short]
 
 
 def _load_rows(args: PassAtNArguments):
@@ -192,27 +164,21 @@ def _load_rows(args: PassAtNArguments):
 
 
 def _evaluate_one(run: _Run, rows, verifier: Verifier, args: PassAtNArguments, state) -> dict:
-    from transformers import AutoTokenizer
-
-    from llmmix.data import resolve_checkpoint
-
-    checkpoint = resolve_checkpoint(run.model)
+    loader = Loader(state.device, args.dtype, args.trust_remote_code)
     settings = {
-        "model": checkpoint_id(checkpoint, _commit(checkpoint, args)),
-        "adapter": checkpoint_id(run.adapter) if run.adapter else None,
+        **loader.fingerprint(run.checkpoint),
         "temperature": run.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "backend": args.backend,
-        "dtype": args.dtype,
     }
     log = SampleLog(Path(args.output_dir) / run.name, settings)
     if state.is_main_process and state.num_processes > 1:
         judge_again(log, rows, verifier)
     state.wait_for_everyone()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=args.trust_remote_code)
-    model = _load_model(checkpoint, run.adapter, args, state.device)
+    tokenizer = loader.tokenizer(run.checkpoint)
+    model = _vllm(run, args) if args.backend == "vllm" else loader.model(run.checkpoint)
     options = {"max_new_tokens": args.max_new_tokens, "token_budget": args.token_budget}
     options |= {"temperature": run.temperature, "top_p": args.top_p, "seed": args.seed}
     chosen = {"num_samples": args.num_samples, "n": args.n, "maj": args.maj, "log": log}
@@ -237,53 +203,25 @@ def _evaluate_one(run: _Run, rows, verifier: Verifier, args: PassAtNArguments, s
             maj=args.maj,
         )
         result |= whole
-    names = {"eval": "pass_at_n", "model": run.model, "adapter": run.adapter}
+    names = {"eval": "pass_at_n", "model": run.checkpoint.model}
+    names["adapter"] = run.checkpoint.adapter
     result = names | {"dataset": args.dataset_name, "verifier": verifier.name, **options} | result
     if "completion" in rows.column_names and args.backend == "transformers":
         if state.is_main_process:
             kept = [row for row in range(len(rows)) if row not in set(result["left_out"])]
             result["loss"] = reference_loss(model, tokenizer, rows.select(kept))
-    # The head attached for the loss is a reference cycle: let go before the next model is loaded
     del model
-    gc.collect()
+    loader.let_go()  # before the next model is loaded
     return result
 
 
-def _commit(checkpoint: str, args: PassAtNArguments) -> str | None:
-    """Which commit of a hub id is loaded."""
-    from transformers import AutoConfig
+def _vllm(run: _Run, args: PassAtNArguments):
+    from llmmix.data import resolve_checkpoint
+    from llmmix.vllm_backend import load_vllm
 
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=args.trust_remote_code)
-    return getattr(config, "_commit_hash", None)
-
-
-def _load_model(checkpoint: str, adapter: str | None, args: PassAtNArguments, device):
-    if args.backend == "vllm":
-        from llmmix.vllm_backend import load_vllm
-
-        options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        return load_vllm(checkpoint, adapter, **options)
-    from transformers import AutoModelForCausalLM
-
-    # bf16 is several times slower than fp32 on most processors
-    dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code
-    )
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.to(device)
-
-
-def _accelerated() -> bool:
-    import torch
-
-    # The sampling engine draws in fp64, which Apple's GPUs lack
-    return (
-        torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
-    )
+    checkpoint = resolve_checkpoint(run.checkpoint.model)
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    return load_vllm(checkpoint, run.checkpoint.adapter, **options)
 
 
 def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float | None:

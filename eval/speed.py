@@ -7,8 +7,9 @@
 
 The head alone (frozen or trained, some positions masked) is timed against TRL's fused head and
 against plain cross-entropy on full logits; steps of SFT, DCO, SFTMix and RPO against TRL's
-SFTTrainer and DPOTrainer; `llmmix.sampling.sample` against transformers' `generate` with
-`num_return_sequences`, prompt by prompt, and against the matrix products that its tokens take.
+SFTTrainer and DPOTrainer, and of FLAT against the form its authors released;
+`llmmix.sampling.sample` against transformers' `generate` with `num_return_sequences`, prompt by
+prompt, and against the matrix products that its tokens take.
 The contenders of a row take turns in one process (sampling: a process each), and the ratios are of
 their medians. Peak memory is what one call, the first, adds to what its inputs take, each contender
 in a process of its own. Nothing else should run on the machine. Prints a table and writes
@@ -163,6 +164,7 @@ def step_cases(args: SpeedArguments) -> list[list[Case]]:
                 ("dco", "DCO", "sft_completion", "SFTTrainer"),
                 ("sftmix", "SFTMix", "sft_completion", "SFTTrainer"),
                 ("rpo", "RPO", "dpo", "DPOTrainer"),
+                ("flat", "FLAT", "flat_published", "two forwards, softmax"),
             ):
                 row = f"{name}, {tuned}"
                 groups.append(
@@ -223,6 +225,8 @@ def _trainer(method, model, rows, tokenizer, lora, options):
         "sftmix": (llmmix.SFTMixTrainer, llmmix.SFTMixConfig),
         "dpo": (DPOTrainer, DPOConfig),
         "rpo": (llmmix.RPOTrainer, llmmix.RPOConfig),
+        "flat": (llmmix.FLATTrainer, llmmix.FLATConfig),
+        "flat_published": (_published_flat(), llmmix.FLATConfig),
     }[method]
     built = trainer(
         model=model,
@@ -237,8 +241,34 @@ def _trainer(method, model, rows, tokenizer, lora, options):
     return built
 
 
+def _published_flat():
+    """FLAT as its authors released it: a forward a part, and softmax over all of its logits."""
+    import torch
+
+    import llmmix
+    from llmmix.flat import flat_loss
+
+    class PublishedFLAT(llmmix.FLATTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            template, forget = (
+                self.mean_probability(model, inputs, rows)
+                for rows in torch.arange(len(inputs["labels"])).chunk(2)
+            )
+            return flat_loss(template, forget).mean()
+
+        def mean_probability(self, model, inputs, rows):
+            names = ("input_ids", "attention_mask")
+            logits = model(**{name: inputs[name][rows] for name in names}, use_cache=False).logits
+            probs = torch.softmax(logits[:, :-1], -1).transpose(1, 2)
+            labels = inputs["labels"][rows, 1:]
+            taken = torch.nn.functional.nll_loss(probs, labels, reduction="none")
+            return -taken.sum(1) / (labels != -100).sum(1)
+
+    return PublishedFLAT
+
+
 def _rows(tokenizer, method: str, batch_size: int, max_length: int):
-    """Rows of random numbers, all longer than `max_length`; a quarter of it is the prompt.
+    """Rows of random numbers, as long as `max_length` or longer; a quarter of it is the prompt.
 
     The rows of plain SFT have no prompt: every position is scored.
     """
@@ -257,7 +287,10 @@ def _rows(tokenizer, method: str, batch_size: int, max_length: int):
     if method in ("sft", "sft_our_head"):
         return Dataset.from_dict({"text": column(2 * max_length)})
     prompts = {"prompt": column(max_length // 4)}
-    if method in ("dpo", "rpo"):
+    if method in ("flat", "flat_published"):
+        fitting = max_length - max_length // 4 - 8  # too long a row would be left out
+        responses = {"completion": column(fitting), "template": column(fitting)}
+    elif method in ("dpo", "rpo"):
         responses = {"chosen": column(2 * max_length), "rejected": column(2 * max_length)}
     else:
         responses = {

@@ -2,6 +2,7 @@
 
 `builtin:math`         arithmetic problems with worked solutions and a boxed answer
 `builtin:preferences`  pairs made from them: the right solution against a plausible wrong one
+`builtin:authors`      questions about authors who do not exist, to be unlearned: `llmmix.authors`
 `builtin:tiny`         a Llama of about 1M parameters and a byte-level BPE tokenizer with a chat
                        template, trained once on arithmetic facts (about a minute) and cached
 
@@ -38,20 +39,28 @@ CHAT_TEMPLATE = (
 
 
 def dataset(name: str, config: str | None = None):
-    """A built-in dataset as a `DatasetDict` with disjoint `train` and `test` splits.
+    """A built-in dataset as a `DatasetDict`.
 
     Args:
-        name: `builtin:math` or `builtin:preferences`.
-        config: Levels to keep, such as "1" or "1,3"; all of them by default.
+        name: `builtin:math` or `builtin:preferences`, of disjoint `train` and `test` splits, or
+            `builtin:authors`, of the splits of `llmmix.authors.splits`.
+        config: Levels to keep, such as "1" or "1,3", all of them by default; for
+            `builtin:authors` its size.
 
     Raises:
-        ValueError: An unknown name or level.
+        ValueError: An unknown name, level or size.
     """
     from datasets import Dataset, DatasetDict
 
+    if name == "builtin:authors":
+        from llmmix import authors
+
+        made = authors.splits(config)
+        return DatasetDict({split: Dataset.from_list(rows) for split, rows in made.items()})
     makers = {"builtin:math": _math_row, "builtin:preferences": _preference_row}
     if name not in makers:
-        raise ValueError(f"`dataset_name`: no built-in {name!r}; there are {', '.join(makers)}.")
+        there = ", ".join([*makers, "builtin:authors"])
+        raise ValueError(f"`dataset_name`: no built-in {name!r}; there are {there}.")
     splits = {split: [] for split in ROWS_A_LEVEL}
     for level in _parse_levels(config):
         for split, problems in _problems(level).items():

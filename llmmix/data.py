@@ -1,7 +1,8 @@
 """Loading models and datasets by name, and checking rows before a trainer sees them.
 
 A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`. A dataset is a hub id, a folder, a
-`.json`, `.jsonl`, `.csv` or `.parquet` file, `builtin:math` or `builtin:preferences`.
+`.json`, `.jsonl`, `.csv` or `.parquet` file, `builtin:math`, `builtin:preferences` or
+`builtin:authors`.
 """
 
 import logging
@@ -173,18 +174,46 @@ def load_train_and_eval(
     Raises:
         ValueError: No dataset was named, or it has no such split.
     """
-    if script_args.dataset_name is None:
-        raise ValueError(
-            "`dataset_name` is missing: give a hub id, a folder, a file or a built-in such as "
-            "builtin:math."
-        )
-    splits = load_splits(
-        script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
-    )
+    name = _named(script_args.dataset_name)
+    splits = load_splits(name, script_args.dataset_config, script_args.dataset_streaming)
     train = _split(splits, script_args.dataset_train_split, "dataset_train_split")
     if training_args.eval_strategy == "no":
         return train, None
     return train, _split(splits, script_args.dataset_test_split, "dataset_test_split")
+
+
+def _named(dataset_name: str | None) -> str:
+    if dataset_name is None:
+        raise ValueError(
+            "`dataset_name` is missing: give a hub id, a folder, a file or a built-in such as "
+            "builtin:math."
+        )
+    return dataset_name
+
+
+def load_role(
+    name: str | None, role: str, *, split: str = "train", config: str | None = None
+) -> Dataset | IterableDataset:
+    """The rows that play a role, such as "forget" or "retain".
+
+    Args:
+        name: As for `load_splits`, or NAME@CONFIG, whose configuration then counts.
+        role: Also the name of the split to take, where there is one and `split` names no other.
+        split: The split; of a dataset that has a single one, "train" stands for it.
+        config: As for `load_splits`.
+
+    Raises:
+        ValueError: No dataset was named, or it has no such split.
+    """
+    name = _named(name)
+    if "@" in name and not Path(name).exists():
+        name, _, config = name.partition("@")
+    splits = load_splits(name, config)
+    if split == "train" and role in splits:
+        split = role
+    elif split == "train" and len(splits) == 1:
+        split = next(iter(splits))
+    return _split(splits, split, f"{role}: dataset_split")
 
 
 def _split(splits: DatasetDict, name: str, argument: str):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -30,8 +31,8 @@ from llmmix.tiles import HeadScaling
 logger = logging.getLogger(__name__)
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
-# a function (hidden (N, H), targets (N,) or (N, K)) -> log p, to a dict of tensors.
-HeadObjective = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], dict[str, Tensor]]
+# the head at hand to a dict of tensors.
+HeadObjective = Callable[[Tensor, Tensor, "HeadAtHand"], dict[str, Tensor]]
 
 
 @dataclass
@@ -259,30 +260,12 @@ def _fused_forward(
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     backbone = model.base_model(*args, **kwargs)
-    head = model.get_output_embeddings()
-    hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.weight.device)
+    head = HeadAtHand(model.get_output_embeddings(), _head_scaling(config), memory_budget)
+    hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.device)
     mask = labels != -100
-
-    def statistics(hidden, targets, outputs=("log_probs",)):
-        hidden, weight, bias = _linear(head, hidden)
-        with gathered(weight, bias):
-            if weight.requires_grad and torch.is_grad_enabled():
-                _log_choice(keeps_probabilities(hidden, weight, memory_budget))
-            return linear_statistics(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                scaling=_head_scaling(config),
-                outputs=outputs,
-                memory_budget=memory_budget,
-            )
-
     # Only scored positions reach the head
-    rows = statistics(hidden[mask], labels[mask], outputs)
-    extra = None
-    if objective is not None:
-        extra = objective(hidden, labels, lambda h, y: statistics(h, y).log_probs)
+    rows = head.statistics(hidden[mask], labels[mask], outputs)
+    extra = None if objective is None else objective(hidden, labels, head)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss, aux_loss = -fields["log_probs"].sum() / count, None
@@ -295,6 +278,48 @@ def _fused_forward(
         )
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)
+
+
+class HeadAtHand:
+    """The head of a forward that is under way, for an objective of its hidden states."""
+
+    def __init__(self, head: nn.Module, scaling: HeadScaling, memory_budget: int | None):
+        self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
+        self.device = head.weight.device
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of targets (N,) or (N, K), given hidden states (N, H)."""
+        return self.statistics(hidden, targets).log_probs
+
+    def statistics(
+        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("log_probs",)
+    ) -> HeadStatistics:
+        """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K)."""
+        hidden, weight, bias = _linear(self._head, hidden)
+        with gathered(weight, bias):
+            if weight.requires_grad and torch.is_grad_enabled():
+                _log_choice(keeps_probabilities(hidden, weight, self._memory_budget))
+            return linear_statistics(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                scaling=self._scaling,
+                outputs=outputs,
+                memory_budget=self._memory_budget,
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) logits as the softmax takes them, in fp32, for what needs the whole vocabulary.
+
+        They are held for the backward. The weights of the head must be whole on every process.
+        """
+        hidden, weight, bias = _linear(self._head, hidden)
+        scale, softcap, temperature = self._scaling
+        logits = F.linear(hidden, weight, bias).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits / temperature
 
 
 @functools.cache  # once a process

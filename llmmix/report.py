@@ -183,6 +183,47 @@ def draw_panels(
     return Path(path)
 
 
+def draw_scatter(
+    path: str | Path,
+    points: dict[str, tuple["np.ndarray", "np.ndarray"]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    marks: dict[str, tuple[float, float]] | None = None,
+) -> Path:
+    """A PNG of points by name: the mean over repeats, and a bar to each end of their range.
+
+    Args:
+        path: Of the PNG.
+        points: By name, x and y of the repeats; names that differ in their last word alone share a
+            colour.
+        xlabel: What x is.
+        ylabel: What y is.
+        marks: Single points by name, drawn as stars.
+
+    Returns:
+        The path.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    families = list(dict.fromkeys(name.rpartition(" ")[0] or name for name in points))
+    for name, (x, y) in points.items():
+        number = families.index(name.rpartition(" ")[0] or name)
+        spread = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (x, y)]
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": "os^Dv"[number // len(COLOURS)]}
+        axis.errorbar(x.mean(), y.mean(), spread[1], spread[0], **style, elinewidth=0.8)
+        axis.annotate(
+            name, (x.mean(), y.mean()), xytext=(5, 4), textcoords="offset points", fontsize=7
+        )
+    for name, (x, y) in (marks or {}).items():
+        axis.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")
+        axis.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize=9)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    Path(path).write_bytes(_png(figure))
+    return Path(path)
+
+
 def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:
     """The documents of each model that was sampled at several temperatures."""
     models: dict[str, list[dict]] = {}

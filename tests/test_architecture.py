@@ -13,15 +13,16 @@ from trl import DPOTrainer, SFTTrainer
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "llmmix").rglob("*.py"))
 SCRIPTS = [*sorted((ROOT / "recipes").glob("*.py")), *sorted((ROOT / "eval").glob("*.py"))]
-METHODS = ["dco", "sftmix", "rpo"]
+METHODS = ["dco", "sftmix", "rpo", "flat", "unlearning", "unlearn_trainer"]
 
 # Everything private of TRL's or transformers' trainers that the library touches, and where
+TRAINERS = "dco.py sftmix.py rpo.py flat.py unlearn_trainer.py"
 PRIVATE = {
-    "_get_train_sampler": (Trainer, "sftmix.py"),
-    "_send_telemetry": (SFTTrainer, "dco.py sftmix.py rpo.py"),
-    "_tag_names": (SFTTrainer, "dco.py sftmix.py rpo.py"),
-    "_paper": (SFTTrainer, "dco.py sftmix.py rpo.py"),
-    "_name": (SFTTrainer, "dco.py sftmix.py rpo.py"),
+    "_get_train_sampler": (Trainer, "sftmix.py flat.py unlearn_trainer.py"),
+    "_send_telemetry": (SFTTrainer, TRAINERS),
+    "_tag_names": (SFTTrainer, TRAINERS),
+    "_paper": (SFTTrainer, TRAINERS),
+    "_name": (SFTTrainer, TRAINERS),
     "_attn_implementation": (PreTrainedConfig, "sampling.py"),
 }
 

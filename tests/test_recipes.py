@@ -22,7 +22,7 @@ SMALL = "--max_steps 2 --disable_tqdm true --save_strategy no".split()
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_defaults_parse_and_the_script_is_short(name):
     script = RECIPES / f"{name}.py"
-    assert len(script.read_text().splitlines()) <= (150 if name.endswith("_study") else 120)
+    assert len(script.read_text().splitlines()) <= (220 if name.endswith("_study") else 120)
     call = [
         node
         for node in ast.walk(ast.parse(script.read_text()))
@@ -179,3 +179,87 @@ def test_quickstart_runs_small(checkpoint, tmp_path, monkeypatch):
     assert all(name in done.stdout for name in ("SFT", "SFTMix", "DCO", "pass@4", "report.html"))
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64") == 2
+
+
+@pytest.fixture
+def roles(tmp_path):
+    """Files of questions to forget and to retain, as builtin:authors has them."""
+    for role in ("forget", "retain"):
+        rows = [{"question": f"Who wrote {role} {n}?", "answer": f"Author {n}."} for n in range(6)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{role}.jsonl").write_text(text)
+    return tmp_path
+
+
+LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "metrics"),
+    [
+        ("flat", [], {"flat/template_prob", "flat/forget_prob", "flat/loss"}),
+        ("flat", [*LORA, "--divergence", "Total-Variation"], {"flat/loss"}),
+        ("flat", ["--retain_weight", "0.5"], {"flat/retain_loss"}),
+        ("unlearn", [], {"unlearn/forget_loss", "unlearn/retain_loss"}),
+        ("unlearn", ["--loss", "rmu", *LORA], {"unlearn/retain_loss"}),
+        ("unlearn", ["--loss", "ceu"], {"unlearn/forget_prob"}),
+        ("unlearn", ["--loss", "pdu", "--epsilon", "1"], {"unlearn/multiplier"}),
+        ("unlearn", ["--loss", "dpo", "--reference", "copy"], {"unlearn/template_prob"}),
+    ],
+    ids=str,
+)
+def test_unlearning_recipes_train_and_save(name, flags, metrics, roles, checkpoint, capsys):
+    out = roles / "out"
+    argv = ["run", name, "--model_name_or_path", checkpoint, "--output_dir", str(out), *SMALL]
+    argv += ["--dataset_name", str(roles / "forget.jsonl"), *flags]
+    if "unlearn/retain_loss" in metrics or {"--retain_weight", "pdu", "dpo"} & set(flags):
+        argv += ["--retain_dataset_name", str(roles / "retain.jsonl")]
+    assert cli.main(argv) == 0
+    assert AutoModelForCausalLM.from_pretrained(out) is not None
+    adapter = "--use_peft" in flags
+    assert (out / ("adapter_model.safetensors" if adapter else "model.safetensors")).exists()
+    assert "data:image/png;base64" in (out / "report.html").read_text()
+    assert metrics <= set(logged(out))
+    assert f"Model saved to {out}" in capsys.readouterr().out
+
+
+def test_unlearning_recipes_take_splits_of_the_builtin_authors(roles, checkpoint):
+    argv = ["run", "unlearn", "--model_name_or_path", checkpoint, "--output_dir", str(roles / "o")]
+    argv += ["--dataset_name", "builtin:authors", "--retain_dataset_name", "builtin:authors"]
+    assert cli.main([*argv, *SMALL, "--max_steps", "1"]) == 0
+    assert "unlearn/retain_loss" in logged(roles / "o")
+
+
+@pytest.mark.parametrize("loss", ["npo", "grad_diff", "kl", "rmu", "pdu", "idk"])
+def test_a_loss_without_its_rows_says_so_before_the_model_is_loaded(loss, roles, capsys):
+    argv = ["run", "unlearn", "--model_name_or_path", "/no/such/checkpoint", "--loss", loss]
+    argv += ["--epsilon", "1.0", "--dataset_name", str(roles / "forget.jsonl"), *SMALL]
+    assert cli.main([*argv, "--output_dir", str(roles / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"loss='{loss}'" in said and "`retain_dataset_name`" in said and "checkpoint" not in said
+
+
+def test_flat_with_a_retain_weight_alone_says_so_before_the_model_is_loaded(roles, capsys):
+    argv = ["run", "flat", "--model_name_or_path", "/no/such/checkpoint", *SMALL]
+    argv += ["--dataset_name", str(roles / "forget.jsonl"), "--output_dir", str(roles / "out")]
+    assert cli.main([*argv, "--retain_weight", "0.5"]) == 2
+    assert "`retain_weight`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("unlearn", ["--loss", "gradient"], "`loss` must be one of grad_ascent"),
+        ("unlearn", ["--loss", "pdu"], "set it"),
+        ("unlearn", ["--retain_weight", "0", "--beta", "0"], "`beta` must be positive"),
+        ("flat", ["--divergence", "x"], "`divergence` must be one of kl"),
+        ("flat", ["--template_file", "/no/file.txt"], "`template_file`: no file"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_unlearning_flags_are_told_without_a_traceback(
+    name, flags, said, roles, checkpoint, capsys
+):
+    argv = ["run", name, "--model_name_or_path", checkpoint, *SMALL, *flags]
+    argv += ["--dataset_name", str(roles / "forget.jsonl"), "--output_dir", str(roles / "out")]
+    assert cli.main(argv) == 2 and said in capsys.readouterr().err

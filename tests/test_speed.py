@@ -43,7 +43,7 @@ def test_every_row_names_its_contenders_and_their_ratios(checkpoint, tmp_path, c
         "trained head, within the budget",
     ]
     # shares masked, full and LoRA, and sampling
-    assert len(names) == len(set(names)) == 2 * 3 + 2 * 4 + 1
+    assert len(names) == len(set(names)) == 2 * 3 + 2 * 5 + 1
     *trained, sampled = result["rows"]
     for row in trained:
         ours, *peers = row["contenders"].values()

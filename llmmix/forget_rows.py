@@ -1,0 +1,286 @@
+"""What a step of unlearning reads: rows to forget, each with a template answer and a row to retain.
+
+The template and the retained row of a forgotten one are drawn from (seed, epoch, row) alone. So
+they are the same whatever the batch, the number of processes, of loader workers or of accumulation
+steps, and a run that was killed draws what it would have drawn.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from llmmix import qa
+from llmmix.qa import Encoded, encode_answer
+from llmmix.refusals import REFUSALS, clean_templates, load_templates
+
+PARTS = ("template", "forget", "retain")  # in this order in a batch
+
+
+class ForgetRows(torch.utils.data.Dataset):
+    """Rows to forget, by `epoch * len(self) + row`; see `EpochSampler`.
+
+    Args:
+        rows: To forget: `prompt` and `answer` as `qa.read_rows` gives them, and perhaps `template`,
+            a text or a list of texts.
+        tokenizer: Of the model.
+        parts: Which of `PARTS` an item has.
+        retain: Rows to retain, where `parts` has them; one is drawn for each forgotten row, with
+            replacement.
+        templates: Texts to draw from where a row has none of its own, or a function of a row.
+        resample: Draw a template anew each epoch, instead of once.
+        include_eos: Score the end-of-sequence token.
+        skip_tokens: First tokens of each answer to forget that are not scored, the last one aside.
+        max_length: Rows that are longer in tokens, with any of their templates, are dropped and
+            counted.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: No row is left; a template that is the answer; rows that are to be forgotten and
+            retained; a template asked for and a row without a question.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        tokenizer,
+        *,
+        parts: Sequence[str] = PARTS,
+        retain: Dataset | None = None,
+        templates: Sequence[str] | Callable[[dict], list[str]] = REFUSALS,
+        resample: bool = True,
+        include_eos: bool = True,
+        skip_tokens: int = 0,
+        max_length: int | None = None,
+        seed: int = 0,
+    ):
+        self.tokenizer, self.parts, self.seed = tokenizer, tuple(parts), seed
+        self.resample, self.include_eos = resample, include_eos
+        prompts, answers = rows["prompt"][:], rows["answer"][:]
+        own = _own_templates(rows, templates) if "template" in parts else [[] for _ in prompts]
+        _check_templates(prompts, answers, own)
+        encoded = [self._encode(*pair) for pair in zip(prompts, answers, strict=True)]
+        if max_length is not None and not any(prompts):  # text alone is cut into rows
+            encoded = [piece for e in encoded for piece in qa.cut(e, max_length)]
+            prompts, own = [""] * len(encoded), [[]] * len(encoded)
+        lengths = [
+            max([len(e.ids), *(len(self._encode(p, t).ids) for t in _longest(ts))])
+            for e, p, ts in zip(encoded, prompts, own, strict=True)
+        ]
+        kept = _fitting(lengths, max_length, "rows to forget")
+        kept = [row for row in kept if len(encoded[row].ids) > encoded[row].prompt_length]
+        self.prompts = [prompts[row] for row in kept]
+        self.templates = [own[row] for row in kept]
+        self.forget = [
+            Encoded(ids, min(start + skip_tokens, len(ids) - 1))
+            for ids, start in (encoded[row] for row in kept)
+        ]
+        self.retain: list[Encoded] = []
+        if "retain" in parts:
+            _check_overlap(self.prompts, retain)
+            pairs = zip(retain["prompt"], retain["answer"], strict=True)
+            found = [self._encode(*pair) for pair in pairs]
+            if max_length is not None and not any(retain["prompt"]):
+                found = [piece for e in found for piece in qa.cut(e, max_length)]
+            kept = _fitting([len(e.ids) for e in found], max_length, "rows to retain")
+            self.retain = [found[row] for row in kept]
+
+    def _encode(self, prompt, answer: str) -> Encoded:
+        return encode_answer(self.tokenizer, prompt, answer, include_eos=self.include_eos)
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def template_of(self, row: int, epoch: int) -> int:
+        """Which of a row's templates an epoch has."""
+        stream = random.Random(f"template {self.seed} {epoch if self.resample else 0} {row}")
+        return stream.randrange(len(self.templates[row]))
+
+    def template(self, row: int, number: int) -> Encoded:
+        """A row's question with one of its templates for an answer."""
+        return self._encode(self.prompts[row], self.templates[row][number])
+
+    def __getitem__(self, index: int) -> dict:
+        epoch, row = divmod(index, len(self))
+        item = {"row": row, "forget": self.forget[row]}
+        if "template" in self.parts:
+            item["template_number"] = number = self.template_of(row, epoch)
+            item["template"] = self.template(row, number)
+        if "retain" in self.parts:
+            stream = random.Random(f"retain {self.seed} {epoch} {row}")
+            item["retain"] = self.retain[stream.randrange(len(self.retain))]
+        return item
+
+    def collate(self, items: list[dict]) -> dict:
+        """One padded batch of all parts, [template; forget; retain], of equally many rows each."""
+        sequences = [item[part] for part in PARTS if part in self.parts for item in items]
+        batch = qa.pad(sequences, self.tokenizer.pad_token_id)
+        batch["row"] = torch.tensor([item["row"] for item in items])
+        batch["template_number"] = torch.tensor([item.get("template_number", 0) for item in items])
+        return batch
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation each epoch, of `epoch * size + row`, which tells the dataset the epoch.
+
+    It depends on (seed, epoch) alone.
+
+    Args:
+        size: Rows.
+        seed: Of the permutations.
+        epoch: Returns the current epoch when an iteration begins.
+    """
+
+    def __init__(self, size: int, seed: int, epoch: Callable[[], int]):
+        self._size, self._seed, self._epoch = size, seed, epoch
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self._epoch()
+        order = np.random.default_rng([self._seed, epoch]).permutation(self._size)
+        yield from (epoch * self._size + order).tolist()
+
+
+def check_args(args, train_dataset) -> None:
+    """Have TRL leave rows to forget as they are, for `prepare_rows`.
+
+    Raises:
+        ValueError: Rows that are not a map-style dataset, or none.
+    """
+    if not isinstance(train_dataset, Dataset) or not len(train_dataset):
+        raise ValueError(
+            "`train_dataset` must be a map-style `Dataset` of rows to forget, at least one, got "
+            f"{'no rows' if isinstance(train_dataset, Dataset) else type(train_dataset).__name__}."
+        )
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    args.remove_unused_columns = False
+
+
+def prepare_rows(
+    trainer: Trainer, parts: Sequence[str], retain_dataset, templates, skip_tokens: int = 0
+) -> None:
+    """Replace the trainer's rows by `ForgetRows`, and its collator by theirs."""
+    args, tokenizer = trainer.args, trainer.processing_class
+    retain = retain_dataset
+    if "retain" in parts:
+        retain = qa.read_rows(retain_dataset, "retain_dataset", tokenizer)
+
+    def prepared(rows, argument: str) -> ForgetRows:
+        return ForgetRows(
+            qa.read_rows(rows, argument, tokenizer),
+            tokenizer,
+            parts=parts,
+            retain=retain,
+            templates=templates,
+            resample=args.resample_templates,
+            include_eos=args.include_eos,
+            skip_tokens=skip_tokens,
+            max_length=args.max_length,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    trainer.train_dataset = prepared(trainer.train_dataset, "train_dataset")
+    if isinstance(given := trainer.eval_dataset, dict):
+        trainer.eval_dataset = {name: prepared(rows, name) for name, rows in given.items()}
+    elif given is not None:
+        trainer.eval_dataset = prepared(given, "eval_dataset")
+    trainer.data_collator = trainer.train_dataset.collate
+
+
+def count_window(accelerator, batches: list[dict], parts: Sequence[str], device) -> dict:
+    """Rows with a scored token, and scored tokens, of each part of some batches: a tensor of two.
+
+    Over every process where there is an accelerator; at least 1.
+    """
+    counts = torch.zeros(len(parts), 2, device=device)
+    for batch in batches:
+        scored = (batch["labels"][:, 1:] != -100).sum(1).view(len(parts), -1)
+        counts += torch.stack([(scored > 0).sum(1), scored.sum(1)], 1).to(device)
+    if accelerator is not None:
+        counts = accelerator.gather(counts.unsqueeze(0)).sum(0)
+    ordered = [part for part in PARTS if part in parts]
+    return dict(zip(ordered, counts.clamp(min=1), strict=True))
+
+
+def forward_parts(model, batch: dict, parts: Sequence[str], head_objective=None) -> tuple:
+    """Token log-probabilities and masks (B, T-1) of each part, from one forward, and its output."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    extra = {} if head_objective is None else {"head_objective": head_objective}
+    output = model(**inputs, fused_lm_head=True, **extra)
+    ordered = [part for part in PARTS if part in parts]
+    chunks = zip(
+        output.log_probs.chunk(len(parts)), output.label_mask.chunk(len(parts)), strict=True
+    )
+    return dict(zip(ordered, chunks, strict=True)), output
+
+
+def resolve_templates(file: str | None, given) -> Sequence[str] | Callable[[dict], list[str]]:
+    """The templates of a file, those given, or our own list."""
+    if given is not None:
+        return given if callable(given) else clean_templates(list(given), "templates")
+    return REFUSALS if file is None else load_templates(file)
+
+
+def _own_templates(rows: Dataset, templates) -> list[list[str]]:
+    """The templates of each row: its own, or those of all."""
+    if "template" in rows.column_names:
+        given = [[t] if isinstance(t, str) else list(t or []) for t in rows["template"]]
+        if empty := [row for row, ts in enumerate(given) if not any(t.strip() for t in ts)]:
+            raise ValueError(
+                f"`template` is empty in {len(empty)} rows (first: row {empty[0]}). Fill it, or "
+                "remove the column to use a list for all rows."
+            )
+        return [list(dict.fromkeys(t.strip() for t in ts if t.strip())) for ts in given]
+    if callable(templates):
+        return [clean_templates(list(templates(row)), "templates") for row in rows]
+    return [list(templates)] * len(rows)
+
+
+def _check_templates(prompts, answers, own: list[list[str]]) -> None:
+    for row, (prompt, answer, templates) in enumerate(zip(prompts, answers, own, strict=True)):
+        if templates and not prompt:
+            raise ValueError(
+                f"Row {row} has no question for a template to answer (rows of `text` alone have "
+                "none). Use a loss that needs no template, such as npo or grad_diff."
+            )
+        said = " ".join(answer.split()).casefold()
+        if any(" ".join(t.split()).casefold() == said for t in templates):
+            raise ValueError(
+                f"Row {row} is to forget {answer!r}, which is one of its templates too: it would "
+                "be learned and forgotten at once. Remove the row or the template."
+            )
+
+
+def _longest(templates: list[str]) -> list[str]:
+    """The few templates that may be the longest in tokens."""
+    return sorted(templates, key=len)[-3:]
+
+
+def _fitting(lengths: list[int], max_length: int | None, what: str) -> list[int]:
+    kept = [row for row, n in enumerate(lengths) if max_length is None or n <= max_length]
+    if not kept:
+        raise ValueError(
+            f"`max_length={max_length}` holds none of the {len(lengths)} {what}, whose shortest "
+            f"has {min(lengths, default=0)} tokens. Raise `max_length`."
+        )
+    if dropped := len(lengths) - len(kept):
+        qa.warn_once(
+            f"Dropped {dropped} of {len(lengths)} {what}: longer than max_length={max_length}, and "
+            "an answer cut short is another answer."
+        )
+    return kept
+
+
+def _check_overlap(prompts, retain: Dataset) -> None:
+    asked = [prompt for prompt in prompts if prompt]
+    if both := qa.overlap(asked, [prompt for prompt in retain["prompt"] if prompt]):
+        raise ValueError(
+            f"{len(both)} questions stand both among the rows to forget and among those to retain "
+            f"(first: {both[0]!r}). Remove them from one."
+        )

@@ -1,0 +1,111 @@
+"""Means of a step over its micro-batches and processes, and ending a run by them.
+
+Unlearning losses have no bottom that is worth reaching: past some point they only break the model.
+"""
+
+import logging
+import math
+from collections import defaultdict, deque
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+logger = logging.getLogger(__name__)
+
+PASS = (
+    16  # steps over which a mean is taken before it ends a run, or an epoch where that is shorter
+)
+
+
+class UnlearningGuard(TrainerCallback, ExportableState):
+    """Logs a step's means, and ends a run that has forgotten enough, lost its utility, or diverged.
+
+    Args:
+        trainer: Which keeps metrics as TRL's do.
+        min_forget_prob: End when the mean probability of the answers to forget falls below it; None
+            for never.
+        max_retain_loss: End when the mean NLL a token on the retained rows exceeds it; None for
+            never.
+    """
+
+    def __init__(
+        self, trainer, *, min_forget_prob: float | None = None, max_retain_loss: float | None = None
+    ):
+        self.trainer = trainer
+        self.min_forget_prob, self.max_retain_loss = min_forget_prob, max_retain_loss
+        self.step: dict[str, float] = {}  # the means of the last step
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._recent: deque[dict[str, float]] = deque(maxlen=PASS)
+
+    def add(self, prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Log a micro-batch's (sum, count) of each value, summed over the processes.
+
+        Every process must add the same names.
+        """
+        sums = torch.stack(
+            [torch.stack([s.detach().float(), n.float()]) for s, n in values.values()]
+        )
+        sums = self.trainer.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
+        training = self.trainer.model.training
+        metrics = self.trainer._metrics["train" if training else "eval"]
+        for name, (total, count) in zip(values, sums, strict=True):
+            metrics[f"{prefix}/{name}"].append(total / max(count, 1))
+            if training:
+                self._sums[name][0] += total
+                self._sums[name][1] += count
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Take the step's means, and end the run where they say so.
+
+        Raises:
+            FloatingPointError: The loss is not a number.
+        """
+        self.step = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
+        self._sums.clear()
+        if not all(map(math.isfinite, self.step.values())):
+            raise FloatingPointError(
+                f"The loss is not a number at step {state.global_step} ({self.step}): lower "
+                "`learning_rate`, and start again from the last checkpoint or the model."
+            )
+        self._recent.append(self.step)
+        steps = min(PASS, math.ceil(state.max_steps / max(state.num_train_epochs, 1)))
+        recent = list(self._recent)[-steps:]
+        if len(recent) < steps or control.should_training_stop:
+            return
+        for name, limit, passed, what in (
+            ("forget_prob", self.min_forget_prob, lambda x, y: x < y, "below min_forget_prob"),
+            ("retain_loss", self.max_retain_loss, lambda x, y: x > y, "above max_retain_loss"),
+        ):
+            seen = [step[name] for step in recent if name in step]
+            if limit is None or not seen or not passed(sum(seen) / len(seen), limit):
+                continue
+            mean = sum(seen) / len(seen)
+            logger.warning(
+                "Training ends at step %d: %s has been %.4g over the last %d steps, %s=%g.",
+                *(state.global_step, name, mean, len(seen), what, limit),
+            )
+            control.should_training_stop = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin anew, or with what the run that is resumed had seen."""
+        saved = state.stateful_callbacks.setdefault("UnlearningGuard", self.state())
+        self._sums.clear()
+        self._recent.clear()
+        if state.global_step:
+            self._recent.extend(saved["attributes"]["recent"])
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"recent": list(self._recent)}}
+
+
+def check_limit(name: str, value: float | None, top: float = math.inf) -> None:
+    """Refuse a limit outside (0, top).
+
+    Raises:
+        ValueError: It is.
+    """
+    if value is not None and not 0 < value < top:
+        raise ValueError(f"`{name}` must lie between 0 and {top:g}, got {value}; None for none.")

@@ -1,0 +1,71 @@
+"""FLAT: unlearn with forget data alone, by template answers and an f-divergence.
+
+    llmmix run flat --model_name_or_path ./checkpoint --dataset_name forget.jsonl
+
+Rows are questions and the answers to forget: `question` and `answer`, or `prompt` and `completion`;
+a `template` column holds what to answer instead, else refusals are drawn from a list. Add
+`--use_peft` for LoRA. The method is described in llmmix/flat.py; measure with `llmmix eval
+unlearning`.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from llmmix import FLATConfig, FLATTrainer
+from llmmix.cli import parse_args
+from llmmix.data import (
+    checkpoint_to_resume,
+    load_role,
+    load_tokenizer,
+    prepare_model_args,
+)
+from llmmix.report import write_report
+
+
+@dataclass
+class RetainArguments:
+    """Rows to retain, for a `retain_weight` above 0."""
+
+    retain_dataset_name: str | None = field(
+        default=None, metadata={"help": "Rows to retain; FLAT itself needs none."}
+    )
+    retain_dataset_split: str = field(default="train", metadata={"help": "Split of it."})
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: FLATConfig,
+    model_args: ModelConfig,
+    retain_args: RetainArguments,
+) -> None:
+    """Load, unlearn, save."""
+    config, split = script_args.dataset_config, script_args.dataset_train_split
+    forget = load_role(script_args.dataset_name, "forget", split=split, config=config)
+    retain = None
+    if (name := retain_args.retain_dataset_name) is not None:
+        split = retain_args.retain_dataset_split
+        retain = load_role(name, "retain", split=split, config=config)
+    checkpoint = prepare_model_args(model_args, training_args)
+    trainer = FLATTrainer(
+        checkpoint,
+        args=training_args,
+        train_dataset=forget,
+        retain_dataset=retain,
+        processing_class=load_tokenizer(checkpoint, model_args, training_args),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if trainer.accelerator.is_main_process:
+        print(f"Report: {write_report(training_args.output_dir)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_args((ScriptArguments, FLATConfig, ModelConfig, RetainArguments), __file__))

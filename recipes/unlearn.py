@@ -1,0 +1,74 @@
+"""Unlearn with NPO, SimNPO, DPO, gradient ascent or difference, UNDIAL, RMU, PDU and others.
+
+    llmmix run unlearn --loss npo --model_name_or_path ./checkpoint \
+        --dataset_name forget.jsonl --retain_dataset_name retain.jsonl
+
+Rows to forget and rows to retain are `question` and `answer`, `prompt` and `completion`, or `text`.
+A loss that lacks what it needs says so before the model is loaded. Add `--use_peft` for LoRA, whose
+adapter switched off then serves as the reference. The losses are described in
+llmmix/unlearning.py; measure with `llmmix eval unlearning`.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from llmmix import UnlearnConfig, UnlearnTrainer
+from llmmix.cli import parse_args
+from llmmix.data import (
+    checkpoint_to_resume,
+    load_role,
+    load_tokenizer,
+    prepare_model_args,
+)
+from llmmix.report import write_report
+from llmmix.unlearn_trainer import check_needs
+
+
+@dataclass
+class RetainArguments:
+    """Rows to retain."""
+
+    retain_dataset_name: str | None = field(
+        default=None, metadata={"help": "Rows to retain, where the loss needs them."}
+    )
+    retain_dataset_split: str = field(default="train", metadata={"help": "Split of it."})
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: UnlearnConfig,
+    model_args: ModelConfig,
+    retain_args: RetainArguments,
+) -> None:
+    """Load, unlearn, save."""
+    check_needs(training_args, retain_args.retain_dataset_name is not None)
+    config, split = script_args.dataset_config, script_args.dataset_train_split
+    forget = load_role(script_args.dataset_name, "forget", split=split, config=config)
+    retain = None
+    if (name := retain_args.retain_dataset_name) is not None:
+        split = retain_args.retain_dataset_split
+        retain = load_role(name, "retain", split=split, config=config)
+    checkpoint = prepare_model_args(model_args, training_args)
+    trainer = UnlearnTrainer(
+        checkpoint,
+        args=training_args,
+        train_dataset=forget,
+        retain_dataset=retain,
+        processing_class=load_tokenizer(checkpoint, model_args, training_args),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if trainer.accelerator.is_main_process:
+        print(f"Report: {write_report(training_args.output_dir)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_args((ScriptArguments, UnlearnConfig, ModelConfig, RetainArguments), __file__))

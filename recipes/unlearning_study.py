@@ -1,0 +1,220 @@
+"""Study: what each unlearning loss forgets and what it costs, beside a model that never knew.
+
+    llmmix run unlearning_study
+
+Teaches builtin:tiny some authors of builtin:authors and some facts, each in two wordings, trains
+another model without the authors to forget, and unlearns with every loss, learning rate and seed.
+Prints a table, and writes OUTPUT_DIR/unlearning_study.json and unlearning_study.png: forget quality
+against utility. The two models are kept there. No network; under 20 minutes on two cores.
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+
+from llmmix import FLATConfig, FLATTrainer, UnlearnConfig, UnlearnTrainer
+from llmmix.cli import parse_args
+from llmmix.data import load_splits, resolve_checkpoint
+from llmmix.forgetting.evaluation import evaluate_unlearning
+from llmmix.forgetting.summary import quality_metric
+from llmmix.report import draw_scatter
+from llmmix.unlearn_trainer import LOSSES
+
+OWN = {  # what a contender has beside the loss of its name and the learning rate
+    "flat+retain": {"retain_weight": 5.0},
+    "pdu": {"epsilon": 0.1, "dual_warmup_epochs": 1},
+}
+SHOWN = ("forget_rouge", "forget_quality", "model_utility", "retain_rouge")
+SETTINGS = {
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+@dataclass
+class StudyArguments:
+    """The size of the study."""
+
+    output_dir: str = field(default="runs/unlearning_study", metadata={"help": "Where all goes."})
+    losses: list[str] = field(
+        default_factory=lambda: ["flat", "flat+retain", *LOSSES], metadata={"help": "To compare."}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-4, 3e-4], metadata={"help": "The grid, of every loss."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each."})
+    rows: list[int] = field(
+        default_factory=lambda: [20, 40, 20],
+        metadata={"help": "Questions to forget, to retain, and of facts; 5 an author."},
+    )
+    teach_epochs: int = field(default=60, metadata={"help": "Epochs of teaching."})
+    epochs: int = field(default=12, metadata={"help": "Epochs of unlearning."})
+    batch_size: int = field(default=10, metadata={"help": "Rows to forget a step."})
+    processes: int = field(
+        default_factory=lambda: min(os.cpu_count() or 1, 8), metadata={"help": "Runs at a time."}
+    )
+
+
+def main(args: StudyArguments) -> None:
+    """Teach two models, unlearn one many times, show it."""
+    folder, results = Path(args.output_dir), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    resolve_checkpoint("builtin:tiny")
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        print("Teaching the model to be unlearned, and one that never meets those authors")
+        taught = [pool.submit(teach, args, name) for name in ("original", "retrained")]
+        original, retrained = (measured.result() for measured in taught)
+        for name, measured in {"original": original, "retrained": retrained}.items():
+            metrics = measured["metrics"]
+            metrics["forget_quality"] = quality_metric(metrics["forget_truth_ratio"], retrained)
+            results[name] = [measured]
+            print(f"  {name}: {brief(measured)}", flush=True)
+        jobs = product(args.losses, args.learning_rates, args.seeds)
+        running = {pool.submit(unlearn, args, *job, retrained): job for job in jobs}
+        for done in as_completed(running):
+            loss, rate, seed = running[done]
+            results.setdefault(f"{loss} {rate:g}", []).append(done.result())
+            print(f"  {loss} {rate:g}, seed {seed}: {brief(done.result())}", flush=True)
+            (folder / "unlearning_study.json").write_text(json.dumps(results, indent=1))
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    show(args, results)
+
+
+def prepare(args: StudyArguments) -> dict[str, datasets.Dataset]:
+    """One core and no progress bars for this process; the rows."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    splits = load_splits("builtin:authors", "small")
+    asked = {
+        role: rows.select([row for row in range(len(rows)) if role == "facts" or row % 10 < 5])
+        for role, rows in splits.items()
+    }
+    roles = ("forget", "retain", "facts")
+    return {role: asked[role].take(size) for role, size in zip(roles, args.rows, strict=True)}
+
+
+def teach(args: StudyArguments, name: str) -> dict:
+    """Train on all sets, or on all but the one to forget, unless that is done; measure."""
+    sets, folder = prepare(args), Path(args.output_dir) / name
+    if not (folder / "model.safetensors").exists():
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row[f"{wording}question"]}],
+                "completion": [{"role": "assistant", "content": row[f"{wording}answer"]}],
+            }
+            for role in sets
+            for row in sets[role]
+            for wording in ("", "paraphrased_")
+            if role != "forget" or name == "original"
+        ]
+        config = SFTConfig(
+            folder,
+            num_train_epochs=args.teach_epochs,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            bf16=False,
+            use_cpu=True,
+            **SETTINGS,
+        )
+        rows = datasets.Dataset.from_list(rows)
+        trainer = SFTTrainer(resolve_checkpoint("builtin:tiny"), config, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.save_model()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return measure(model, AutoTokenizer.from_pretrained(folder), sets)
+
+
+def unlearn(args: StudyArguments, loss: str, rate: float, seed: int, retrained: dict) -> dict:
+    """One run: unlearn, and measure beside the retrained model."""
+    sets, original = prepare(args), Path(args.output_dir) / "original"
+    settings = {
+        "output_dir": Path(args.output_dir) / "training" / f"{loss}-{rate:g}-{seed}",
+        "num_train_epochs": args.epochs,
+        "per_device_train_batch_size": args.batch_size,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "seed": seed,
+        "use_cpu": True,
+    }
+    settings |= SETTINGS | OWN.get(loss, {})
+    flat = loss.startswith("flat")
+    config = FLATConfig(**settings) if flat else UnlearnConfig(loss=loss, **settings)
+    trainer = (FLATTrainer if flat else UnlearnTrainer)(
+        AutoModelForCausalLM.from_pretrained(original),
+        config,
+        sets["forget"],
+        retain_dataset=sets["retain"] if config.retain_weight else None,
+        processing_class=AutoTokenizer.from_pretrained(original),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return measure(trainer.model, trainer.processing_class, sets, retrained)
+
+
+def measure(model, tokenizer, sets: dict, retrained: dict | None = None) -> dict:
+    """The metrics, without the items."""
+    found = evaluate_unlearning(model, tokenizer, sets, retained=retrained, max_new_tokens=40)
+    del found["items"]
+    return found
+
+
+def value(measured: dict, name: str) -> float:
+    """A metric; of the forget quality, the logarithm."""
+    entry = measured["metrics"][name]
+    found = entry.get("log10_p") if name == "forget_quality" else entry["value"]
+    return np.nan if found is None else found
+
+
+def brief(measured: dict) -> str:
+    """The metrics that are shown, in a line."""
+    return ", ".join(f"{name} {value(measured, name):.3f}" for name in SHOWN)
+
+
+def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
+    """Mean and range over the seeds, printed and drawn."""
+    table = Table(title=f"Mean and range over {len(args.seeds)} seeds")
+    for column in ("", "forget\nROUGE", "forget quality,\nlog10 of p", "utility", "retain\nROUGE"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    points = {}
+    names = [f"{loss} {rate:g}" for loss in args.losses for rate in args.learning_rates]
+    for name in ["original", "retrained", *names]:
+        found = [np.array([value(run, metric) for run in results[name]]) for metric in SHOWN]
+        spread = [f"\n{v.min():.2f} to {v.max():.2f}" if len(v) > 1 else "" for v in found]
+        cells = zip(found, spread, strict=True)
+        table.add_row(name, *(f"{v.mean():.3f}{spread}" for v, spread in cells))
+        points[name] = (found[2], found[1])
+    Console().print(table)
+    best = value(results["retrained"][0], "model_utility")
+    del points["retrained"]
+    path = draw_scatter(
+        Path(args.output_dir) / "unlearning_study.png",
+        points,
+        marks={"retrained": (best, 0.0)},  # its forget quality to itself is 1
+        xlabel="model utility",
+        ylabel="forget quality, log10 of p",
+    )
+    print(f"Figure: {path}")
+
+
+if __name__ == "__main__":
+    main(*parse_args((StudyArguments,), __file__))
