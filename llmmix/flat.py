@@ -41,16 +41,16 @@ from trl import SFTConfig, SFTTrainer
 from llmmix.data import default_to_cpu
 from llmmix.dco import check_own_loss, check_unsharded
 from llmmix.forget_rows import (
-    EpochSampler,
     check_args,
     count_window,
+    epoch_sampler,
     forward_parts,
     prepare_rows,
     resolve_templates,
 )
 from llmmix.guards import UnlearningGuard, check_limit
 from llmmix.head import attach_head, keep_outputs_in_fp32
-from llmmix.unlearning import nll_loss
+from llmmix.unlearning import at_least_fp32, nll_loss
 
 
 def flat_loss(template_probs: Tensor, forget_probs: Tensor, divergence: str = "js") -> Tensor:
@@ -67,7 +67,8 @@ def flat_loss(template_probs: Tensor, forget_probs: Tensor, divergence: str = "j
     Raises:
         ValueError: An unknown divergence.
     """
-    return DIVERGENCES[check_divergence(divergence)](template_probs, forget_probs)
+    probs = (at_least_fp32(given) for given in (template_probs, forget_probs))
+    return DIVERGENCES[check_divergence(divergence)](*probs)
 
 
 def _jeffrey(a: Tensor, c: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def sequence_probs(
     Raises:
         ValueError: An unknown mean, or positions with the geometric one.
     """
-    lengths = mask.sum(1)
+    lengths, token_logps = mask.sum(1), at_least_fp32(token_logps)
     if mean == "arithmetic":
         total = token_logps.exp().masked_fill(~mask, 0).sum(1)
         return total / (lengths.clamp(min=1) if positions is None else positions)
@@ -216,6 +217,20 @@ class FLATConfig(SFTConfig):
         super().__post_init__()
 
 
+def check_retain(args: FLATConfig, retain: bool) -> None:
+    """Refuse rows to retain without a weight, and a weight without rows; cheap, before any model.
+
+    Raises:
+        ValueError: Either.
+    """
+    if (args.retain_weight > 0) != retain:
+        raise ValueError(
+            "`retain_weight` and rows to retain (`retain_dataset_name`, `retain_dataset`) go "
+            "together: give both, or neither for FLAT on forget data alone. Got retain_weight="
+            f"{args.retain_weight:g} and {'rows' if retain else 'no rows'}."
+        )
+
+
 class FLATTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on the FLAT loss, from one forward over templates and answers to forget.
 
@@ -253,18 +268,13 @@ class FLATTrainer(SFTTrainer):
     ):
         args = args or FLATConfig("flat-output")
         check_own_loss("FLAT", args, kwargs)
-        if (args.retain_weight > 0) != (retain_dataset is not None):
-            raise ValueError(
-                "`retain_weight` and `retain_dataset` go together: give both, or neither for FLAT "
-                f"on forget data alone. Got retain_weight={args.retain_weight} and "
-                f"{'no rows' if retain_dataset is None else 'rows'} to retain."
-            )
+        check_retain(args, retain_dataset is not None)
         self.parts = ("template", "forget") + ("retain",) * (retain_dataset is not None)
         templates = resolve_templates(args.template_file, templates)
         check_args(args, train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_unsharded("FLAT", self.accelerator)
-        prepare_rows(self, self.parts, retain_dataset, templates)
+        self._prepared = prepare_rows(self, self.parts, retain_dataset, templates)
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model)
         self.guard = UnlearningGuard(self, min_forget_prob=args.min_forget_prob)
@@ -273,9 +283,12 @@ class FLATTrainer(SFTTrainer):
     def _send_telemetry(self):
         """Send nothing: TRL would report the run to the Hub."""
 
+    def evaluate(self, eval_dataset=None, **kwargs):
+        """TRL's; rows that are given are prepared as those of the constructor."""
+        return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), **kwargs)
+
     def _get_train_sampler(self, train_dataset=None):
-        epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
-        return EpochSampler(len(self.train_dataset), self.train_dataset.seed, epoch)
+        return epoch_sampler(self)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Count rows and tokens of each part over the accumulation window of every process."""

@@ -7,6 +7,7 @@ steps, and a run that was killed draws what it would have drawn.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +18,18 @@ from transformers import Trainer
 from llmmix import qa
 from llmmix.qa import Encoded, encode_answer
 from llmmix.refusals import REFUSALS, clean_templates, load_templates
+
+
+@dataclass
+class RetainArguments:
+    """Rows to retain, as the recipes of unlearning take them."""
+
+    retain_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Rows to retain, for a loss that needs them; NAME@CONFIG for the hub."},
+    )
+    retain_dataset_split: str = field(default="train", metadata={"help": "Split of it."})
+
 
 PARTS = ("template", "forget", "retain")  # in this order in a batch
 
@@ -63,16 +76,17 @@ class ForgetRows(torch.utils.data.Dataset):
         prompts, answers = rows["prompt"][:], rows["answer"][:]
         own = _own_templates(rows, templates) if "template" in parts else [[] for _ in prompts]
         _check_templates(prompts, answers, own)
-        encoded = [self._encode(*pair) for pair in zip(prompts, answers, strict=True)]
-        if max_length is not None and not any(prompts):  # text alone is cut into rows
-            encoded = [piece for e in encoded for piece in qa.cut(e, max_length)]
+        if "retain" in parts:
+            pairs = zip(prompts, answers, strict=True)
+            _check_overlap([prompt or answer for prompt, answer in pairs], retain)
+        encoded = self._encode_all(prompts, answers, max_length)
+        if len(encoded) > len(prompts):  # text alone is cut into rows
             prompts, own = [""] * len(encoded), [[]] * len(encoded)
-        lengths = [
-            max([len(e.ids), *(len(self._encode(p, t).ids) for t in _longest(ts))])
-            for e, p, ts in zip(encoded, prompts, own, strict=True)
+        longest = [
+            max([len(e.ids), *(len(self._encode(prompt, t).ids) for t in _longest(ts))])
+            for e, prompt, ts in zip(encoded, prompts, own, strict=True)
         ]
-        kept = _fitting(lengths, max_length, "rows to forget")
-        kept = [row for row in kept if len(encoded[row].ids) > encoded[row].prompt_length]
+        kept = _usable(encoded, longest, max_length, "rows to forget")
         self.prompts = [prompts[row] for row in kept]
         self.templates = [own[row] for row in kept]
         self.forget = [
@@ -81,13 +95,16 @@ class ForgetRows(torch.utils.data.Dataset):
         ]
         self.retain: list[Encoded] = []
         if "retain" in parts:
-            _check_overlap(self.prompts, retain)
-            pairs = zip(retain["prompt"], retain["answer"], strict=True)
-            found = [self._encode(*pair) for pair in pairs]
-            if max_length is not None and not any(retain["prompt"]):
-                found = [piece for e in found for piece in qa.cut(e, max_length)]
-            kept = _fitting([len(e.ids) for e in found], max_length, "rows to retain")
+            found = self._encode_all(retain["prompt"], retain["answer"], max_length)
+            kept = _usable(found, [len(e.ids) for e in found], max_length, "rows to retain")
             self.retain = [found[row] for row in kept]
+
+    def _encode_all(self, prompts, answers, max_length: int | None) -> list[Encoded]:
+        """One a row; text alone that is too long in pieces."""
+        found = [self._encode(*pair) for pair in zip(prompts, answers, strict=True)]
+        if max_length is None or any(prompts):
+            return found
+        return [piece for encoded in found for piece in qa.cut(encoded, max_length)]
 
     def _encode(self, prompt, answer: str) -> Encoded:
         return encode_answer(self.tokenizer, prompt, answer, include_eos=self.include_eos)
@@ -147,6 +164,12 @@ class EpochSampler(Sampler[int]):
         yield from (epoch * self._size + order).tolist()
 
 
+def epoch_sampler(trainer: Trainer) -> EpochSampler:
+    """The sampler of a trainer's `ForgetRows`."""
+    rows = trainer.train_dataset
+    return EpochSampler(len(rows), rows.seed, lambda: int(trainer.state.epoch or 0))
+
+
 def check_args(args, train_dataset) -> None:
     """Have TRL leave rows to forget as they are, for `prepare_rows`.
 
@@ -164,14 +187,22 @@ def check_args(args, train_dataset) -> None:
 
 def prepare_rows(
     trainer: Trainer, parts: Sequence[str], retain_dataset, templates, skip_tokens: int = 0
-) -> None:
-    """Replace the trainer's rows by `ForgetRows`, and its collator by theirs."""
+) -> Callable:
+    """Replace the trainer's rows by `ForgetRows`, and its collator by theirs.
+
+    Returns:
+        A function (rows, argument) that prepares others alike; None and a name stay as they are.
+    """
     args, tokenizer = trainer.args, trainer.processing_class
     retain = retain_dataset
     if "retain" in parts:
         retain = qa.read_rows(retain_dataset, "retain_dataset", tokenizer)
 
-    def prepared(rows, argument: str) -> ForgetRows:
+    def prepared(rows, argument: str):
+        if rows is None or isinstance(rows, str | ForgetRows):
+            return rows
+        if isinstance(rows, dict):
+            return {name: prepared(part, name) for name, part in rows.items()}
         return ForgetRows(
             qa.read_rows(rows, argument, tokenizer),
             tokenizer,
@@ -186,11 +217,9 @@ def prepare_rows(
         )
 
     trainer.train_dataset = prepared(trainer.train_dataset, "train_dataset")
-    if isinstance(given := trainer.eval_dataset, dict):
-        trainer.eval_dataset = {name: prepared(rows, name) for name, rows in given.items()}
-    elif given is not None:
-        trainer.eval_dataset = prepared(given, "eval_dataset")
+    trainer.eval_dataset = prepared(trainer.eval_dataset, "eval_dataset")
     trainer.data_collator = trainer.train_dataset.collate
+    return prepared
 
 
 def count_window(accelerator, batches: list[dict], parts: Sequence[str], device) -> dict:
@@ -262,25 +291,31 @@ def _longest(templates: list[str]) -> list[str]:
     return sorted(templates, key=len)[-3:]
 
 
-def _fitting(lengths: list[int], max_length: int | None, what: str) -> list[int]:
-    kept = [row for row, n in enumerate(lengths) if max_length is None or n <= max_length]
+def _usable(
+    encoded: list[Encoded], lengths: list[int], max_length: int | None, what: str
+) -> list[int]:
+    """Rows with a token to score that fit; the others are counted on the log."""
+    scored = [row for row, (ids, start) in enumerate(encoded) if len(ids) > start]
+    kept = [row for row in scored if max_length is None or lengths[row] <= max_length]
     if not kept:
         raise ValueError(
-            f"`max_length={max_length}` holds none of the {len(lengths)} {what}, whose shortest "
-            f"has {min(lengths, default=0)} tokens. Raise `max_length`."
+            f"None of the {len(encoded)} {what} has a token to score and fits into `max_length="
+            f"{max_length}`; the shortest has {min(lengths, default=0)} tokens. Raise `max_length`."
         )
-    if dropped := len(lengths) - len(kept):
+    if dropped := len(encoded) - len(scored):
+        qa.warn_once(f"Dropped {dropped} of {len(encoded)} {what}: no token to score.")
+    if dropped := len(scored) - len(kept):
         qa.warn_once(
-            f"Dropped {dropped} of {len(lengths)} {what}: longer than max_length={max_length}, and "
+            f"Dropped {dropped} of {len(encoded)} {what}: longer than max_length={max_length}, and "
             "an answer cut short is another answer."
         )
     return kept
 
 
-def _check_overlap(prompts, retain: Dataset) -> None:
-    asked = [prompt for prompt in prompts if prompt]
-    if both := qa.overlap(asked, [prompt for prompt in retain["prompt"] if prompt]):
+def _check_overlap(asked: list, retain: Dataset) -> None:
+    texts = zip(retain["prompt"], retain["answer"], strict=True)
+    if both := qa.overlap(asked, [prompt or answer for prompt, answer in texts]):
         raise ValueError(
-            f"{len(both)} questions stand both among the rows to forget and among those to retain "
-            f"(first: {both[0]!r}). Remove them from one."
+            f"{len(both)} questions or texts stand both among the rows to forget and among those "
+            f"to retain (first: {str(both[0])[:120]!r}). Remove them from one."
         )

@@ -53,9 +53,9 @@ def read_rows(dataset: Dataset | None, argument: str, tokenizer: "PreTrainedToke
     Raises:
         ValueError: No rows, columns of no accepted format, or no row with an answer.
     """
-    if dataset is None or not len(dataset):
-        given = "is missing" if dataset is None else "has no rows"
-        raise ValueError(f"`{argument}` {given}: give rows of {FORMATS}.")
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        given = "no rows" if isinstance(dataset, Dataset) else type(dataset).__name__
+        raise ValueError(f"`{argument}` must be a map-style `Dataset` of {FORMATS}, got {given}.")
     columns = set(dataset.column_names)
     known = (("question", "answer"), ("prompt", "completion"), ("prompt", "gt"), (None, "text"))
     for prompt, answer in known:
@@ -73,23 +73,27 @@ def read_rows(dataset: Dataset | None, argument: str, tokenizer: "PreTrainedToke
         prompts = [question_prompt(tokenizer, question) for question in dataset[prompt]]
     else:
         prompts = list(dataset[prompt])
-    kept = [row for row, text in enumerate(answers) if text.strip()]
+    asked = [True] * len(answers) if prompt is None else map(_is_asked, dataset[prompt])
+    kept = [row for row, given in enumerate(asked) if given and answers[row].strip()]
+    what = f"`{answer}`" if prompt is None else f"`{prompt}` or `{answer}`"
     if not kept:
-        raise ValueError(f"`{argument}`: `{answer}` is empty in every one of {len(dataset)} rows.")
+        raise ValueError(f"`{argument}`: {what} is empty in every one of {len(dataset)} rows.")
     if len(kept) < len(dataset):
-        warn_once(
-            f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of `{argument}` with an "
-            f"empty `{answer}`."
-        )
+        dropped = len(dataset) - len(kept)
+        warn_once(f"Dropped {dropped} of {len(dataset)} rows of `{argument}`: empty {what}.")
     rest = dataset.remove_columns(list({"prompt", "answer"} & columns)).select(kept)
     rest = rest.add_column("prompt", [prompts[row] for row in kept])
     return rest.add_column("answer", [answers[row] for row in kept])
 
 
+def _is_asked(prompt) -> bool:
+    return bool(prompt.strip() if isinstance(prompt, str) else prompt)
+
+
 def _text_of(answer) -> str:
-    """Text itself, or what the last message says."""
-    if answer is None or isinstance(answer, str):
-        return answer or ""
+    """Text itself, a number as text, or what the last message says."""
+    if answer is None or isinstance(answer, str | int | float):
+        return "" if answer is None else str(answer)
     return (answer[-1].get("content") or "") if answer else ""
 
 
@@ -122,11 +126,10 @@ def encode_answer(
     eos = tokenizer.eos_token_id
     if isinstance(prompt, str):
         parted = not prompt or prompt[-1].isspace() or answer[:1].isspace()
-        start = tokenizer(prompt)["input_ids"] if prompt else []
+        start = _open(tokenizer(prompt)["input_ids"], prompt, tokenizer) if prompt else []
         text = answer if parted else " " + answer
-        ids = start + tokenizer(text, add_special_tokens=not prompt)["input_ids"]
-        while len(ids) > len(start) and ids[-1] == eos:
-            ids.pop()  # some tokenizers close every text themselves
+        ids = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
+        ids = start + _open(ids, text, tokenizer)
     else:
         start = encode(tokenizer, prompt)
         said = [*prompt, {"role": "assistant", "content": answer}]
@@ -137,6 +140,12 @@ def encode_answer(
     if include_eos and eos is not None:
         ids = [*ids, eos]
     return Encoded(ids, max(len(start), 1))
+
+
+def _open(ids: list[int], text: str, tokenizer) -> list[int]:
+    """Tokens of a text without the end that some tokenizers put to every one."""
+    closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
 
 
 def _common_length(a: list[int], b: list[int]) -> int:

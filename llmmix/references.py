@@ -89,20 +89,27 @@ class Reference:
             return found[part][0].sum(1)
         numbers = batch["template_number"].tolist()
         keys = zip(batch["row"].tolist(), numbers, strict=True)
-        known = [self._logps[(part, row, number * (part == "template"))] for row, number in keys]
-        return torch.tensor(known, device=batch["row"].device)
+        asked = [(part, row, number * (part == "template")) for row, number in keys]
+        if missing := [key for key in asked if key not in self._logps]:
+            raise ValueError(
+                f"`reference='precomputed'` kept nothing for {missing[0]} (part, row, template): "
+                "the run is longer than when it began. Use `reference='copy'`."
+            )
+        return torch.tensor([self._logps[key] for key in asked], device=batch["row"].device)
 
-    def precompute(self, datasets: Sequence[ForgetRows], epochs: int, wanted: Sequence[str]):
-        """Keep the log-probabilities that so many epochs will ask for; the processes share them."""
-        if self.kind != "precomputed":
+    def precompute(self, rows: ForgetRows, epochs: int, parts: Sequence[str]) -> None:
+        """Keep the log-probabilities that so many epochs will ask for; the processes share them.
+
+        Once: later the model is another.
+        """
+        if self.kind != "precomputed" or self._logps:
             return
         trainer, sequences = self._trainer, {}
-        for rows in datasets:
-            for row in range(len(rows)):
-                sequences.setdefault(("forget", row, 0), rows.forget[row])
-                if "template" in wanted:
-                    for number in {rows.template_of(row, epoch) for epoch in range(epochs)}:
-                        sequences["template", row, number] = rows.template(row, number)
+        for row in range(len(rows)):
+            sequences["forget", row, 0] = rows.forget[row]
+            if "template" in parts:
+                for number in {rows.template_of(row, epoch) for epoch in range(epochs)}:
+                    sequences["template", row, number] = rows.template(row, number)
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         mine = sorted(sequences, key=lambda key: len(sequences[key].ids))[rank::world]
         size, found = trainer.args.per_device_eval_batch_size, []

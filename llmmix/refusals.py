@@ -57,11 +57,26 @@ def load_templates(path: str | Path) -> list[str]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`template_file`: no file {path}.")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in lines]
-        lines = [row if isinstance(row, str) else row.get("template") or "" for row in rows]
+        lines = [_template(line, number, path) for number, line in enumerate(lines, 1)]
     return clean_templates(lines, "template_file")
+
+
+def _template(line: str, number: int, path: Path) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    text = row.get("template", row) if isinstance(row, dict) else row
+    if isinstance(row, dict) and text is None:
+        return ""  # a blank line
+    if not isinstance(text, str):
+        raise ValueError(
+            f"`template_file`: line {number} of {path} is neither a string nor an object with a "
+            f"`template` of text: {line[:80]!r}. Mend it, or give one answer a line in a .txt file."
+        )
+    return text
 
 
 def clean_templates(templates: list[str], argument: str) -> list[str]:

@@ -24,9 +24,9 @@ from llmmix.data import default_to_cpu
 from llmmix.dco import check_own_loss, check_unsharded
 from llmmix.flat import sequence_probs
 from llmmix.forget_rows import (
-    EpochSampler,
     check_args,
     count_window,
+    epoch_sampler,
     forward_parts,
     prepare_rows,
     resolve_templates,
@@ -110,7 +110,8 @@ class UnlearnConfig(SFTConfig):
         include_eos: Score the end-of-sequence token.
         min_forget_prob: Training ends when the mean probability of the tokens to forget falls
             below it.
-        max_retain_loss: Training ends when the NLL a token on retained rows exceeds it.
+        max_retain_loss: Training ends when the mean of the retain term exceeds it: an NLL a token;
+            under kl a divergence, with rmu a squared distance.
     """
 
     loss: str = field(default="npo", metadata={"help": f"One of {', '.join(LOSSES)}."})
@@ -151,7 +152,7 @@ class UnlearnConfig(SFTConfig):
         default=None, metadata={"help": "End when the mean token probability falls below it."}
     )
     max_retain_loss: float | None = field(
-        default=None, metadata={"help": "End when the retained rows' NLL a token exceeds it."}
+        default=None, metadata={"help": "End when the retain term (an NLL a token) exceeds it."}
     )
 
     def __post_init__(self):
@@ -162,31 +163,40 @@ class UnlearnConfig(SFTConfig):
         for name in ("forget_weight", "retain_weight", "retain_loss", "beta"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(needs, name))
-        self._check(needs)
+        self._check_settings(needs)
+        self._check_numbers()
         default_to_cpu(self)
         super().__post_init__()
 
-    def _check(self, needs: Needs) -> None:
+    def _check_settings(self, needs: Needs) -> None:
         if self.retain_loss not in ("nll", "kl"):
             raise ValueError(f"`retain_loss` must be 'nll' or 'kl', got {self.retain_loss!r}.")
         if self.reference not in KINDS:
             raise ValueError(
                 f"`reference` must be one of {', '.join(KINDS)}, got {self.reference!r}."
             )
+        if self.loss == "idk" and self.min_forget_prob is not None:
+            raise ValueError(
+                "`min_forget_prob` watches the answers to forget, which idk never reads."
+            )
+        if self.loss == "rmu" and self.retain_loss != "nll":
+            raise ValueError("`retain_loss` is no setting of 'rmu', whose retain term is its own.")
         if needs.beta is None and self.beta is not None:
             raise ValueError(f"`beta` is no setting of {self.loss!r}: leave it out.")
         if self.loss in ("npo", "simnpo", "dpo") and not self.beta > 0:
             raise ValueError(f"`beta` must be positive, got {self.beta}.")
-        for name in ("forget_weight", "retain_weight", "beta", "beta2", "skip_tokens", "dual_step"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
-        if not self.ascent_cap >= 0:
-            raise ValueError(f"`ascent_cap` must not be negative, got {self.ascent_cap}.")
         if self.loss == "pdu" and (self.epsilon is None or self.retain_loss != "nll"):
             raise ValueError(
                 "pdu holds the NLL a token on retained rows below `epsilon`: set it, such as to "
                 "0.3 above what the model has now, and leave `retain_loss` at 'nll'."
             )
+
+    def _check_numbers(self) -> None:
+        for name in ("forget_weight", "retain_weight", "beta", "beta2", "skip_tokens", "dual_step"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        if not self.ascent_cap >= 0:
+            raise ValueError(f"`ascent_cap` must not be negative, got {self.ascent_cap}.")
         check_limit("min_forget_prob", self.min_forget_prob, top=1)
         check_limit("max_retain_loss", self.max_retain_loss)
 
@@ -266,7 +276,7 @@ class UnlearnTrainer(SFTTrainer):
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         check_unsharded("Unlearning", self.accelerator)
         skip = args.skip_tokens if args.loss == "ceu" else 0
-        prepare_rows(self, self.parts, retain_dataset, templates, skip_tokens=skip)
+        self._prepared = prepare_rows(self, self.parts, retain_dataset, templates, skip)
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model)
         self._logits = [part for part, wanted in self._whole_vocabulary() if wanted]
@@ -336,19 +346,21 @@ class UnlearnTrainer(SFTTrainer):
         size = self.model.config.get_text_config().hidden_size
         self._target = unlearning.rmu_target(size, args.steering, args.seed)
 
+    def evaluate(self, eval_dataset=None, **kwargs):
+        """TRL's; rows that are given are prepared as those of the constructor."""
+        return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), **kwargs)
+
     def _get_train_sampler(self, train_dataset=None):
-        epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
-        return EpochSampler(len(self.train_dataset), self.train_dataset.seed, epoch)
+        return epoch_sampler(self)
 
     def train(self, *args, **kwargs):
         """TRL's, after the reference's log-probabilities are kept where they are to be."""
         if self.reference is not None:
             given, rows = self.args, self.train_dataset
             a_step = given.train_batch_size * given.gradient_accumulation_steps * given.world_size
-            passes = given.max_steps * a_step / len(rows) + 1
+            passes = given.max_steps / max(1, len(rows) // a_step)
             epochs = math.ceil(passes if given.max_steps > 0 else given.num_train_epochs)
-            wanted = [part for part in self.parts if part != "retain"]
-            self.reference.precompute([rows], epochs + 1, wanted)
+            self.reference.precompute(rows, epochs + 1, self.parts)
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

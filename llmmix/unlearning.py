@@ -15,8 +15,9 @@ z the logits, sg a stopped gradient, and means over the answer's tokens (never o
     pdu          mean (max z - mean z)^2, and lambda (retain NLL - epsilon)              2506.05314
 
 and, towards what is to stay, `nll_loss` or `kl_loss`, the divergence from the reference model. To
-forget with forget data alone, see `llmmix.flat`. Every function returns one value a row; a row
-without a token to score gives an exact zero that is connected to the graph.
+forget with forget data alone, see `llmmix.flat`. Every function returns one value a row, in fp32 or
+better. Those that see tokens give a row without one an exact zero that is connected to the graph;
+npo and dpo see sums alone, and their caller leaves such rows out.
 
     symbol   name
     l        logps, of ..._loss(logps, ...)
@@ -74,7 +75,8 @@ def npo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     Raises:
         ValueError: `beta` not positive.
     """
-    return 2 / _positive("beta", beta) * F.softplus(beta * (logps - ref_logps))
+    margin = at_least_fp32(logps) - at_least_fp32(ref_logps)
+    return 2 / _positive("beta", beta) * F.softplus(beta * margin)
 
 
 def simnpo_loss(logps: Tensor, lengths: Tensor, beta: float, delta: float = 0.0) -> Tensor:
@@ -92,7 +94,7 @@ def simnpo_loss(logps: Tensor, lengths: Tensor, beta: float, delta: float = 0.0)
     Raises:
         ValueError: `beta` not positive.
     """
-    margin = logps / lengths.clamp(min=1) + delta
+    margin = at_least_fp32(logps) / lengths.clamp(min=1) + delta
     return 2 / _positive("beta", beta) * F.softplus(beta * margin) * (lengths > 0)
 
 
@@ -118,7 +120,10 @@ def dpo_loss(
     Raises:
         ValueError: `beta` not positive.
     """
-    margin = (alt_logps - ref_alt_logps) - (forget_logps - ref_forget_logps)
+    alt, forget, ref_alt, ref_forget = map(
+        at_least_fp32, (alt_logps, forget_logps, ref_alt_logps, ref_forget_logps)
+    )
+    margin = (alt - ref_alt) - (forget - ref_forget)
     return 2 / _positive("beta", beta) * F.softplus(-beta * margin)
 
 
@@ -136,8 +141,9 @@ def wga_loss(token_logps: Tensor, mask: Tensor, beta: float = 1.0) -> Tensor:
     Raises:
         ValueError: A negative `beta`.
     """
-    weights = (_not_negative("beta", beta) * token_logps.detach()).exp()
-    return _mean(weights * token_logps, mask)
+    logps = at_least_fp32(token_logps)
+    weights = (_not_negative("beta", beta) * logps.detach()).exp()
+    return _mean(weights * logps, mask)
 
 
 def satimp_loss(
@@ -157,10 +163,11 @@ def satimp_loss(
     Raises:
         ValueError: A negative `beta1` or `beta2`.
     """
-    logps = token_logps.detach()
-    weights = (_not_negative("beta1", beta1) * logps).exp()
-    weights = weights * (-torch.expm1(logps)).clamp(min=0) ** _not_negative("beta2", beta2)
-    return _mean(weights * token_logps, mask)
+    logps = at_least_fp32(token_logps)
+    fixed = logps.detach()
+    weights = (_not_negative("beta1", beta1) * fixed).exp()
+    weights = weights * (-torch.expm1(fixed)).clamp(min=0) ** _not_negative("beta2", beta2)
+    return _mean(weights * logps, mask)
 
 
 def undial_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -272,9 +279,14 @@ def rmu_target(size: int, scale: float, seed: int) -> Tensor:
     return scale * u / u.norm()
 
 
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Half precision made single; what is finer stays."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
     """(B, T) to (B,); zero, with a gradient of zero, where a row has nothing to count."""
-    return values.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
+    return at_least_fp32(values).masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _cross_entropy(target: Tensor, logits: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ a `template` column holds what to answer instead, else refusals are drawn from a
 unlearning`.
 """
 
-from dataclasses import dataclass, field
-
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import FLATConfig, FLATTrainer
@@ -20,17 +18,9 @@ from llmmix.data import (
     load_tokenizer,
     prepare_model_args,
 )
+from llmmix.flat import check_retain
+from llmmix.forget_rows import RetainArguments
 from llmmix.report import write_report
-
-
-@dataclass
-class RetainArguments:
-    """Rows to retain, for a `retain_weight` above 0."""
-
-    retain_dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows to retain; FLAT itself needs none."}
-    )
-    retain_dataset_split: str = field(default="train", metadata={"help": "Split of it."})
 
 
 def main(
@@ -40,6 +30,7 @@ def main(
     retain_args: RetainArguments,
 ) -> None:
     """Load, unlearn, save."""
+    check_retain(training_args, retain_args.retain_dataset_name is not None)
     config, split = script_args.dataset_config, script_args.dataset_train_split
     forget = load_role(script_args.dataset_name, "forget", split=split, config=config)
     retain = None

@@ -9,8 +9,6 @@ adapter switched off then serves as the reference. The losses are described in
 llmmix/unlearning.py; measure with `llmmix eval unlearning`.
 """
 
-from dataclasses import dataclass, field
-
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import UnlearnConfig, UnlearnTrainer
@@ -21,18 +19,9 @@ from llmmix.data import (
     load_tokenizer,
     prepare_model_args,
 )
+from llmmix.forget_rows import RetainArguments
 from llmmix.report import write_report
 from llmmix.unlearn_trainer import check_needs
-
-
-@dataclass
-class RetainArguments:
-    """Rows to retain."""
-
-    retain_dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows to retain, where the loss needs them."}
-    )
-    retain_dataset_split: str = field(default="train", metadata={"help": "Split of it."})
 
 
 def main(

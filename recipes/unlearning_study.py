@@ -57,15 +57,15 @@ class StudyArguments:
         default_factory=lambda: ["flat", "flat+retain", *LOSSES], metadata={"help": "To compare."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-4, 3e-4], metadata={"help": "The grid, of every loss."}
+        default_factory=lambda: [1e-4, 4e-4], metadata={"help": "The grid, of every loss."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each."})
     rows: list[int] = field(
-        default_factory=lambda: [20, 40, 20],
+        default_factory=lambda: [20, 20, 10],
         metadata={"help": "Questions to forget, to retain, and of facts; 5 an author."},
     )
     teach_epochs: int = field(default=60, metadata={"help": "Epochs of teaching."})
-    epochs: int = field(default=12, metadata={"help": "Epochs of unlearning."})
+    epochs: int = field(default=6, metadata={"help": "Epochs of unlearning."})
     batch_size: int = field(default=10, metadata={"help": "Rows to forget a step."})
     processes: int = field(
         default_factory=lambda: min(os.cpu_count() or 1, 8), metadata={"help": "Runs at a time."}

@@ -1,5 +1,6 @@
 """A small model and small datasets that most tests share."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmmix import builtin
 
+gc.freeze()  # what the imports left: each trainer collects garbage, and would go through it anew
 torch.set_num_threads(1)  # small tensors, and no fight for cores with a torchrun beside
 disable_progress_bars()
 transformers_logging.disable_progress_bar()

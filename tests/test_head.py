@@ -311,3 +311,43 @@ def test_refuses_what_it_cannot_serve():
     attach_head(model)
     with pytest.raises(ValueError, match="DoRA"):
         model(**batch(), fused_lm_head=True)
+
+
+def kept_logits(hidden, labels, head):
+    return {"logits": head.logits(hidden[labels != -100])}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_at_hand_are_the_models_own_with_their_gradients(name):
+    ours, plain, inputs = build(name), build(name), batch()
+    mask = inputs["labels"][:, 1:] != -100
+    attach_head(ours)
+    found = ours(**inputs, fused_lm_head=True, head_objective=kept_logits).objective["logits"]
+    logits = plain(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+    expected = logits[:, :-1][mask]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.log_softmax(-1).square().mean().backward()
+    expected.log_softmax(-1).square().mean().backward()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcap"])
+def test_logits_at_hand_are_in_fp32_and_hold_an_adapter_of_the_head(name):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head", "q_proj"])
+    model, inputs = get_peft_model(build(name), lora), batch()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    mask = inputs["labels"][:, 1:] != -100
+    expected = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1][mask]
+    attach_head(model)
+    options = {"fused_lm_head": True, "head_objective": kept_logits}
+    torch.testing.assert_close(
+        model(**inputs, **options).objective["logits"], expected, rtol=1e-4, atol=1e-5
+    )
+    with model.disable_adapter():
+        off = model(**inputs, **options).objective["logits"]
+    assert (off - expected).abs().max() > 0.1
+    assert model.bfloat16()(**inputs, **options).objective["logits"].dtype == torch.float32

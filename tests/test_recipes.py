@@ -263,3 +263,20 @@ def test_mistakes_in_unlearning_flags_are_told_without_a_traceback(
     argv = ["run", name, "--model_name_or_path", checkpoint, *SMALL, *flags]
     argv += ["--dataset_name", str(roles / "forget.jsonl"), "--output_dir", str(roles / "out")]
     assert cli.main(argv) == 2 and said in capsys.readouterr().err
+
+
+def test_unlearning_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tiny-1").symlink_to(checkpoint)
+    argv = ["run", "unlearning_study", "--losses", "flat+retain", "npo", "--seeds", "0", "1"]
+    argv += ["--learning_rates", "1e-3", "--rows", "4", "6", "4", "--teach_epochs", "1"]
+    argv += ["--epochs", "1", "--processes", "1", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    found = json.loads((tmp_path / "out" / "unlearning_study.json").read_text())
+    assert set(found) == {"original", "retrained", "flat+retain 0.001", "npo 0.001"}
+    assert len(found["npo 0.001"]) == 2
+    assert found["retrained"][0]["metrics"]["forget_quality"]["value"] == 1  # to itself
+    assert (tmp_path / "out" / "unlearning_study.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / "training").exists()
+    assert "npo 0.001" in capsys.readouterr().out

@@ -1,8 +1,9 @@
 import json
 
+import numpy as np
 import pytest
 
-from llmmix.report import read_runs, write_report
+from llmmix.report import draw_scatter, read_runs, write_report
 
 HISTORY = [
     {"loss": 2.0, "dco/weight": 0.9, "learning_rate": 1e-3, "step": 1, "epoch": 0.1},
@@ -75,3 +76,10 @@ def test_missing_estimates_majority_votes_and_temperatures(tmp_path):
     page = write_report(tmp_path).read_text()
     assert page.count("<img") == 2 and "Coverage against temperature" in page
     assert (tmp_path / "figures" / "temperature.png").exists()
+
+
+def test_scatter_of_repeats_and_marks(tmp_path):
+    points = {"a 1": (np.array([0.1, 0.2]), np.array([-3.0, -1.0])), "b": (np.ones(1), np.zeros(1))}
+    names = {"xlabel": "x", "ylabel": "y", "marks": {"target": (0.5, 0.0)}}
+    path = draw_scatter(tmp_path / "points.png", points, **names)
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,8 @@
 SHOWN_AFTER_A_PROBE = ("forget_rouge", "forget_probability", "forget_extraction_strength")
 ARROWS = {"lower": "↓", "higher": "↑", "retained": "→"}
 ABSOLUTE = {"forget_quality": "1", "privacy_leakage": "0"}  # where no retain model is given
+IN_DOCUMENTS_ALONE = ("prob_mean", "distinct")
+OF_THE_FORGET_SET = ("repetition", "empty", "perplexity")
 WITH_INTERVALS = ("mia_", "leak@")  # shown; the documents have all
 
 
@@ -24,16 +26,17 @@ def print_table(results: dict[str, dict], retained: dict | None = None) -> None:
     baseline = "the baseline" if retained is None else "the retain model"
     table = Table(
         title=f"Unlearning: rows {escape(title)}",
-        caption=f"↓ lower is better, ↑ higher is better, → nearest to {baseline} is best; the "
-        "intervals of all metrics are in unlearning.json",
+        caption=f"↓ lower is better, ↑ higher is better, → nearest to {baseline} is best; "
+        "intervals and further metrics are in unlearning.json",
     )
     table.add_column("metric", no_wrap=True)
     table.add_column("")
     for name in results:
-        table.add_column(escape(name), justify="right", overflow="fold", min_width=12)
-    table.add_column("baseline" if retained is None else "retain model", justify="right")
+        table.add_column(escape(name), justify="right", overflow="fold", min_width=9)
+    last = "baseline" if retained is None else "retain model"
+    table.add_column(last, justify="right", min_width=8)
     names = list(dict.fromkeys(name for r in results.values() for name in r["metrics"]))
-    for name in names:
+    for name in filter(_is_shown, names):
         entries = [result["metrics"].get(name) for result in results.values()]
         if any(entry and entry["value"] is not None for entry in entries):
             arrow = ARROWS[next(entry for entry in entries if entry)["direction"]]
@@ -46,6 +49,13 @@ def print_table(results: dict[str, dict], retained: dict | None = None) -> None:
     console.print(table)
     for remark in _remarks(results):
         console.print(remark, markup=False, highlight=False)
+
+
+def _is_shown(name: str) -> bool:
+    """Of repetition and its like the forget set's alone; all of them are in the documents."""
+    return not name.endswith(IN_DOCUMENTS_ALONE) and (
+        name.startswith("forget") or not name.endswith(OF_THE_FORGET_SET)
+    )
 
 
 def _cell(name: str, entry: dict | None) -> str:
