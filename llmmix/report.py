@@ -196,7 +196,7 @@ def draw_scatter(
     Args:
         path: Of the PNG.
         points: By name, x and y of the repeats; names that differ in their last word alone share a
-            colour.
+            colour, and the first of them is hollow.
         xlabel: What x is.
         ylabel: What y is.
         marks: Single points by name, drawn as stars.
@@ -205,16 +205,27 @@ def draw_scatter(
         The path.
     """
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    families = list(dict.fromkeys(name.rpartition(" ")[0] or name for name in points))
-    for name, (x, y) in points.items():
-        number = families.index(name.rpartition(" ")[0] or name)
-        spread = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (x, y)]
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": "os^Dv"[number // len(COLOURS)]}
-        axis.errorbar(x.mean(), y.mean(), spread[1], spread[0], **style, elinewidth=0.8)
-        axis.annotate(
-            name, (x.mean(), y.mean()), xytext=(5, 4), textcoords="offset points", fontsize=7
-        )
+    figure, axis = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
+    families: dict[str, list[str]] = {}
+    for name in points:
+        families.setdefault(name.rpartition(" ")[0] or name, []).append(name)
+    for number, (family, names) in enumerate(families.items()):
+        marker, colour = "os^Dv"[number // len(COLOURS) % 5], COLOURS[number % len(COLOURS)]
+        for name in names:
+            x, y = points[name]
+            # The mean of equal numbers may be off by a rounding
+            ends = [(v.mean() - v.min(), v.max() - v.mean()) for v in (x, y)]
+            spread = [[[max(0.0, low)], [max(0.0, high)]] for low, high in ends]
+            style = {"marker": marker, "color": colour, "elinewidth": 0.8, "linestyle": "none"}
+            style["markerfacecolor"] = "white" if name == names[0] != names[-1] else colour
+            style["label"] = family if name == names[-1] else None
+            axis.errorbar(x.mean(), y.mean(), spread[1], spread[0], **style)
+    grid = max(families.values(), key=len)
+    first, last = (name.rpartition(" ")[2] for name in (grid[0], grid[-1]))
+    title = f"hollow: {first}, filled: {last}" if len(grid) > 1 else None
+    figure.legend(
+        loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8
+    )
     for name, (x, y) in (marks or {}).items():
         axis.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")
         axis.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize=9)

@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -192,14 +193,20 @@ def brief(measured: dict) -> str:
 
 def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
     """Mean and range over the seeds, printed and drawn."""
-    table = Table(title=f"Mean and range over {len(args.seeds)} seeds")
-    for column in ("", "forget\nROUGE", "forget quality,\nlog10 of p", "utility", "retain\nROUGE"):
+    table = Table(
+        title=f"Mean and range over {len(args.seeds)} seeds", box=SIMPLE, collapse_padding=True
+    )
+    for column in ("", "forget\nROUGE", "quality,\nlog10 of p", "utility", "retain\nROUGE"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     points = {}
     names = [f"{loss} {rate:g}" for loss in args.losses for rate in args.learning_rates]
     for name in ["original", "retrained", *names]:
         found = [np.array([value(run, metric) for run in results[name]]) for metric in SHOWN]
-        spread = [f"\n{v.min():.2f} to {v.max():.2f}" if len(v) > 1 else "" for v in found]
+        digits = [1 if metric == "forget_quality" else 2 for metric in SHOWN]
+        spread = [
+            f"\n{v.min():.{d}f} to {v.max():.{d}f}" if len(v) > 1 else ""
+            for v, d in zip(found, digits, strict=True)
+        ]
         cells = zip(found, spread, strict=True)
         table.add_row(name, *(f"{v.mean():.3f}{spread}" for v, spread in cells))
         points[name] = (found[2], found[1])

@@ -79,7 +79,10 @@ def test_missing_estimates_majority_votes_and_temperatures(tmp_path):
 
 
 def test_scatter_of_repeats_and_marks(tmp_path):
-    points = {"a 1": (np.array([0.1, 0.2]), np.array([-3.0, -1.0])), "b": (np.ones(1), np.zeros(1))}
+    points = {
+        "a 1": (np.array([0.1, 0.1, 0.1]), np.array([-3.0, -1.0, -0.7])),
+        "b": (np.ones(1), np.zeros(1)),
+    }
     names = {"xlabel": "x", "ylabel": "y", "marks": {"target": (0.5, 0.0)}}
     path = draw_scatter(tmp_path / "points.png", points, **names)
     assert path.read_bytes().startswith(b"\x89PNG")
