@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -152,12 +153,13 @@ def main(args: UnlearningArguments) -> dict[str, dict]:
     if args.retain_model and "retain_model" in [run.name for run in runs]:
         raise ValueError("A run cannot be called `retain_model`, which is the baseline's folder.")
     data = load_sets(args)
+    _check_probes(args, data["forget"])
     program = _Program(args, data, Loader(state.device, args.dtype, args.trust_remote_code), state)
     retained = _read_log(args.retain_log) if args.retain_log else None
     if args.retain_model:
         (checkpoint,) = named_checkpoints([args.retain_model])
         retained = program.evaluate(checkpoint, None)
-    results = {run.name: program.evaluate(run, retained, full=True) for run in runs}
+    results = {run.name: program.evaluate(run, retained, probed=True) for run in runs}
     program.loader.let_go()
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -224,8 +226,8 @@ class _Program:
         )
         self.fluency = _function(args.fluency) if args.fluency else None
 
-    def evaluate(self, checkpoint, retained: dict | None, full: bool = False) -> dict:
-        """The document of one model, with leaks and probes if it is `full`."""
+    def evaluate(self, checkpoint, retained: dict | None, probed: bool = False) -> dict:
+        """The document of one model, with leaks, and with what comes back if it is `probed`."""
         from llmmix.forgetting.evaluation import as_rows, evaluate_subject
         from llmmix.forgetting.items import scores_of
 
@@ -236,11 +238,11 @@ class _Program:
             sets,
             self.options,
             retained=retained,
-            original=self._original() if full else None,
+            original=self._original(),
             fluency=self.fluency,
         )
-        if full:
-            result["metrics"] |= self._leaks(checkpoint, subject, sets["forget"])
+        result["metrics"] |= self._leaks(checkpoint, subject, sets["forget"])
+        if probed:
             result["probes"] = self._probes(checkpoint, subject, sets["forget"], result)
         if self.args.compat:
             roles = [role for role in ("forget", "holdout") if role in sets]
@@ -437,11 +439,23 @@ def _check(args: UnlearningArguments) -> None:
         raise ValueError(f"`rouge_words` must be 'latin' or 'unicode', got {args.rouge_words!r}.")
     if unknown := sorted(set(args.probes or ()) - set(PROBES)):
         raise ValueError(f"`probes`: no {unknown[0]!r}; there are {', '.join(PROBES)}.")
+    if not 0 < args.leak_threshold <= 1:
+        raise ValueError(f"`leak_threshold` must lie in (0, 1], got {args.leak_threshold}.")
     if args.leak_n and max(args.leak_n) > args.leak_samples:
         raise ValueError(
             f"`leak_n` of {max(args.leak_n)} needs as many samples; `leak_samples` is "
             f"{args.leak_samples}. Raise it."
         )
+
+
+def _check_probes(args: UnlearningArguments, rows) -> None:
+    """Refuse what a probe would refuse after everything else has been measured."""
+    from llmmix.forgetting.probes import check_paraphrases, relearning_parts
+
+    if "paraphrase" in (args.probes or ()):
+        check_paraphrases(rows)
+    if "relearn" in (args.probes or ()):
+        relearning_parts(len(rows), args.relearn_share, args.seed)
 
 
 def _read_log(path: str) -> dict:
@@ -453,6 +467,7 @@ def _read_log(path: str) -> dict:
 
 def _function(path: str) -> Callable:
     module, _, name = path.partition(":")
+    sys.path.insert(0, os.getcwd())  # a module of the user's, beside which the program is run
     if not name:
         raise ValueError(f"`fluency` must be module:function, got {path!r}.")
     return getattr(import_module(module), name)

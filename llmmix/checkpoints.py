@@ -1,6 +1,7 @@
 """Which checkpoints a program was told to evaluate: names, fingerprints and models, loaded once."""
 
 import gc
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Checkpoint:
 def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> list[Checkpoint]:
     """One a model, or one an adapter of the only model; 'none' is the model alone.
 
+    A folder that holds an adapter alone stands for it on the model that it names.
+
     Raises:
         ValueError: Adapters of several models, or a name twice.
     """
@@ -41,7 +44,7 @@ def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> l
     given = adapters or models
     for source, name in zip(given, _folder_names(given), strict=True):
         if not adapters:
-            found.append(Checkpoint(name, source))
+            found.append(Checkpoint(name, *_base_and_adapter(source)))
         elif source == "none":
             found.append(Checkpoint(_folder_names(models)[0], models[0]))
         else:
@@ -51,6 +54,15 @@ def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> l
             f"Two runs would share a folder: {', '.join(c.name for c in found)}. Rename one."
         )
     return found
+
+
+def _base_and_adapter(source: str) -> tuple[str, str | None]:
+    """A model, or the model below the adapter that a folder holds in place of one."""
+    folder = Path(source)
+    told = folder / "adapter_config.json"
+    if not told.is_file() or (folder / "config.json").exists():
+        return source, None
+    return json.loads(told.read_text())["base_model_name_or_path"], source
 
 
 def _folder_names(names: list[str]) -> list[str]:

@@ -213,6 +213,11 @@ class FLATConfig(SFTConfig):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         check_limit("min_forget_prob", self.min_forget_prob, top=1)
+        if self.min_forget_prob is not None and self.prob_reduction == "all_positions":
+            raise ValueError(
+                "`min_forget_prob` watches the mean over an answer's tokens, and "
+                "`prob_reduction='all_positions'` dilutes it by the padding: leave one out."
+            )
         default_to_cpu(self)
         super().__post_init__()
 

@@ -174,12 +174,18 @@ def check_args(args, train_dataset) -> None:
     """Have TRL leave rows to forget as they are, for `prepare_rows`.
 
     Raises:
-        ValueError: Rows that are not a map-style dataset, or none.
+        ValueError: Rows that are not a map-style dataset, or none; callbacks that transformers is
+            to make anew on resume.
     """
     if not isinstance(train_dataset, Dataset) or not len(train_dataset):
         raise ValueError(
             "`train_dataset` must be a map-style `Dataset` of rows to forget, at least one, got "
             f"{'no rows' if isinstance(train_dataset, Dataset) else type(train_dataset).__name__}."
+        )
+    if args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "`restore_callback_states_from_checkpoint` makes callbacks anew that need the trainer; "
+            "they find their own state. Leave it at False."
         )
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     args.remove_unused_columns = False
@@ -243,9 +249,9 @@ def forward_parts(model, batch: dict, parts: Sequence[str], head_objective=None)
     extra = {} if head_objective is None else {"head_objective": head_objective}
     output = model(**inputs, fused_lm_head=True, **extra)
     ordered = [part for part in PARTS if part in parts]
-    chunks = zip(
-        output.log_probs.chunk(len(parts)), output.label_mask.chunk(len(parts)), strict=True
-    )
+    # A model spread over several GPUs answers on the device of its head
+    answered = (x.to(batch["labels"].device) for x in (output.log_probs, output.label_mask))
+    chunks = zip(*(x.chunk(len(parts)) for x in answered), strict=True)
     return dict(zip(ordered, chunks, strict=True)), output
 
 

@@ -36,8 +36,9 @@ class Reference:
             kind = "adapter" if fresh_adapter else rest
         if kind == "adapter" and not fresh_adapter:
             raise ValueError(
-                "`reference='adapter'` switches a new adapter off, and none is made here: set "
-                "`use_peft` (`peft_config`), or another `reference`."
+                "`reference='adapter'` switches a new adapter off, and none is made here that "
+                "leaves the weights as they are: set `use_peft` (`peft_config`), or another "
+                "`reference`."
             )
         if kind == "precomputed" and not logps_of_training_rows_suffice:
             raise ValueError(
@@ -92,8 +93,8 @@ class Reference:
         asked = [(part, row, number * (part == "template")) for row, number in keys]
         if missing := [key for key in asked if key not in self._logps]:
             raise ValueError(
-                f"`reference='precomputed'` kept nothing for {missing[0]} (part, row, template): "
-                "the run is longer than when it began. Use `reference='copy'`."
+                f"`reference='precomputed'` kept nothing for {missing[0]} (part, row, template), "
+                "which `train` did not foresee. Use `reference='copy'`."
             )
         return torch.tensor([self._logps[key] for key in asked], device=batch["row"].device)
 

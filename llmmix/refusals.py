@@ -57,9 +57,10 @@ def load_templates(path: str | Path) -> list[str]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`template_file`: no file {path}.")
-    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
     if path.suffix == ".jsonl":
-        lines = [_template(line, number, path) for number, line in enumerate(lines, 1)]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        lines = [_template(line, number, path) for number, line in numbered]
     return clean_templates(lines, "template_file")
 
 
@@ -94,5 +95,5 @@ def clean_templates(templates: list[str], argument: str) -> list[str]:
             'least one, such as "I don\'t know.", or leave it out to use the list of llmmix.'
         )
     if dropped := len(templates) - len(unique):
-        logger.warning("Left out %d blank or repeated lines of `%s`.", dropped, argument)
+        logger.warning("Left out %d lines of `%s`: blank, repeated, a header.", dropped, argument)
     return unique

@@ -283,7 +283,7 @@ class UnlearnTrainer(SFTTrainer):
         self._refuse_spread_head()
         if args.loss == "rmu":
             self._prepare_rmu()
-        self._prepare_reference(kwargs.get("peft_config") is not None)
+        self._prepare_reference(kwargs.get("peft_config"))
         cap = args.ascent_cap or math.log(self.model.config.get_text_config().vocab_size)
         self._cap = None if math.isinf(cap) else cap
         limits = {name: getattr(args, name) for name in ("min_forget_prob", "max_retain_loss")}
@@ -308,7 +308,10 @@ class UnlearnTrainer(SFTTrainer):
                 "probabilities such as npo, simnpo or wga."
             )
 
-    def _prepare_reference(self, fresh_adapter: bool) -> None:
+    def _prepare_reference(self, peft_config) -> None:
+        # PiSSA and its like change the weights below the adapter
+        start = getattr(peft_config, "init_lora_weights", True)
+        fresh_adapter = peft_config is not None and start in (True, False, "gaussian")
         of_retained = "retain" in self.parts and self.args.retain_loss == "kl"
         self.reference = None
         if self.needs.reference or of_retained:
@@ -347,7 +350,16 @@ class UnlearnTrainer(SFTTrainer):
         self._target = unlearning.rmu_target(size, args.steering, args.seed)
 
     def evaluate(self, eval_dataset=None, **kwargs):
-        """TRL's; rows that are given are prepared as those of the constructor."""
+        """TRL's; rows that are given are prepared as those of the constructor.
+
+        Raises:
+            ValueError: The reference is known for the training rows alone.
+        """
+        if self.reference is not None and self.reference.kind == "precomputed":
+            raise ValueError(
+                "`reference='precomputed'` holds for the training rows alone: set "
+                "`reference='copy'` to evaluate others."
+            )
         return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):

@@ -224,11 +224,9 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (B,).
     """
-    target = ref_logits.detach().float().log_softmax(-1)
-    divergence = _cross_entropy(target.exp(), logits) + torch.xlogy(target.exp(), target.exp()).sum(
-        -1
-    )
-    return _mean(divergence, labels != -100)
+    target = ref_logits.detach().float().softmax(-1)
+    entropy = -torch.xlogy(target, target).sum(-1)
+    return _mean(_cross_entropy(target, logits) - entropy, labels != -100)
 
 
 def pdu_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ OWN = {  # what a contender has beside the loss of its name and the learning rat
 }
 SHOWN = ("forget_rouge", "forget_quality", "model_utility", "retain_rouge")
 SETTINGS = {
+    "bf16": False,
+    "use_cpu": True,
     "activation_checkpointing": False,
     "save_strategy": "no",
     "report_to": "none",
@@ -115,7 +117,9 @@ def prepare(args: StudyArguments) -> dict[str, datasets.Dataset]:
 def teach(args: StudyArguments, name: str) -> dict:
     """Train on all sets, or on all but the one to forget, unless that is done; measure."""
     sets, folder = prepare(args), Path(args.output_dir) / name
-    if not (folder / "model.safetensors").exists():
+    taught = folder / "taught.json"  # with what: another study teaches anew
+    told = json.dumps([args.rows, args.teach_epochs])
+    if not taught.exists() or taught.read_text() != told:
         rows = [
             {
                 "prompt": [{"role": "user", "content": row[f"{wording}question"]}],
@@ -132,8 +136,6 @@ def teach(args: StudyArguments, name: str) -> dict:
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=20,
-            bf16=False,
-            use_cpu=True,
             **SETTINGS,
         )
         rows = datasets.Dataset.from_list(rows)
@@ -141,6 +143,7 @@ def teach(args: StudyArguments, name: str) -> dict:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.save_model()
+        taught.write_text(told)
     model = AutoModelForCausalLM.from_pretrained(folder)
     return measure(model, AutoTokenizer.from_pretrained(folder), sets)
 
@@ -155,7 +158,6 @@ def unlearn(args: StudyArguments, loss: str, rate: float, seed: int, retrained: 
         "learning_rate": rate,
         "lr_scheduler_type": "constant",
         "seed": seed,
-        "use_cpu": True,
     }
     settings |= SETTINGS | OWN.get(loss, {})
     flat = loss.startswith("flat")

@@ -15,6 +15,14 @@ def test_names_are_the_last_parts_unless_two_would_share_a_folder():
     ]
 
 
+def test_a_folder_with_an_adapter_alone_names_its_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (found,) = named_checkpoints([str(tmp_path)])
+    assert (found.model, found.adapter) == ("org/base", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert named_checkpoints([str(tmp_path)])[0].adapter is None
+
+
 def test_what_cannot_be_told_apart_is_refused():
     with pytest.raises(ValueError, match="names one twice"):
         named_checkpoints(["a", "a"])

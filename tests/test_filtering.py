@@ -368,3 +368,4 @@ if __name__ == "__main__":  # under torchrun
     if trainer.accelerator.is_main_process:
         (folder / "losses.json").write_text(json.dumps(losses))
         torch.save(weights, folder / "weights.pt")
+    torch.distributed.destroy_process_group()  # its threads must not outlive it

@@ -443,7 +443,7 @@ def test_templates_of_a_file_of_rows_and_of_a_function(make, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make(template_file=str(file))
     assert all(own == ["No comment.", "Pass."] for own in trainer.train_dataset.templates)
-    assert "blank or repeated lines of `template_file`" in caplog.text
+    assert "lines of `template_file`: blank, repeated, a header" in caplog.text
     own = FORGET.add_column("template", [["a", "b"]] * 4 + [["c"]] * 4)
     assert make(own).train_dataset.templates == [["a", "b"]] * 4 + [["c"]] * 4
     trainer = make(templates=lambda row: [row["question"].upper()])

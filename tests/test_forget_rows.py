@@ -172,7 +172,7 @@ def test_rows_that_cannot_be_read(plain, caplog):
     with caplog.at_level(logging.WARNING):
         rows = read(Dataset.from_dict({"question": ["a", "b", "c"], "answer": ["x", None, " "]}))
     assert len(rows) == 1 and rows["answer"][:] == ["x"]
-    assert "Dropped 2 of 3 rows of `retain_dataset` with an empty `answer`" in caplog.text
+    assert "Dropped 2 of 3 rows of `retain_dataset`: empty `question` or `answer`" in caplog.text
 
 
 @pytest.mark.parametrize("column", ["question", "prompt"])
@@ -215,7 +215,7 @@ def test_headers_blank_and_repeated_lines_are_left_out(header, tmp_path, caplog)
     assert load_templates(file) == ["No.", "Pass."]
     with caplog.at_level(logging.WARNING):
         clean_templates(["No.", "", "No."], "templates")
-    assert "Left out 2 blank or repeated lines of `templates`" in caplog.text
+    assert "Left out 2 lines of `templates`" in caplog.text
 
 
 def test_a_file_with_a_byte_order_mark_has_its_header_left_out(tmp_path):

@@ -722,7 +722,7 @@ def test_bad_retained_rows_are_refused(make):
     both = Dataset.from_dict({"question": ["What is 3+5?"], "answer": ["8"]})
     with pytest.raises(ValueError, match="1 questions or texts stand both"):
         make("npo", retain=both)
-    with pytest.raises(ValueError, match="`retain_dataset` has no rows"):
+    with pytest.raises(ValueError, match="`retain_dataset` must be a map-style .* got no rows"):
         make("npo", retain=RETAIN.select([]))
     with pytest.raises(ValueError, match="`retain_dataset` has the columns"):
         make("npo", retain=RETAIN.rename_column("answer", "reply"))
@@ -788,3 +788,4 @@ if __name__ == "__main__":  # under torchrun
     if trainer.accelerator.is_main_process:
         torch.save(results, folder / "two.pt")
         (folder / "two.json").write_text(json.dumps(metrics))
+    torch.distributed.destroy_process_group()  # its threads must not outlive it

@@ -31,3 +31,4 @@ def main(checkpoint: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # its threads must not outlive it

@@ -147,7 +147,9 @@ def _set_document(prefix: str, role: str, records: list[dict]) -> dict[str, dict
     if role in ("forget", "retain"):
         document[f"{prefix}_Q_A_PARA_Prob"] = _probabilities([r["correct_nll"] for r in records])
     document[f"{prefix}_Q_A_PERT_Prob"] = _probabilities([r["wrong_nlls"] for r in records])
-    columns = [r["correct_nll"] for r in asked], [r["wrong_nlls"] for r in asked]
+    # Of authors and facts the answer itself is the right one, whatever paraphrase there is
+    right = "correct_nll" if role in ("forget", "retain") else "nll"
+    columns = [r[right] for r in asked], [r["wrong_nlls"] for r in asked]
     ratios = open_unlearning_truth_ratios(*columns)
     named, definition = f"{prefix}_Truth_Ratio", "true_better"
     if role == "forget":

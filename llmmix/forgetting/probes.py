@@ -121,6 +121,18 @@ def paraphrased(rows: Dataset, tokenizer) -> Dataset:
     Raises:
         ValueError: A row without one.
     """
+    asked = check_paraphrases(rows)
+    prompts = [question_prompt(tokenizer, question) for question in asked]
+    rows = rows.remove_columns({"prompt", "question"} & set(rows.column_names))
+    return rows.add_column("question", asked).add_column("prompt", prompts)
+
+
+def check_paraphrases(rows: Dataset) -> list[str]:
+    """The `paraphrased_question` of each row.
+
+    Raises:
+        ValueError: A row without one.
+    """
     column = "paraphrased_question"
     asked = rows[column][:] if column in rows.column_names else [None] * len(rows)
     if missing := sum(not (question or "").strip() for question in asked):
@@ -128,9 +140,7 @@ def paraphrased(rows: Dataset, tokenizer) -> Dataset:
             f"The probe 'paraphrase' needs a `{column}` in every row; {missing} of {len(rows)} "
             "have none. Add the column, or leave the probe out."
         )
-    prompts = [question_prompt(tokenizer, question) for question in asked]
-    rows = rows.remove_columns({"prompt", "question"} & set(rows.column_names))
-    return rows.add_column("question", asked).add_column("prompt", prompts)
+    return asked
 
 
 def quantised(model, bits: int):

@@ -109,7 +109,7 @@ def fluency_metrics(
     """Repetition and emptiness of the answers, and how fluent others find them."""
     texts = [record["generation"] for record in records]
     said = [text for text in texts if text]
-    if role == "holdout" or not said:
+    if role == "holdout" or all(text is None for text in texts):
         return {}
     silent = "no answer is long enough"
     metrics = {
@@ -124,7 +124,7 @@ def fluency_metrics(
         value, dropped = mean_of(np.log(found)) if found else (None, 0)
         value = None if value is None else float(np.exp(value))
         metrics[f"{role}_perplexity"] = metric("lower", value, n=len(found), dropped=dropped)
-    if fluency is not None:
+    if fluency is not None and said:
         metrics[f"{role}_fluency"] = _mean("higher", list(fluency(said)), silent)
     return metrics
 
@@ -150,7 +150,9 @@ def utility_metric(metrics: dict[str, dict], roles: list[str]) -> dict:
     names = [f"{role}_{part}" for role in roles for part in ("probability", "rouge", "truth_ratio")]
     components = {n: metrics[n]["value"] for n in names if metrics[n]["value"] is not None}
     # Where a model has broken down its numbers are undefined: leaving them out would flatter it
-    if broken := [n for n in names if n not in components and metrics[n].get("dropped")]:
+    undefined = [n for n in names if n not in components and metrics[n].get("dropped")]
+    # ROUGE is absent, and not broken, where nothing is asked or no word is known
+    if broken := [n for n in undefined if not n.endswith("_rouge")]:
         return metric("higher", reason=f"{', '.join(broken)}: {metrics[broken[0]]['reason']}")
     missing = [name for name in names if name not in components]
     if not components:
