@@ -30,6 +30,15 @@ from llmmix.timing import Case, machine, measure, measure_apart, quiet
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's SFTTrainer logs
 
 
+STEPS = (  # what is timed, its name, and its peer's
+    ("sft_our_head", "SFT on our head", "sft", "SFTTrainer"),
+    ("dco", "DCO", "sft_completion", "SFTTrainer"),
+    ("sftmix", "SFTMix", "sft_completion", "SFTTrainer"),
+    ("rpo", "RPO", "dpo", "DPOTrainer"),
+    ("flat", "FLAT", "flat_published", "two forwards, softmax"),
+)
+
+
 @dataclass
 class SpeedArguments:
     """What `llmmix eval speed` takes."""
@@ -40,6 +49,10 @@ class SpeedArguments:
     )
     kinds: list[str] = field(
         default_factory=lambda: ["head", "steps", "sampling"], metadata={"help": "What to time."}
+    )
+    methods: list[str] = field(
+        default_factory=lambda: [row[1] for row in STEPS],
+        metadata={"help": "Which steps, of those that the table names first."},
     )
     device: str | None = field(
         default=None, metadata={"help": "'cpu' or 'cuda'; a GPU where there is one by default."}
@@ -159,13 +172,9 @@ def step_cases(args: SpeedArguments) -> list[list[Case]]:
 
         for lora in (False, True):
             tuned = f"{Path(model).name}, {'LoRA' if lora else 'full'}"
-            for method, name, peer, peer_name in (
-                ("sft_our_head", "SFT on our head", "sft", "SFTTrainer"),
-                ("dco", "DCO", "sft_completion", "SFTTrainer"),
-                ("sftmix", "SFTMix", "sft_completion", "SFTTrainer"),
-                ("rpo", "RPO", "dpo", "DPOTrainer"),
-                ("flat", "FLAT", "flat_published", "two forwards, softmax"),
-            ):
+            for method, name, peer, peer_name in STEPS:
+                if name not in args.methods:
+                    continue
                 row = f"{name}, {tuned}"
                 groups.append(
                     [case(row, "llmmix", method, lora=lora), case(row, peer_name, peer, lora=lora)]
@@ -464,6 +473,9 @@ def _resolve(args: SpeedArguments) -> SpeedArguments:
         raise ValueError("speed runs on one process: leave `--num_processes` out.")
     if unknown := set(args.kinds) - set(CASES):
         raise ValueError(f"`kinds` has {sorted(unknown)}; there are {', '.join(CASES)}.")
+    if unknown := set(args.methods) - {row[1] for row in STEPS}:
+        names = ", ".join(row[1] for row in STEPS)
+        raise ValueError(f"`methods` has {sorted(unknown)}; there are {names}.")
     if bad := [share for share in args.masked if not 0 <= share < 1]:
         raise ValueError(f"`masked` must hold shares from 0 to below 1, got {bad}.")
     if args.rounds < 1:
