@@ -239,7 +239,7 @@ def check_sft_datasets(args: "SFTConfig", train_dataset, trainer_arguments: dict
         train_dataset, "train_dataset", args.dataset_text_field, tokenizer
     )
     if not args.assistant_only_loss and "messages" in next(iter(train_dataset)):
-        _warn(
+        warn_once(
             "Rows of `messages` are scored whole, the user's turns included. To score responses "
             "alone, set `assistant_only_loss=True` or give `prompt` and `completion`."
         )
@@ -331,7 +331,7 @@ def log_dropped(
             "the prompts alone are as long. Raise `max_length`."
         )
     if dropped := len(before) - len(after):
-        _warn(
+        warn_once(
             f"Dropped {dropped} of {len(before)} rows: with max_length={max_length} no token of "
             "the response is left."
         )
@@ -339,10 +339,12 @@ def log_dropped(
         ids = after.select_columns("input_ids").with_format("arrow")
         lengths = (len(row) for row in ids[:]["input_ids"])
         if full := sum(length >= max_length for length in lengths):
-            _warn(f"{full} of {len(after)} rows fill max_length={max_length} and may be cut short.")
+            warn_once(
+                f"{full} of {len(after)} rows fill max_length={max_length} and may be cut short."
+            )
 
 
-def _warn(message: str) -> None:
+def warn_once(message: str) -> None:
     """Log a warning once, not on every rank."""
     if PartialState().is_main_process:
         logger.warning(message)
@@ -379,7 +381,7 @@ def _drop_blank(dataset, columns: list[str], argument: str):
         what = " or ".join(f"`{column}`" for column in columns)
         if not len(filled):
             raise ValueError(f"`{argument}`: {what} is empty in every one of {len(dataset)} rows.")
-        _warn(f"Dropped {dropped} of {len(dataset)} rows with an empty {what}.")
+        warn_once(f"Dropped {dropped} of {len(dataset)} rows with an empty {what}.")
         return filled
     return dataset  # not the filtered copy, whose indices would slow every later read
 

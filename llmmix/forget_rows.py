@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from llmmix import qa
+from llmmix.data import warn_once
 from llmmix.qa import Encoded, encode_answer
 from llmmix.refusals import REFUSALS, clean_templates, load_templates
 
@@ -309,9 +310,9 @@ def _usable(
             f"{max_length}`; the shortest has {min(lengths, default=0)} tokens. Raise `max_length`."
         )
     if dropped := len(encoded) - len(scored):
-        qa.warn_once(f"Dropped {dropped} of {len(encoded)} {what}: no token to score.")
+        warn_once(f"Dropped {dropped} of {len(encoded)} {what}: no token to score.")
     if dropped := len(scored) - len(kept):
-        qa.warn_once(
+        warn_once(
             f"Dropped {dropped} of {len(encoded)} {what}: longer than max_length={max_length}, and "
             "an answer cut short is another answer."
         )

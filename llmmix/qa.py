@@ -5,21 +5,19 @@ Which tokens count is known from lengths, never from token ids: a pad token that
 end-of-sequence token too does no harm.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
+from trl.data_utils import common_prefix_length
 
+from llmmix.data import warn_once
 from llmmix.sampling import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 FORMATS = (
     "`question` and `answer`, `prompt` and `completion` (text or lists of messages), `prompt` and "
@@ -134,7 +132,7 @@ def encode_answer(
         start = encode(tokenizer, prompt)
         said = [*prompt, {"role": "assistant", "content": answer}]
         ids = encode(tokenizer, said, generation=False)
-        start = start[: _common_length(start, ids)]
+        start = start[: common_prefix_length(start, ids)]
         ends = [place for place in range(len(start), len(ids)) if ids[place] == eos]
         ids = ids[: ends[-1]] if ends else ids
     if include_eos and eos is not None:
@@ -146,13 +144,6 @@ def _open(ids: list[int], text: str, tokenizer) -> list[int]:
     """Tokens of a text without the end that some tokenizers put to every one."""
     closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    return next(
-        (place for place, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]),
-        min(len(a), len(b)),
-    )
 
 
 def cut(encoded: Encoded, max_length: int) -> list[Encoded]:
@@ -191,9 +182,3 @@ def overlap(a: Sequence, b: Sequence) -> list:
 def _key(prompt) -> str:
     text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
     return " ".join(text.split()).casefold()
-
-
-def warn_once(message: str) -> None:
-    """Log a warning once, not on every rank."""
-    if PartialState().is_main_process:
-        logger.warning(message)

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from llmmix.forget_rows import PARTS, ForgetRows, forward_parts
+from llmmix.qa import pad
 from llmmix.sampling import eval_mode
 
 KINDS = ("auto", "adapter", "precomputed", "copy")
@@ -125,8 +126,6 @@ class Reference:
 
 
 def _padded(sequences, device) -> dict[str, Tensor]:
-    from llmmix.qa import pad
-
     return {name: x.to(device) for name, x in pad(sequences).items()}
 
 

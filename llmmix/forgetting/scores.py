@@ -17,7 +17,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from llmmix.qa import Encoded, cut, encode_answer, pad, warn_once
+from llmmix.data import warn_once
+from llmmix.qa import Encoded, cut, encode_answer, pad
 from llmmix.sampling import context_length, eval_mode
 
 logger = logging.getLogger(__name__)

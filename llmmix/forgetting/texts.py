@@ -10,8 +10,8 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 
+from llmmix.data import warn_once
 from llmmix.forgetting.scores import TOKEN_BUDGET, deal_out, score_answers
-from llmmix.qa import warn_once
 from llmmix.sampling import encode, sample, too_long
 
 Tokenize = Callable[[str], list[str]]
