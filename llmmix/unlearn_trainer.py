@@ -279,7 +279,8 @@ class UnlearnTrainer(SFTTrainer):
         self._prepared = prepare_rows(self, self.parts, retain_dataset, templates, skip)
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model)
-        self._logits = [part for part, wanted in self._whole_vocabulary() if wanted]
+        to_reference = "retain" in self.parts and args.retain_loss == "kl"
+        self._logits = ["forget"] * self.needs.logits + ["retain"] * to_reference
         self._refuse_spread_head()
         if args.loss == "rmu":
             self._prepare_rmu()
@@ -296,10 +297,6 @@ class UnlearnTrainer(SFTTrainer):
     def _send_telemetry(self):
         """Send nothing: TRL would report the run to the Hub."""
 
-    def _whole_vocabulary(self) -> list[tuple[str, bool]]:
-        keeps_distribution = "retain" in self.parts and self.args.retain_loss == "kl"
-        return [("forget", self.needs.logits), ("retain", keeps_distribution)]
-
     def _refuse_spread_head(self) -> None:
         if self._logits and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -312,7 +309,7 @@ class UnlearnTrainer(SFTTrainer):
         # PiSSA and its like change the weights below the adapter
         start = getattr(peft_config, "init_lora_weights", True)
         fresh_adapter = peft_config is not None and start in (True, False, "gaussian")
-        of_retained = "retain" in self.parts and self.args.retain_loss == "kl"
+        of_retained = "retain" in self._logits
         self.reference = None
         if self.needs.reference or of_retained:
             self.reference = Reference(
@@ -441,13 +438,8 @@ class UnlearnTrainer(SFTTrainer):
             found = unlearning.rmu_loss(step.hidden["retain"], caught[0], step.answers("retain"))
             return found, (mask.sum(1) > 0).float()
         if self.args.retain_loss == "kl":
-            options = {"head_objective": logits_of(["retain"], ["retain"])}
-            _, output = self.reference.forward(
-                step.model, step.batch, self.parts, ["retain"], **options
-            )
-            return step.over_vocabulary(
-                unlearning.kl_loss, "retain", ref_logits=output.objective["retain"]
-            )
+            ref_logits = step.ref_logits("retain")
+            return step.over_vocabulary(unlearning.kl_loss, "retain", ref_logits=ref_logits)
         return unlearning.nll_loss(logps, mask), mask.sum(1)
 
 
@@ -503,12 +495,13 @@ class Step:
         found = loss(self.logits[part].unsqueeze(0), labels=labels.unsqueeze(0), **others)
         return found, torch.full_like(found, len(labels))
 
-    def teacher_logits(self) -> Tensor:
-        """(N, V) logits of the reference at the scored positions of the rows to forget."""
-        options = {"head_objective": logits_of(["forget"], ["forget"])}
-        return self.trainer.reference.forward(
-            self.model, self.batch, self.trainer.parts, ["forget"], **options
-        )[1].objective["forget"]
+    def ref_logits(self, part: str) -> Tensor:
+        """(N, V) logits of the reference at the scored positions of a part."""
+        objective = logits_of([part], [part])
+        _, output = self.trainer.reference.forward(
+            self.model, self.batch, self.trainer.parts, [part], head_objective=objective
+        )
+        return output.objective[part]
 
 
 def _ascent(step: Step) -> tuple[Tensor, Tensor]:
@@ -522,7 +515,7 @@ def _dpo(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def _undial(step: Step) -> tuple[Tensor, Tensor]:
-    options = {"teacher_logits": step.teacher_logits(), "beta": step.args.beta}
+    options = {"teacher_logits": step.ref_logits("forget"), "beta": step.args.beta}
     return step.over_vocabulary(unlearning.undial_loss, "forget", **options)
 
 
