@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 
 from llmmix.dco import DCOTrainer, dco_weight
 from llmmix.sampling import eval_mode
+from llmmix.trainer_log import log_metric
 
 logger = get_logger(__name__)
 
@@ -247,12 +248,6 @@ def check_trainer(what: str, trainer: Trainer) -> None:
             f"{what} restores its state by itself: leave `restore_callback_states_from_checkpoint` "
             "at False."
         )
-
-
-def log_metric(trainer: Trainer, name: str, value: float) -> None:
-    """Let TRL average a metric's values since its last log; other trainers do not show it."""
-    if hasattr(trainer, "_metrics"):
-        trainer._metrics["train"][name].append(value)
 
 
 def check_share(name: str, value: float) -> float:

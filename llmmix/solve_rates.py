@@ -30,9 +30,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from llmmix.dco import DCOTrainer, dco_weight
-from llmmix.filtering import check_share, check_trainer, log_metric
+from llmmix.filtering import check_share, check_trainer
 from llmmix.sampling import check_room, encode, sample
 from llmmix.solving import reference_answers
+from llmmix.trainer_log import log_metric
 from llmmix.verify import Verifier, judge
 
 logger = get_logger(__name__)

@@ -1,0 +1,377 @@
+"""`attach_mixture`: the rows that any trainer sees come from a `MixtureSampler`.
+
+    trainer = SFTTrainer(model, args=config, train_dataset=label_domains(domains))
+    attach_mixture(trainer, sampler, AioliCallback(sampler, aioli_config))
+
+Weights decided at a step govern the draws of the next one, under gradient accumulation, loader
+workers and several processes. The draws, the plan and the method's own state are part of every
+checkpoint, so a resumed run draws the rows that it would have drawn. What was drawn, measured and
+decided is written to OUTPUT_DIR/mixture.jsonl.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+from accelerate.logging import get_logger
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from llmmix.mixing.control import Controller, Observation, Segment
+from llmmix.mixing.loader import MixtureLoader
+from llmmix.mixing.record import MixtureRecord
+from llmmix.mixing.rows import by_target, locate_rows, mean_scored_tokens
+from llmmix.mixing.sampler import MixtureSampler
+from llmmix.mixing.signals import Signals, rows_of
+from llmmix.trainer_log import log_metric
+
+logger = get_logger(__name__)
+
+BEFORE_UPDATE = ("train", "excess")  # signals of the batch of a step
+MANY_EPOCHS = 4  # repeats beyond this teach little: Muennighoff et al., arXiv:2305.16264
+
+
+class MixtureCallback(TrainerCallback, ExportableState):
+    """Keeps a sampler and what moves its weights in step with a trainer.
+
+    Args:
+        sampler: Of the trainer's rows.
+        controller: Decides the weights; without one they stay as they are.
+        targets: Validation rows by name to measure losses on; by default the trainer's
+            `eval_dataset`, by name or by its column `domain`.
+        measured_rows: At most so many rows of each target, the same every time.
+        measure: "nll" a token, the trainer's own "loss", or "auto".
+    """
+
+    def __init__(
+        self,
+        sampler: MixtureSampler,
+        controller: Controller | None = None,
+        *,
+        targets: Mapping | None = None,
+        measured_rows: int | None = 64,
+        measure: str = "auto",
+    ):
+        self.sampler, self.controller = sampler, controller
+        self._targets, self._measured_rows, self._measure = targets, measured_rows, measure
+        self._begun: float | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._segments: deque[Segment] = deque()
+        self._steps = 0  # taken of the first segment
+        self._learning_rate = 0.0  # summed over them
+        self._counts = np.zeros(len(self.sampler.names))  # when it began
+        self._early: dict | None = None  # a signal taken before the segment's last update
+        self._spent = {"seconds": 0.0, "measurements": 0, "steps": 0, "total": 0.0}
+
+    def bind(self, trainer: Trainer) -> None:
+        """Take over a trainer's rows, which `attach_mixture` has found in order."""
+        self.trainer, sampler, args = trainer, self.sampler, trainer.args
+        locate = locate_rows(trainer, sampler)
+        if sampler.unit == "tokens" and sampler.tokens_per_row is None:
+            sampler.tokens_per_row = mean_scored_tokens(trainer.train_dataset, sampler.names)
+        own_loader = trainer.get_train_dataloader
+        process = (args.process_index, args.world_size)
+
+        def get_train_dataloader() -> MixtureLoader:
+            size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+            self.loader = MixtureLoader(sampler, own_loader(), locate, size, accumulation, process)
+            return self.loader
+
+        trainer.get_train_dataloader = get_train_dataloader
+        trainer.args.ignore_data_skip = True  # the sampler knows where it was; nothing is replayed
+        self._locate = locate
+        self._record = MixtureRecord(trainer)
+        self.signals = None
+        if self.controller:
+            self._fresh = self.controller.state_dict()
+            self.bind_controller()
+
+    def bind_controller(self) -> None:
+        """Find the rows that the controller's losses are measured on."""
+        given = self.trainer.eval_dataset if self._targets is None else self._targets
+        targets = by_target(given, self.sampler.names)
+        self.signals = Signals(
+            self.trainer, targets, rows=self._measured_rows, measure=self._measure
+        )
+
+    # Events of the trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin anew, or where the run that is resumed had come."""
+        name = type(self).__name__
+        saved = state.stateful_callbacks.setdefault(name, {}).get("attributes")
+        self._begun, self._warned = time.perf_counter(), set()
+        if state.global_step:
+            self._resume(state, saved)
+            return
+        self._forget()
+        self.sampler.reset()
+        self._drawn_before = self._drawn()
+        if self.controller:
+            self.controller.load_state_dict(self._fresh)
+        self._record.start(
+            {
+                "domains": self.sampler.names,
+                "rows": self.sampler.sizes.tolist(),
+                "targets": self.signals.targets if self.signals else [],
+                "method": type(self.controller).__name__ if self.controller else "Fixed",
+                "draws_a_step": self.loader.draws_a_step,
+                "weights": self.sampler.weights.tolist(),
+            }
+        )
+        self._extend(state)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Note the step's learning rate; measure what is to be measured before its update."""
+        if not self._segments:
+            return
+        self._learning_rate += optimizer.param_groups[0]["lr"]
+        segment = self._segments[0]
+        if segment.measure in BEFORE_UPDATE and self._steps + 1 == segment.steps:
+            self._early = self._measured(segment.measure)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Record what was drawn, and go on to what is due."""
+        self._note_draws(state.global_step)
+        # A resumed run counts its first epoch from the checkpoint on; what it logs must not
+        whole, part = divmod(state.global_step - 1, self.loader.steps_an_epoch)
+        state.epoch = whole + (part + 1) / self.loader.steps_an_epoch
+        if self._segments:
+            self._steps += 1
+            self._spent["steps"] += self._segments[0].estimates
+            self._finish_segments(state)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Stop where the domains hold no further step."""
+        if self.loader.ended and state.global_step < state.max_steps:
+            logger.warning(
+                "The domains hold no further step: training ends after %d of %d steps. Draws by "
+                "domain: %s.",
+                state.global_step,
+                state.max_steps,
+                self.sampler.counts,
+            )
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Say what was drawn, and what the estimation cost."""
+        self._spent["total"] += time.perf_counter() - self._begun
+        drawn = np.array(list(self.sampler.counts.values()))
+        shares = ", ".join(
+            f"{name} {share:.3f}"
+            for name, share in zip(self.sampler.names, drawn / max(drawn.sum(), 1), strict=True)
+        )
+        lines = [f"Share of the rows drawn: {shares}."]
+        if self._spent["measurements"]:
+            lines.append(
+                "Measuring: {measurements:.0f} times, {seconds:.1f} s = {share:.1%} of the run's "
+                "{total:.1f} s. Steps on mixtures chosen to learn from: {steps:.0f} of {max_steps}"
+                ".".format(
+                    **self._spent,
+                    share=self._spent["seconds"] / self._spent["total"],
+                    max_steps=state.global_step,
+                )
+            )
+        self._record.write({"step": state.global_step, "spent": self._spent})
+        if state.is_world_process_zero:
+            print("\n".join(lines), flush=True)
+
+    # What is decided and measured
+
+    def _extend(self, state) -> None:
+        """Ask for the next plan."""
+        if self.controller is None or state.global_step >= state.max_steps:
+            return
+        segments = self.controller.plan(state.global_step, state.max_steps)
+        steps = sum(segment.steps for segment in segments)
+        if not 0 < steps <= state.max_steps - state.global_step:
+            raise ValueError(
+                f"{type(self.controller).__name__}.plan gave {steps} steps at step "
+                f"{state.global_step} of {state.max_steps}; it must give at least one, and none "
+                "past the end."
+            )
+        self._segments.extend(segments)
+        self.loader.keep = any(segment.measure in BEFORE_UPDATE for segment in segments)
+        self._set_plan(segments)
+        self._record.write(
+            {
+                "step": state.global_step,
+                "weights": self.controller.weights.tolist(),
+                **self.controller.record(),
+            }
+        )
+        self._begin_segment()
+        self._finish_segments(state)
+
+    def _set_plan(self, segments) -> None:
+        draws = self.loader.draws_a_step
+        self.sampler.set_plan([(s.weights, s.steps * draws) for s in segments if s.steps])
+
+    def _begin_segment(self) -> None:
+        self._steps, self._learning_rate, self._early = 0, 0.0, None
+        self._counts = self._drawn()
+
+    def _finish_segments(self, state) -> None:
+        """Tell the controller of the segments that have ended, and plan on when all have."""
+        while self._segments and self._steps >= self._segments[0].steps:
+            segment = self._segments.popleft()
+            if segment.measure is not None:
+                signal = self._early or self._measured(segment.measure)
+                drawn = self._drawn() - self._counts
+                shares = drawn / max(drawn.sum(), 1)
+                self.controller.observe(
+                    Observation(
+                        state.global_step, segment.steps, shares, self._learning_rate, signal
+                    )
+                )
+                found = {name: value.tolist() for name, value in signal.items()}
+                self._record.write({"step": state.global_step, "measured": found})
+            self._begin_segment()
+        if not self._segments:
+            self._extend(state)
+
+    def _measured(self, name: str) -> dict[str, np.ndarray]:
+        begun = time.perf_counter()
+        rows = self._gradient_rows if name == "gradients" else None
+        signal = self.signals.take(name, self.loader.kept, len(self.sampler.names), rows)
+        self._spent["seconds"] += time.perf_counter() - begun
+        self._spent["measurements"] += 1
+        return signal
+
+    def _gradient_rows(self, domain: int) -> list[dict]:
+        """Rows of a domain, the same on every process, that depend on the step alone."""
+        name, size = self.sampler.names[domain], int(self.sampler.sizes[domain])
+        count, step = self.trainer.args.per_device_train_batch_size, self.trainer.state.global_step
+        rows = np.array(rows_of(self.sampler.seed, step, name, size, count))
+        where = self._locate(np.full(count, domain), rows, np.zeros(count, dtype=int))
+        return [self.loader.dataset[index] for index in where.tolist()]
+
+    def _drawn(self) -> np.ndarray:
+        return np.array(list(self.sampler.counts.values()))
+
+    # The record and the state
+
+    def _note_draws(self, step: int) -> None:
+        drawn = self._drawn()
+        counts = (drawn - self._drawn_before).tolist()
+        self._drawn_before = drawn
+        self._record.write({"step": step, "counts": counts})
+        for name, count in zip(self.sampler.names, counts, strict=True):
+            log_metric(self.trainer, f"mixture/{name}", count / max(1, sum(counts)))
+        for name, count, size in zip(self.sampler.names, drawn, self.sampler.sizes, strict=True):
+            if count > MANY_EPOCHS * size and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    "Domain %r has been read more than %d times over (%d rows): what repeats "
+                    "beyond that teaches little. Give it less weight or more rows.",
+                    name,
+                    MANY_EPOCHS,
+                    size,
+                )
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        spent = dict(self._spent)
+        if self._begun is not None:
+            spent["total"] += time.perf_counter() - self._begun
+        segments = [[s.weights.tolist(), s.steps, s.measure, s.estimates] for s in self._segments]
+        attributes = {
+            "sampler": self.sampler.state_dict(),
+            "controller": self.controller.state_dict() if self.controller else None,
+            "segments": segments,
+            "segment": [self._steps, self._learning_rate, self._counts.tolist()],
+            "spent": spent,
+        }
+        return {"args": {}, "attributes": attributes}
+
+    def _resume(self, state, saved: dict | None) -> None:
+        if not saved:
+            raise ValueError(
+                f"`resume_from_checkpoint`: the checkpoint holds no state of {type(self).__name__}:"
+                " it was written without this mixture. Begin anew, or resume with what wrote it."
+            )
+        self.sampler.load_state_dict(saved["sampler"])
+        if self.controller:
+            self.controller.load_state_dict(saved["controller"])
+        self._segments = deque(
+            Segment(np.array(weights), *rest) for weights, *rest in saved["segments"]
+        )
+        self._steps, self._learning_rate, counts = saved["segment"]
+        self._counts, self._early = np.array(counts), None
+        self._spent = saved["spent"]
+        self.loader.keep = any(segment.measure in BEFORE_UPDATE for segment in self._segments)
+        part = state.global_step % self.loader.steps_an_epoch
+        self.loader.skip = part * self.trainer.args.gradient_accumulation_steps
+        self._drawn_before = self._drawn()
+        self._record.cut(state.global_step)
+
+
+def attach_mixture(
+    trainer: Trainer, sampler: MixtureSampler, callback: MixtureCallback | None = None
+) -> MixtureCallback:
+    """Have a trainer's rows drawn by a sampler, whose weights a callback may move.
+
+    The trainer's `train_dataset` holds the rows of all domains, with their domain in the column
+    `domain` (`label_domains` makes both); without that column, the rows of the sampler's domains
+    one after the other. Rows that the trainer dropped are counted and said. An epoch is as many
+    draws as there are rows.
+
+    Args:
+        trainer: TRL's, transformers' or ours, before `train()`.
+        sampler: Over the domains of the trainer's rows.
+        callback: Made for this sampler, such as an `AioliCallback`; without one the weights stay
+            as the sampler has them.
+
+    Returns:
+        The callback, which is now one of the trainer's.
+
+    Raises:
+        ValueError: A trainer with a sampler or loader of its own, rows whose domain cannot be
+            told, a setting that the draws do not hold under, or a second mixture.
+    """
+    callback = MixtureCallback(sampler) if callback is None else callback
+    if callback.sampler is not sampler:
+        raise ValueError("`callback` was made for another sampler: make it for this one.")
+    _check_trainer(trainer)
+    callback.bind(trainer)
+    trainer.add_callback(callback)
+    return callback
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    args, kind = trainer.args, type(trainer).__name__
+    if any(isinstance(other, MixtureCallback) for other in trainer.callback_handler.callbacks):
+        raise ValueError("The trainer has a mixture already: attach one, with one callback.")
+    own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
+    own_sampler = type(trainer)._get_train_sampler is not Trainer._get_train_sampler
+    if own_loader or (own_sampler and not hasattr(trainer, "mixture_strata")):
+        raise ValueError(
+            f"{kind} decides by itself which rows follow one another, and a mixture would undo "
+            "that. Mix the rows before, with `datasets.interleave_datasets`."
+        )
+    if "_get_train_sampler" in vars(trainer):
+        raise ValueError("The trainer's rows are filtered already (`attach_filter`): choose one.")
+    if args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "A mixture restores its state by itself: leave `restore_callback_states_from_checkpoint"
+            "` at False."
+        )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` orders the rows, and so "
+            "does a mixture: leave it at 'random'."
+        )
+    if args.auto_find_batch_size or args.accelerator_config.split_batches:
+        raise ValueError(
+            "`auto_find_batch_size` and `split_batches` change how many rows a step has, by which "
+            "a mixture counts. Set `per_device_train_batch_size` instead."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ValueError(
+            "Processes that share rows (tensor, context or sequence parallelism) are not told "
+            "apart from those that do not. Use data parallelism: DDP, FSDP or DeepSpeed."
+        )

@@ -1,0 +1,64 @@
+"""OUTPUT_DIR/mixture.jsonl: what was drawn, measured and decided, a line each.
+
+{"domains": [...], "targets": [...], "method": ..., "draws_a_step": ...}   first
+{"step": s, "counts": [...]}                   rows drawn of each domain in step s
+{"step": s, "measured": {"losses": [...]}}     what the controller was told after step s
+{"step": s, "weights": [...], ...}             what it decided from step s + 1 on, and why
+{"step": s, "spent": {...}}                    last: what measuring cost
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from transformers import Trainer
+
+NAME = "mixture.jsonl"
+
+
+class MixtureRecord:
+    """Written by the main process."""
+
+    def __init__(self, trainer: Trainer):
+        self._path = Path(trainer.args.output_dir) / NAME
+        self._writes = trainer.is_world_process_zero()
+
+    def start(self, header: dict) -> None:
+        """Begin the file anew."""
+        if self._writes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("")
+        self.write(header)
+
+    def write(self, entry: dict) -> None:
+        """Append a line."""
+        if self._writes:
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def cut(self, step: int) -> None:
+        """Forget what was written after a step, which a resumed run does again."""
+        if self._writes and self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            self._path.write_text("".join(kept))
+
+
+def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
+    """The first line of a run's record, and the others.
+
+    Raises:
+        FileNotFoundError: The folder holds none.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {NAME}: it is not the folder of a mixture run.")
+    header, *entries = (json.loads(line) for line in path.read_text().splitlines())
+    return header, entries
+
+
+def drawn_shares(folder: str | Path) -> dict[str, float]:
+    """The share of each domain among all rows that a run drew."""
+    header, entries = read_record(folder)
+    counts = np.sum([entry["counts"] for entry in entries if "counts" in entry], axis=0)
+    return dict(zip(header["domains"], (counts / counts.sum()).tolist(), strict=True))
