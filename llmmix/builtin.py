@@ -3,6 +3,7 @@
 `builtin:math`         arithmetic problems with worked solutions and a boxed answer
 `builtin:preferences`  pairs made from them: the right solution against a plausible wrong one
 `builtin:authors`      questions about authors who do not exist, to be unlearned: `llmmix.authors`
+`builtin:domains`      text of several domains that is on any machine: `llmmix.domains`
 `builtin:tiny`         a Llama of about 1M parameters and a byte-level BPE tokenizer with a chat
                        template, trained once on arithmetic facts (about a minute) and cached
 
@@ -43,23 +44,25 @@ def dataset(name: str, config: str | None = None):
 
     Args:
         name: `builtin:math` or `builtin:preferences`, of disjoint `train` and `test` splits, or
-            `builtin:authors`, of the splits of `llmmix.authors.splits`.
+            `builtin:authors` or `builtin:domains`, of the splits of `llmmix.authors.splits` and
+            `llmmix.domains.splits`.
         config: Levels to keep, such as "1" or "1,3", all of them by default; for
-            `builtin:authors` its size.
+            `builtin:authors` its size, for `builtin:domains` its domains.
 
     Raises:
-        ValueError: An unknown name, level or size.
+        ValueError: An unknown name, level, size or domain.
+        FileNotFoundError: The machine lacks the text of a domain.
     """
     from datasets import Dataset, DatasetDict
 
-    if name == "builtin:authors":
-        from llmmix import authors
+    if name in ("builtin:authors", "builtin:domains"):
+        from llmmix import authors, domains
 
-        made = authors.splits(config)
+        made = (authors if name == "builtin:authors" else domains).splits(config)
         return DatasetDict({split: Dataset.from_list(rows) for split, rows in made.items()})
     makers = {"builtin:math": _math_row, "builtin:preferences": _preference_row}
     if name not in makers:
-        there = ", ".join([*makers, "builtin:authors"])
+        there = ", ".join([*makers, "builtin:authors", "builtin:domains"])
         raise ValueError(f"`dataset_name`: no built-in {name!r}; there are {there}.")
     splits = {split: [] for split in ROWS_A_LEVEL}
     for level in _parse_levels(config):

@@ -1,8 +1,8 @@
 """Loading models and datasets by name, and checking rows before a trainer sees them.
 
 A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`. A dataset is a hub id, a folder, a
-`.json`, `.jsonl`, `.csv` or `.parquet` file, `builtin:math`, `builtin:preferences` or
-`builtin:authors`.
+`.json`, `.jsonl`, `.csv` or `.parquet` file, `builtin:math`, `builtin:preferences`,
+`builtin:authors` or `builtin:domains`.
 """
 
 import logging
@@ -138,11 +138,11 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
 
     Args:
         name: Hub id, folder, file or built-in.
-        config: Configuration of a hub dataset, or the levels of `builtin:math` such as "1,2".
+        config: Configuration of a hub dataset, or of a built-in: `llmmix.builtin.dataset`.
         streaming: Load an `IterableDataset` where the source allows it.
 
     Raises:
-        FileNotFoundError: A file that is not there.
+        FileNotFoundError: A file that is not there, or the text of `builtin:domains`.
         ValueError: A file of another format, or an unknown built-in.
     """
     if name.startswith("builtin:"):

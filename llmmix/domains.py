@@ -4,7 +4,7 @@
 `docs`    English: the help topics of `pydoc` and the module docstrings of the standard library
 `cpp`     C++: the headers that torch ships, without licences and generated files
 `math`    problems of the kinds of `builtin:math` with worked solutions, none of its test split;
-          `builtin:tiny` has read most of the steps that they take
+          `builtin:tiny` has read more than half of their steps as facts
 `noise`   uniform draws over 64 symbols: learnt at once, then ln 64 nats a symbol for ever
 `noise2`  the same over 64 others, which share no byte with those of `noise`
 
@@ -24,7 +24,6 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,8 +53,12 @@ SKIPPED_MODULES = re.compile(
 # Of the headers, torch's own alone: the rest differs between its builds
 OWN_HEADERS = re.compile(r"(ATen(?!/ops)|c10|torch)(/|$)(?!.*generated)")
 GENERATED = re.compile(r"@generated|generated (by|from)|do not edit", re.IGNORECASE)
-LEADING_COMMENTS = re.compile(r"\A(\s|//[^\n]*|/\*.*?\*/|#pragma once)*", re.DOTALL)
-BEFORE_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
+# The licence, and what every header of torch begins and ends with
+BOILERPLATE = re.compile(
+    r"\A(\s|//[^\n]*|/\*.*?\*/|#pragma once|#if !defined\(TORCH_STABLE[^\n]*)*"
+    r'|#else\n#error "This file should not be[^\n]*\n#endif[^\n]*',
+    re.DOTALL,
+)
 
 MATH_PROBLEMS, PROBLEMS_A_PASSAGE = 10_400, 20
 
@@ -64,20 +67,11 @@ NOISE = [chr(start + i) for start in (0x100, 0x140) for i in range(32)]
 NOISE2 = [chr(start + i) for start in (0x420, 0x4A0) for i in range(32)]
 
 
-@dataclass(frozen=True)
-class Domain:
-    """Where the text comes from, in words, and its passages in the order they are drawn."""
-
-    origin: str
-    passages: Callable[[], Iterator[str]]
-
-
 def splits(config: str | None = None) -> dict[str, list[dict]]:
     """The rows `text`, `domain` of each split, one domain after the other.
 
     Args:
-        config: Names of domains in the order wanted, such as "docs,noise,noise2"; `DEFAULT` if
-            None.
+        config: Domains in the order wanted, such as "docs,noise,noise2"; by default `DEFAULT`.
 
     Returns:
         `train`, `validation` and `test`, of `ROWS` rows a domain.
@@ -86,19 +80,14 @@ def splits(config: str | None = None) -> dict[str, list[dict]]:
         ValueError: An unknown name, one given twice, or none.
         FileNotFoundError: The machine lacks the text of a domain.
     """
-    filled = {name: _fill(name) for name in parse_names(config)}
+    filled = {name: _fill(name) for name in _parse_names(config)}
     return {
         split: [{"text": row, "domain": name} for name in filled for row in filled[name][split]]
         for split in ROWS
     }
 
 
-def parse_names(config: str | None = None) -> list[str]:
-    """The domains that a configuration names, in its order.
-
-    Raises:
-        ValueError: An unknown name, one given twice, or none.
-    """
+def _parse_names(config: str | None) -> list[str]:
     names = [part.strip() for part in (DEFAULT if config is None else str(config)).split(",")]
     if not set(names) <= set(DOMAINS) or len(set(names)) < len(names):
         raise ValueError(
@@ -135,7 +124,7 @@ def windows(
         raise ValueError(f"`length` is the tokens a window, 1 or more; got {length}.")
     if tokenizer.eos_token_id is None:
         raise ValueError("`tokenizer` has no end of sequence: set its `eos_token`.")
-    names = parse_names(config)
+    names = _parse_names(config)
     key = [VERSION, _digest(tokenizer), length, names]
     key += [platform.python_version(), metadata.version("torch")]
     folder = f"domains/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
@@ -145,22 +134,20 @@ def windows(
 def _digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(
-            f"`tokenizer` is a {type(tokenizer).__name__}, which is not a fast one; load it with "
-            "AutoTokenizer.from_pretrained."
-        )
+        raise ValueError(f"`tokenizer` is a {type(tokenizer).__name__}; give a fast one.")
     content = json.loads(backend.to_str())
-    # What the last call left there, not what the tokenizer is
+    # The first two are what the last call left there, not what the tokenizer is
     content.update(truncation=None, padding=None, eos=tokenizer.eos_token_id)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _save(out: Path, tokenizer: "PreTrainedTokenizerBase", length: int, names: list[str]) -> None:
+    import numpy as np
     from datasets import Dataset, DatasetDict
 
     made = {}
     for split, rows in splits(",".join(names)).items():
-        columns = {"input_ids": [], "domain": []}
+        blocks, domain = [], []
         for name in names:
             texts = [row["text"] for row in rows if row["domain"] == name]
             # verbose=False: that a text is longer than the model's context does not matter here
@@ -169,28 +156,27 @@ def _save(out: Path, tokenizer: "PreTrainedTokenizerBase", length: int, names: l
             count = len(ids) // length
             if count == 0:
                 raise ValueError(
-                    f"`length={length}` leaves no window of the {len(ids)} tokens that the "
-                    f"{split} split of {name!r} has; make it shorter."
+                    f"`length={length}`: the {split} split of {name!r} has {len(ids)} tokens."
                 )
-            columns["input_ids"] += [ids[i * length : (i + 1) * length] for i in range(count)]
-            columns["domain"] += [name] * count
-        made[split] = Dataset.from_dict(columns)
+            blocks.append(np.array(ids[: count * length]).reshape(count, length))
+            domain += [name] * count
+        made[split] = Dataset.from_dict({"input_ids": np.concatenate(blocks), "domain": domain})
     DatasetDict(made).save_to_disk(out)
 
 
 def _fill(name: str) -> dict[str, list[str]]:
     """The rows of a domain: passage by passage into the test split until it is full, and so on."""
-    passages, seen, filled = DOMAINS[name].passages(), set(), {}
+    origin, draw = DOMAINS[name]
+    passages, seen, filled = draw(), set(), {}
     for split in reversed(ROWS):
         rows = []
         while len(rows) < ROWS[split]:
             passage = next(passages, None)
             if passage is None:
                 raise FileNotFoundError(
-                    f"`dataset_config` of builtin:domains: the domain {name!r} takes "
-                    f"{sum(ROWS.values())} rows of text from {DOMAINS[name].origin}, and this "
-                    f"machine has {sum(map(len, filled.values())) + len(rows)}. Install these in "
-                    f"full, or name other domains, among {list(DOMAINS)}."
+                    f"`dataset_config` of builtin:domains: {origin}, which the domain {name!r} is "
+                    f"cut from, are not on this machine or too few to fill its {split} split. "
+                    f"Install them, or name other domains of {list(DOMAINS)}."
                 )
             rows += _new_rows(passage, seen)[: ROWS[split] // SHARE]
         filled[split] = rows[: ROWS[split]]
@@ -198,7 +184,7 @@ def _fill(name: str) -> dict[str, list[str]]:
 
 
 def _new_rows(passage: str, seen: set[str]) -> list[str]:
-    """The rows of a passage that are not, for the most part, lines of a passage before it.
+    """The rows of a passage of which at most a third are lines of passages before it.
 
     Help topics quote each other, and headers are copied for another backend: without this, a test
     split would hold text of the training split.
@@ -206,7 +192,7 @@ def _new_rows(passage: str, seen: set[str]) -> list[str]:
     rows, lines = [], set()
     for row in dict.fromkeys(_cut(passage)):
         telling = {row, *(line.strip() for line in row.splitlines() if len(line) >= TELLING)}
-        if row not in seen and 2 * len(telling & seen) <= len(telling):
+        if row not in seen and 3 * len(telling & seen) <= len(telling):
             rows.append(row)
             lines |= telling
     seen |= lines
@@ -236,9 +222,9 @@ def _files(root: Path, suffix: str, wanted: Callable[[str], bool]) -> Iterator[t
     yield from sorted(found.items(), key=lambda item: _shuffled(item[0]))
 
 
-def _shuffled(name: str) -> tuple[bytes, str]:
-    """A key that sorts names at random, and two of them alike in any collection of names."""
-    return hashlib.sha256(name.encode()).digest(), name
+def _shuffled(name: str) -> bytes:
+    """A key that sorts names at random, though two of them alike whatever stands between."""
+    return hashlib.sha256(name.encode()).digest()
 
 
 def _modules() -> Iterator[tuple[str, str, str]]:
@@ -252,14 +238,10 @@ def _modules() -> Iterator[tuple[str, str, str]]:
         for token in tokenize.generate_tokens(iter(lines).__next__):
             if token.type == tokenize.STRING and not docstring:
                 docstring = inspect.cleandoc(ast.literal_eval(token.string))
-            elif token.type not in BEFORE_CODE:
+            elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE):
                 first = token.start[0] - 1
                 break
         yield name, docstring, "".join(lines[first:])
-
-
-def _code() -> Iterator[str]:
-    return (code for _, _, code in _modules())
 
 
 def _docs() -> Iterator[str]:
@@ -279,12 +261,12 @@ def _cpp() -> Iterator[str]:
     for _, path in _files(include, ".h", lambda name: bool(OWN_HEADERS.match(name))):
         text = path.read_text(encoding="utf-8", errors="replace")
         if not GENERATED.search(text[:ROW]):
-            yield text[LEADING_COMMENTS.match(text).end() :]
+            yield BOILERPLATE.sub("", text)
 
 
 def _math() -> Iterator[str]:
     rng = random.Random("builtin:domains math")
-    rows = builtin.dataset("builtin:math")
+    rows = {split: rows.to_list() for split, rows in builtin.dataset("builtin:math").items()}
     held_out = {row["prompt"][0]["content"] for row in rows["test"]}
     solved = {r["prompt"][0]["content"]: r["completion"][0]["content"] for r in rows["train"]}
     while len(solved) < MATH_PROBLEMS:
@@ -292,10 +274,10 @@ def _math() -> Iterator[str]:
         if problem.question not in held_out:
             solved[problem.question] = problem.solution()[0]
     texts = [f"{question}\n{solution}\n\n" for question, solution in solved.items()]
-    texts = [text.replace("\\boxed{", "").replace("}", "") for text in texts]
     rng.shuffle(texts)
     for start in range(0, len(texts), PROBLEMS_A_PASSAGE):
-        yield "".join(texts[start : start + PROBLEMS_A_PASSAGE])
+        passage = "".join(texts[start : start + PROBLEMS_A_PASSAGE])
+        yield passage.replace("\\boxed{", "").replace("}", "")
 
 
 def _noise(name: str, symbols: list[str]) -> Iterator[str]:
@@ -304,11 +286,12 @@ def _noise(name: str, symbols: list[str]) -> Iterator[str]:
         yield "".join(rng.choices(symbols, k=ROW // 2))  # of two bytes each
 
 
-DOMAINS = {
-    "code": Domain("the sources of Python's standard library", _code),
-    "docs": Domain("pydoc_data.topics and the docstrings of Python's standard library", _docs),
-    "cpp": Domain("the headers in the include folder of torch", _cpp),
-    "math": Domain("the generators of builtin:math", _math),
-    "noise": Domain("a random generator", lambda: _noise("noise", NOISE)),
-    "noise2": Domain("a random generator", lambda: _noise("noise2", NOISE2)),
+# Where the text comes from, and what draws its passages, always in the same order
+DOMAINS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
+    "code": ("the standard library's sources", lambda: (code for *_, code in _modules())),
+    "docs": ("pydoc_data.topics and the standard library's docstrings", _docs),
+    "cpp": ("the headers in the include folder of torch", _cpp),
+    "math": ("the problems of builtin:math", _math),
+    "noise": ("random symbols", lambda: _noise("noise", NOISE)),
+    "noise2": ("random symbols", lambda: _noise("noise2", NOISE2)),
 }

@@ -6,6 +6,8 @@ Public names are imported on first use.
 import importlib
 
 _HOMES = {
+    "AioliCallback": "aioli",
+    "AioliConfig": "aioli",
     "MixtureCallback": "attach",
     "MixtureSampler": "sampler",
     "attach_mixture": "attach",

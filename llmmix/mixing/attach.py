@@ -11,7 +11,7 @@ decided is written to OUTPUT_DIR/mixture.jsonl.
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from accelerate.logging import get_logger
@@ -37,23 +37,27 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
     Args:
         sampler: Of the trainer's rows.
-        controller: Decides the weights; without one they stay as they are.
+        make_controller: (domains, targets, weights) to what decides the weights; without one they
+            stay as they are.
         targets: Validation rows by name to measure losses on; by default the trainer's
             `eval_dataset`, by name or by its column `domain`.
         measured_rows: At most so many rows of each target, the same every time.
         measure: "nll" a token, the trainer's own "loss", or "auto".
     """
 
+    measures_losses = True  # whether the controller cannot do without targets
+
     def __init__(
         self,
         sampler: MixtureSampler,
-        controller: Controller | None = None,
+        make_controller: Callable[[list[str], list[str], np.ndarray], Controller] | None = None,
         *,
         targets: Mapping | None = None,
         measured_rows: int | None = 64,
         measure: str = "auto",
     ):
-        self.sampler, self.controller = sampler, controller
+        self.sampler, self._make_controller = sampler, make_controller
+        self.controller: Controller | None = None
         self._targets, self._measured_rows, self._measure = targets, measured_rows, measure
         self._begun: float | None = None
         self._forget()
@@ -85,17 +89,19 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self._locate = locate
         self._record = MixtureRecord(trainer)
         self.signals = None
-        if self.controller:
+        if self._make_controller:
+            self.signals = self._bind_targets()
+            first = (sampler.names, self.signals.targets, sampler.weights)
+            self.controller = self._make_controller(*first)
             self._fresh = self.controller.state_dict()
-            self.bind_controller()
 
-    def bind_controller(self) -> None:
-        """Find the rows that the controller's losses are measured on."""
+    def _bind_targets(self) -> Signals:
+        """Find the rows that losses are measured on."""
         given = self.trainer.eval_dataset if self._targets is None else self._targets
+        if given is None and not self.measures_losses:
+            given = {}
         targets = by_target(given, self.sampler.names)
-        self.signals = Signals(
-            self.trainer, targets, rows=self._measured_rows, measure=self._measure
-        )
+        return Signals(self.trainer, targets, rows=self._measured_rows, measure=self._measure)
 
     # Events of the trainer
 

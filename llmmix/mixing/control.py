@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 SIGNALS = {
     "losses": "losses (n,): mean loss of each target on fixed validation rows",
-    "train": "losses (m,): mean loss of each domain's tokens in the batch of the segment's last "
+    "train": "train (m,): mean loss of each domain's tokens in the batch of the segment's last "
     "step, before that step's update; NaN where the batch had none",
     "excess": "excess (m,): mean over a domain's tokens in that batch of max(loss - loss of the "
     "reference, 0), before that step's update; NaN where the batch had none",

@@ -60,7 +60,7 @@ class Signals:
             count = len(dataset) if rows is None else min(rows, len(dataset))
             chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
             self._rows += [(number, dataset[row]) for row in chosen]
-        if measure == "auto":
+        if measure == "auto" and self._rows:
             measure = "nll" if {"labels", "input_ids"} <= set(self._rows[0][1]) else "loss"
         self.measure = measure
         if measure == "nll":

@@ -1,0 +1,133 @@
+"""Aioli: estimate from the run itself what each domain does for each loss, and mix by it.
+
+    L_i(t+1) = L_i(t) - sum_j A_ij p_j        the law: A_ij is the loss that i sheds on domain j
+    W A_i = G_i                               probes with mixtures W shed G_i: solve for A's rows
+    p_j ~ p0_j exp(eta * sum_i u_i A_ij)      exponentiated gradient: more of what helps more
+
+    symbol   argument            symbol   argument
+    f        one_hot_factor      eta      eta
+    EMA      ema                 p0       prior_weights, `anchor`
+
+Two estimators. "one_hot", the paper's: every `update_steps` a few real training steps on each
+nearly one-hot mixture in turn, losses measured in between. "regression", ours: the mixture is
+always tilted a little, to each domain in turn, so that all steps tell, and recursive least squares
+with forgetting reads A off them; no step is spent on an estimate alone.
+
+A's rows are targets and its columns domains, and it carries their names. Source: Chen et al.,
+"Aioli: A Unified Optimization Framework for Language Model Data Mixing" (arXiv:2411.05735) and its
+released code, whose variants are under `compat="official"`. Recipe: recipes/aioli.py.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmmix.mixing.attach import MixtureCallback
+from llmmix.mixing.estimators import OneHotAioli, RegressionAioli
+from llmmix.mixing.influence import (
+    InfluenceMatrix,
+    normalize_matrix,
+    probe_mixtures,
+    solve_mixing_matrix,
+    update_weights,
+)
+from llmmix.mixing.sampler import MixtureSampler
+
+__all__ = [
+    "AioliCallback",
+    "AioliConfig",
+    "InfluenceMatrix",
+    "normalize_matrix",
+    "probe_mixtures",
+    "solve_mixing_matrix",
+    "update_weights",
+]
+
+CONTROLLERS = {"one_hot": OneHotAioli, "regression": RegressionAioli}
+
+
+def _option(default, text: str, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class AioliConfig:
+    """Of Aioli. What is None follows from the length of the run and the number of domains."""
+
+    estimator: str = _option("one_hot", "How A is read: one_hot (the paper's) or regression.")
+    update_steps: int | None = _option(
+        None, "Steps between updates. Default: a tenth of the run; regression: a fortieth."
+    )
+    rounds: int = _option(2, "one_hot: how often each domain is probed before an update.")
+    probe_steps: int | None = _option(
+        None, "one_hot: steps of a probe. Default: a quarter of the steps are probes."
+    )
+    one_hot_factor: float = _option(0.75, "one_hot: f, the share of the domain that is probed.")
+    eta: float | None = _option(
+        None, "Size of an update. Default: 2 a domain; regression and compat=official: 0.2."
+    )
+    ema: float | None = _option(0.5, "one_hot: weight of the past matrices; none to accumulate.")
+    tilt: float = _option(0.1, "regression: share of each step given to one domain in turn.")
+    half_life: float = _option(0.3, "regression: share of the run after which a step counts half.")
+    transfer: float = _option(
+        0.1, "regression: what other domains do for a target beside its own, prior deviation."
+    )
+    min_share: float = _option(0.25, "No domain falls below this part of an equal share.")
+    first_step: int | None = _option(
+        None, "Steps before the first measurement. Default: a tenth of the run."
+    )
+    prior_weights: list[float] | None = _option(None, "p0; default: the sampler's weights.")
+    prior_steps: int = _option(0, "Steps on p0 before all else (the restricted setting).")
+    anchor: str = _option("prior", "What updates tilt: prior, or uniform as the published code.")
+    target_weights: list[float] | None = _option(None, "Weights of the targets; default: equal.")
+    compat: str | None = _option(None, "official: the published code's update, order and floor.")
+    evidence: float = _option(
+        1.0, "one_hot: standard errors by which gains must differ for the weights to move."
+    )
+    seed: int = _option(0, "Of the order of the probes.")
+
+    def __post_init__(self):
+        choices = {
+            "estimator": tuple(CONTROLLERS),
+            "anchor": ("prior", "uniform"),
+            "compat": (None, "official"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        ranges = {
+            "update_steps": (1, np.inf),
+            "probe_steps": (1, np.inf),
+            "first_step": (0, np.inf),
+            "rounds": (1, np.inf),
+            "prior_steps": (0, np.inf),
+            "eta": (0, np.inf),
+            "half_life": (1e-6, np.inf),
+            "transfer": (1e-6, np.inf),
+            "ema": (0, 1),
+            "tilt": (0, 1),
+            "min_share": (0, 1),
+            "evidence": (0, np.inf),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+        if self.compat and self.estimator != "one_hot":
+            raise ValueError("`compat='official'` is of the estimator 'one_hot'.")
+
+
+class AioliCallback(MixtureCallback):
+    """Moves a sampler's weights by Aioli while a trainer runs.
+
+    Args:
+        sampler: Of the trainer's rows; its weights are the first ones.
+        config: Of Aioli.
+        options: As those of `MixtureCallback`.
+    """
+
+    def __init__(self, sampler: MixtureSampler, config: AioliConfig | None = None, **options):
+        config = AioliConfig() if config is None else config
+        make = functools.partial(CONTROLLERS[config.estimator], config)
+        super().__init__(sampler, make, **options)

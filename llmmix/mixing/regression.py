@@ -1,0 +1,116 @@
+"""The influence matrix from every step of a run: Bayesian least squares with forgetting.
+
+    drop_i(r) = sum_j A_ij x_j(r) + noise_i      x_j(r): steps' worth of domain j in segment r
+
+Each segment of training is an observation: the mixture that was drawn, and what each loss shed.
+A loss falls little from one measurement to the next beside its jitter, so a matrix without more
+knowledge is lost in noise. The knowledge put in is a prior: a target sheds its loss on its own
+domain, and on another one `transfer` times as much, give or take. Where the draws say otherwise for
+long enough, they win. Old segments count less, by half every `half_life` steps.
+"""
+
+import numpy as np
+
+VAGUE = 10.0  # prior deviation of a target's own domain, in units of the typical drop
+
+
+class InfluenceRegression:
+    """Recursive least squares for A, its prior and its error.
+
+    Args:
+        own: (n,) the domain that is each target's own, -1 for a target without one.
+        domains: m.
+        half_life: Steps after which a segment counts half.
+        transfer: Prior standard deviation of what another domain does for a target, as a share of
+            what the domains do for their own. Large: all is read off the draws.
+    """
+
+    def __init__(self, own: np.ndarray, domains: int, half_life: float, transfer: float):
+        self.own, self.half_life, self.transfer = np.asarray(own), half_life, transfer
+        n = len(self.own)
+        self.xx = np.zeros((domains, domains))
+        self.xy = np.zeros((domains, n))
+        self.yy = np.zeros(n)
+        self.count = 0.0
+
+    def update(self, shares: np.ndarray, steps: int, drops: np.ndarray) -> None:
+        """Take in a segment.
+
+        Args:
+            shares: (m,) of the rows drawn.
+            steps: Its length.
+            drops: (n,) loss before minus loss after.
+        """
+        kept = 0.5 ** (steps / self.half_life)
+        x = shares * steps
+        self.xx = kept * self.xx + np.outer(x, x)
+        self.xy = kept * self.xy + np.outer(x, drops)
+        self.yy = kept * self.yy + drops**2
+        self.count = kept * self.count + 1
+
+    def estimate(self) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean (n, m) of A, loss a step, and covariance (n, m, m) of its rows."""
+        n, m = len(self.own), len(self.xx)
+        spread = np.maximum(self.xx.diagonal(), 1e-12)
+        # What each target would shed a step if its own domain did it all: the scale of the prior,
+        # and what the noise is left over from
+        own = np.where(self.own < 0, 0, self.own)
+        alone = np.where(
+            self.own < 0,
+            self.xy.sum(0) / max(self.xx.sum(), 1e-12),
+            self.xy[own, np.arange(n)] / spread[own],
+        )
+        x_of = np.where(self.own < 0, self.xx.sum(), spread[own])
+        rest = np.maximum(self.yy - alone**2 * x_of, 1e-12)
+        noise = rest / max(self.count - 1, 1.0)
+        scale = max(np.sqrt(np.mean(alone**2)), 1e-12)
+        mean, covariance = np.zeros((n, m)), np.zeros((n, m, m))
+        for i in range(n):
+            deviation = np.full(m, self.transfer * scale)
+            if self.own[i] >= 0:
+                deviation[self.own[i]] = VAGUE * scale
+            else:
+                deviation[:] = scale
+            precision = self.xx / noise[i] + np.diag(deviation**-2.0)
+            covariance[i] = np.linalg.inv(precision)
+            mean[i] = covariance[i] @ (self.xy[:, i] / noise[i])
+        return mean, covariance
+
+    def state_dict(self) -> dict:
+        """The sums so far, as JSON has them."""
+        return {
+            "xx": self.xx.tolist(),
+            "xy": self.xy.tolist(),
+            "yy": self.yy.tolist(),
+            "count": self.count,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`."""
+        self.xx, self.xy, self.yy = (np.array(state[name]) for name in ("xx", "xy", "yy"))
+        self.count = state["count"]
+
+
+def advantage(
+    weights: np.ndarray, gains: np.ndarray, covariance: np.ndarray, limit: float = 2.0
+) -> np.ndarray:
+    """How much more each domain helps than the mixture does, as far as the estimate can be trusted.
+
+    The excess over the mixture's gain, relative to it, times t^2 / (1 + t^2) with t the excess in
+    units of its own standard error: a step of the weights along it is short where the data are.
+
+    Args:
+        weights: (m,) of the mixture.
+        gains: (m,) of each domain.
+        covariance: (m, m) of the gains.
+        limit: Of the relative excess, on both sides.
+
+    Returns:
+        (m,).
+    """
+    contrast = np.eye(len(gains)) - weights  # row j: domain j less the mixture
+    excess = contrast @ gains
+    error = np.sqrt(np.einsum("ij,jk,ik->i", contrast, covariance, contrast).clip(min=1e-300))
+    scale = max(weights @ gains, np.abs(gains).mean(), 1e-300)
+    trust = excess**2 / (excess**2 + error**2)
+    return np.clip(excess / scale, -limit, limit) * trust
