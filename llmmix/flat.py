@@ -292,6 +292,8 @@ class FLATTrainer(SFTTrainer):
         """TRL's; rows that are given are prepared as those of the constructor."""
         return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), **kwargs)
 
+    mixture_strata = None  # a mixture draws from all rows alike
+
     def _get_train_sampler(self, train_dataset=None):
         return epoch_sampler(self)
 

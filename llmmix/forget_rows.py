@@ -90,6 +90,10 @@ class ForgetRows(torch.utils.data.Dataset):
         kept = _usable(encoded, longest, max_length, "rows to forget")
         self.prompts = [prompts[row] for row in kept]
         self.templates = [own[row] for row in kept]
+        # Of each row, where it says and was not cut into several; `attach_mixture` reads both
+        whole = "domain" in rows.column_names and len(prompts) == len(rows)
+        self.domain = [rows["domain"][row] for row in kept] if whole else None
+        self.pass_length = len(kept)
         self.forget = [
             Encoded(ids, min(start + skip_tokens, len(ids) - 1))
             for ids, start in (encoded[row] for row in kept)

@@ -278,6 +278,11 @@ class SFTMixTrainer(SFTTrainer):
     def _send_telemetry(self):
         """Send nothing: TRL would report the run to the Hub."""
 
+    @property
+    def mixture_strata(self) -> Tensor | None:
+        """(n,) 0 for confident rows and 1 for the others: a mixture draws from them in turn."""
+        return (~self._confident).long() if self.args.mixup_weight else None
+
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.mixup_weight:
             return super()._get_train_sampler(train_dataset)

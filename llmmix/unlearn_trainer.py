@@ -359,6 +359,8 @@ class UnlearnTrainer(SFTTrainer):
             )
         return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), **kwargs)
 
+    mixture_strata = None  # a mixture draws from all rows alike
+
     def _get_train_sampler(self, train_dataset=None):
         return epoch_sampler(self)
 

@@ -71,7 +71,7 @@ def by_target(dataset, domains: list[str]) -> dict[str, object]:
             "`eval_dataset` is missing: give the trainer validation rows of each target, by name "
             f"({{name: rows}}, of {domains}) or with a column `{COLUMN}`."
         )
-    names = domain_column(dataset)
+    names = domain_column(dataset) if isinstance(dataset, Dataset) else None
     if names is None:
         raise ValueError(
             f"`eval_dataset` does not say which target its rows are of: give it by name, or with a "

@@ -8,7 +8,7 @@ all go on with the same numbers.
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -86,7 +86,9 @@ class Signals:
             loader: For `gradients`, rows of each domain: (domain, count) -> rows.
         """
         model = self.trainer.model
-        with eval_mode(model), fused_head(model), self.trainer.compute_loss_context_manager():
+        own_loss = name == "losses" and self.measure == "loss"
+        head = nullcontext() if own_loss else fused_head(model)
+        with eval_mode(model), head, self.trainer.compute_loss_context_manager():
             if name == "gradients":
                 found = self._gradients(loader, domains)
             else:
