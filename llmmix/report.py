@@ -1,7 +1,8 @@
 """Figures and one self-contained HTML page from a run folder.
 
 Reads what a run leaves behind: `trainer_state.json` of the folder, or of each of its subfolders
-when it holds several runs to compare, and the JSON documents of evaluations (`pass_at_n.json`).
+when it holds several runs to compare, the JSON documents of evaluations (`pass_at_n.json`), and the
+`mixture.jsonl` of a run on several domains.
 Writes `report.html`, with every picture inside it, and the same pictures as PNG in `figures/`.
 """
 
@@ -69,6 +70,10 @@ def write_report(
             figures["temperature"] = _temperature_figure(evaluations, colours)
     if histories:
         figures["training"] = _training_figure(histories, colours)
+    if (folder / "mixture.jsonl").exists():
+        from llmmix.mixing.figure import draw_mixture  # which draws with what is here
+
+        figures["mixture"] = draw_mixture(folder)
     (folder / "figures").mkdir(exist_ok=True)
     for name, png in figures.items():
         (folder / "figures" / f"{name}.png").write_bytes(png)
@@ -102,7 +107,7 @@ def _written(run: Path) -> float:
 
 
 def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.0))
     ticks = {int(n) for document in evaluations.values() for n in document["pass_at_n"]}
     axis.set_xscale("log", base=2)
@@ -119,7 +124,7 @@ def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> 
     axis.set_ylabel("pass@N")
     axis.set_ylim(0, 1)
     axis.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(document: dict, estimate: str, interval: str) -> tuple[list, list, list, list]:
@@ -133,7 +138,7 @@ def _curve(document: dict, estimate: str, interval: str) -> tuple[list, list, li
 
 def _temperature_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
     """pass@N against temperature, a panel a model, a line for each N."""
-    plt = _pyplot()
+    plt = pyplot()
     models = _by_temperature(evaluations)
     figure, axes = plt.subplots(
         1, len(models), figsize=(4.2 * len(models), 3.4), squeeze=False, layout="constrained"
@@ -148,7 +153,7 @@ def _temperature_figure(evaluations: dict[str, dict], colours: dict[str, str]) -
         axis.set_xlabel("temperature")
         axis.set_ylim(0, 1)
     axes.flat[0].legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_panels(
@@ -165,7 +170,7 @@ def draw_panels(
     Returns:
         The path.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, layout="constrained"
     )
@@ -179,7 +184,7 @@ def draw_panels(
         axis.set_xlabel(xlabel)
         axis.set_ylim(bottom=0)
     axes.flat[0].legend(frameon=False)
-    Path(path).write_bytes(_png(figure))
+    Path(path).write_bytes(png(figure))
     return Path(path)
 
 
@@ -204,7 +209,7 @@ def draw_scatter(
     Returns:
         The path.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
     families: dict[str, list[str]] = {}
     for name in points:
@@ -231,7 +236,7 @@ def draw_scatter(
         axis.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize=9)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
-    Path(path).write_bytes(_png(figure))
+    Path(path).write_bytes(png(figure))
     return Path(path)
 
 
@@ -245,7 +250,7 @@ def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:
 
 
 def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) -> bytes:
-    plt = _pyplot()
+    plt = pyplot()
     curves = _curves(histories)
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
@@ -268,7 +273,7 @@ def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) 
     if len(histories) > 1:
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _curves(histories: dict[str, list[dict]]) -> dict[str, dict[str, tuple[list, list]]]:
@@ -295,6 +300,7 @@ def _page(title: str, note: str, evaluations: dict[str, dict], figures: dict[str
     captions = {
         "pass_at_n": "pass@N on held-out problems, with 95% bands over problems",
         "temperature": "Coverage against temperature",
+        "mixture": "The mixture, and what was measured for it",
         "training": "Training",
     }
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(note)}</p>']
@@ -331,7 +337,8 @@ def _table(evaluations: dict[str, dict]) -> str:
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib without a screen, in our style."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -348,7 +355,8 @@ def _pyplot():
     return plt
 
 
-def _png(figure) -> bytes:
+def png(figure) -> bytes:
+    """A figure as a PNG; it is closed."""
     import matplotlib.pyplot as plt
 
     buffer = BytesIO()

@@ -7,26 +7,18 @@ import math
 import numpy as np
 import pytest
 
+from llmmix.mixing.bandit import Bandit, BanditConfig
 from llmmix.mixing.control import SIGNALS, Observation, Segment
 from llmmix.mixing.online import (
-    Bandit,
-    BanditConfig,
-    DoGE,
-    DoGEConfig,
-    DoReMi,
-    DoReMiConfig,
     Fixed,
     SkillIt,
     SkillItConfig,
-    doge_scores,
-    exploration,
-    explore,
     influence_graph,
     proportional,
-    reweigh,
     skillit_graph,
     stratified,
 )
+from llmmix.mixing.proxies import DoGE, DoGEConfig, DoReMi, DoReMiConfig
 
 ABC = ["a", "b", "c"]
 # How much training on a source (column) lowers the loss of a target (row) at rate 1
@@ -259,228 +251,6 @@ def test_skillit_updates_every_tenth_by_default_and_not_at_the_end():
     assert skillit.plan(8, 8) == []
     skillit = SkillIt(SkillItConfig(update_steps=4), ABC, ABC, stratified(3))
     assert [skillit.plan(step, 10)[0].steps for step in (0, 1, 3, 4, 8)] == [4, 3, 1, 4, 2]
-
-
-# DoReMi
-
-
-def test_reweigh_by_hand():
-    logs = reweigh(np.log([0.5, 0.5]), np.log([3.0, 1.0]), smoothing=0.2)
-    np.testing.assert_allclose(np.exp(logs), [0.8 * 0.75 + 0.1, 0.8 * 0.25 + 0.1])
-    logs = reweigh(np.log([0.5, 0.5]), np.array([0.0, -2000.0]))
-    np.testing.assert_allclose(logs, [0, -2000])  # no share to speak of, and still on its way
-
-
-def test_doremi_by_hand():
-    config = DoReMiConfig(eta=2, smoothing=0.1)
-    doremi = DoReMi(config, ["a", "b"], [], [0.5, 0.5])
-    np.testing.assert_array_equal(doremi.average, [0.5, 0.5])
-    doremi.observe(observation(excess=(math.log(3) / 2, 0)))
-    first = np.array([0.9 * 0.75 + 0.05, 0.9 * 0.25 + 0.05])
-    np.testing.assert_allclose(doremi.weights, first)
-    np.testing.assert_allclose(doremi.average, first)
-    # b is absent and keeps lambda 0; a has no excess left
-    doremi.observe(observation(excess=(0, math.nan)))
-    second = 0.9 * first + 0.05
-    np.testing.assert_allclose(doremi.weights, second)
-    np.testing.assert_allclose(doremi.average, (first + second) / 2)
-    assert doremi.record() == {"average": doremi.average.tolist(), "skipped": 0}
-
-
-def test_doremi_keeps_the_last_lambda_of_an_absent_domain():
-    doremi = DoReMi(DoReMiConfig(smoothing=0), ["a", "b"], [], [0.5, 0.5])
-    doremi.observe(observation(excess=(math.log(2), 0)))
-    doremi.observe(observation(excess=(math.nan, 0)))
-    np.testing.assert_allclose(doremi.weights, [0.8, 0.2])
-    doremi.observe(observation(excess=(math.nan, math.nan)))
-    np.testing.assert_allclose(doremi.weights, [0.8, 0.2])
-    assert doremi.skipped == 1
-    doremi.observe(observation(excess=(math.inf, math.log(4))))
-    np.testing.assert_allclose(doremi.weights, shares(4 * 2, 4))
-    assert doremi.skipped == 2
-
-
-def test_an_average_is_over_steps():
-    doremi = DoReMi(DoReMiConfig(smoothing=0, interval=3), ["a", "b"], [], [0.5, 0.5])
-    doremi.observe(observation(steps=3, excess=(math.log(3), 0)))
-    doremi.observe(observation(steps=1, excess=(0, math.log(3))))
-    np.testing.assert_allclose(doremi.average, [(3 * 0.75 + 0.5) / 4, (3 * 0.25 + 0.5) / 4])
-
-
-def test_no_excess_leaves_the_even_weights():
-    doremi = DoReMi(DoReMiConfig(), ABC, [], stratified(3))
-    for _ in range(50):
-        doremi.observe(observation(excess=(0, 0, 0)))
-    np.testing.assert_allclose(doremi.weights, stratified(3), atol=1e-14)
-
-
-def test_smoothing_is_a_floor():
-    doremi = DoReMi(DoReMiConfig(smoothing=0.03), ABC, [], [1, 0, 0])
-    for _ in range(2000):
-        doremi.observe(observation(excess=(5, 0, 0)))
-    np.testing.assert_allclose(doremi.weights, [0.98, 0.01, 0.01], atol=1e-3)
-
-
-# DoGE
-
-
-def test_doge_by_hand():
-    products, norms = np.array([[1.0, 2.0], [-3.0, 1.0]]), np.array([2.0, 4.0])
-    np.testing.assert_allclose(doge_scores(products, norms, 0.1), [0.1, 0], rtol=1e-6)
-    bounded = doge_scores(products * 100, norms, 0.1, dw_min=-1)
-    np.testing.assert_allclose(bounded, [0.5, -0.1])
-    doge = DoGE(DoGEConfig(mu=0.1), ["a", "b"], ["x", "y"], [0.5, 0.5])
-    # Four steps at a rate of 0.1 on average
-    doge.observe(observation(steps=4, learning_rate=0.4, products=products, norms=norms))
-    np.testing.assert_allclose(doge.weights, shares(math.e, 1), rtol=1e-6)
-    np.testing.assert_allclose(doge.average, doge.weights)
-    doge.observe(observation(steps=4, learning_rate=0.4, products=products[::-1], norms=norms))
-    np.testing.assert_allclose(doge.weights, [0.5, 0.5], rtol=1e-6)
-    np.testing.assert_allclose(doge.average, (shares(math.e, 1) + 0.5) / 2, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("products", "norms", "rate", "skipped"),
-    [
-        ([[0, 0], [0, 0]], [0, 0], 1, 0),
-        ([[1, math.nan], [0, 0]], [1, 1], 1, 1),
-        ([[1, 0], [0, 0]], [math.inf, 1], 1, 1),
-        ([[1, 0], [0, 0]], [1, 1], math.nan, 1),
-    ],
-)
-def test_doge_keeps_its_weights(products, norms, rate, skipped):
-    doge = DoGE(DoGEConfig(smoothing=0.1), ["a", "b"], ["a", "b"], [0.3, 0.7])
-    doge.observe(observation(learning_rate=rate, products=products, norms=norms))
-    assert doge.weights.tolist() == doge.average.tolist() == [0.3, 0.7]
-    assert doge.record()["skipped"] == skipped
-
-
-def test_doge_refuses_signals_of_other_shapes():
-    doge = DoGE(DoGEConfig(), ABC, ABC, stratified(3))
-    for products, norms in [(np.ones((2, 3)), np.ones(3)), (np.ones(3), np.ones(3))]:
-        with pytest.raises(ValueError, match=r"signal\['products'\]"):
-            doge.observe(observation(products=products, norms=norms))
-    with pytest.raises(ValueError, match=r"signal\['norms'\]"):
-        doge.observe(observation(products=np.ones((3, 3)), norms=np.ones(2)))
-
-
-# Bandits
-
-
-def test_exploration_by_hand():
-    assert all(m * exploration(1, m) <= 1 for m in range(2, 2000))  # no share below zero
-    assert exploration(1, 3) == 1 / 3
-    assert exploration(100, 3) == pytest.approx(math.sqrt(math.log(3) / 300))
-    np.testing.assert_allclose(explore(np.log([1, 3]), 0.2), [0.3, 0.7])
-    np.testing.assert_array_equal(explore(np.array([1e308, -1e308]), 0.2), [0.9, 0.1])
-
-
-def test_odm_by_hand():
-    bandit = Bandit(BanditConfig(decay=0.5), ["a", "b"], [], [0.25, 0.75])
-    bandit.observe(observation(step=100, train=(1, 3)))
-    rate = math.sqrt(math.log(2) / 200)
-    # R = .5 (1/.25, 3/.75), and E_(t-1) = 1/2 at first: no arm is ahead
-    np.testing.assert_allclose(bandit.scores, [2, 2])
-    np.testing.assert_allclose(bandit.weights, [0.5, 0.5])
-    assert bandit.rate == pytest.approx(rate)
-    bandit.observe(observation(step=101, train=(4, math.nan)))
-    # R_a = .5 * 2 + .5 * 4 / .5, and b was absent
-    np.testing.assert_allclose(bandit.scores, [5, 2])
-    now = math.sqrt(math.log(2) / 202)
-    tilted = (1 - 2 * now) * shares(math.exp(5 * rate), math.exp(2 * rate)) + now
-    np.testing.assert_allclose(bandit.weights, tilted)
-    assert bandit.skipped == 0
-
-
-def test_full_information_does_not_divide_by_the_weights():
-    for config, targets, signal in [
-        (BanditConfig(full_information=True), [], {"train": (1, 3)}),
-        (BanditConfig(reward="losses"), ["b", "a"], {"losses": (3, 1)}),  # by name, not by place
-    ]:
-        bandit = Bandit(config, ["a", "b"], targets, [0.25, 0.75])
-        bandit.observe(observation(step=100, **signal))
-        np.testing.assert_allclose(bandit.scores, [0.1, 0.3])
-
-
-def test_exp3_by_hand():
-    config = BanditConfig(update="exp3", eta=0.2, gamma=0.4)
-    bandit = Bandit(config, ["a", "b"], [], [0.25, 0.75])
-    bandit.observe(observation(train=(1, 3)))
-    # both arms are paid .2 / 2 * 4
-    np.testing.assert_allclose(bandit.weights, [0.6 * 0.25 + 0.2, 0.6 * 0.75 + 0.2])
-    bandit.observe(observation(train=(0.7, math.nan)))
-    arms = shares(math.exp(0.1 * 0.7 / 0.35), 3)
-    np.testing.assert_allclose(bandit.weights, 0.6 * arms + 0.2)
-
-
-def test_rewards_divided_by_the_weights_settle_in_proportion_and_stay_finite():
-    """The published plugin gives NaN after 946 of these updates."""
-    for update in ("exp3", "odm"):
-        config = BanditConfig(update=update, reward="losses", full_information=False)
-        bandit = Bandit(config, ABC, ABC, stratified(3))
-        for step in range(1, 5001):
-            bandit.observe(observation(step=step, losses=(3, 2.5, 2)))
-            check_simplex(bandit.weights)
-        assert np.isfinite(bandit.scores).all()
-        if update == "exp3":
-            np.testing.assert_allclose(bandit.weights, [0.4, 1 / 3, 4 / 15], atol=1e-3)
-
-
-@pytest.mark.parametrize("update", ["odm", "exp3"])
-def test_equal_rewards_keep_even_weights(update):
-    for full in (False, True):
-        config = BanditConfig(update=update, full_information=full)
-        bandit = Bandit(config, ABC, [], stratified(3))
-        for step in range(1, 200):
-            bandit.observe(observation(step=step, train=(2, 2, 2)))
-        np.testing.assert_allclose(bandit.weights, stratified(3), atol=1e-12)
-
-
-@pytest.mark.parametrize("update", ["odm", "exp3"])
-def test_rewards_that_are_huge_or_none(update):
-    config = BanditConfig(update=update, eta=10)
-    bandit = Bandit(config, ["a", "b", "c"], [], [0.5, 0.5, 0])
-    bandit.observe(observation(step=10, train=(1, 2, 1)))  # c has no share to be divided by
-    before = bandit.scores.copy()
-    bandit.observe(observation(step=11, train=(math.inf, math.nan, math.nan)))
-    np.testing.assert_array_equal(bandit.scores, before)
-    assert bandit.skipped == 1
-    for step in range(12, 500):
-        bandit.observe(observation(step=step, train=(1e308, 1e300, 1)))
-        check_simplex(bandit.weights)
-    assert not np.isnan(bandit.scores).any()
-
-
-def test_a_broken_validation_loss_is_counted_and_an_absent_domain_is_not():
-    bandit = Bandit(BanditConfig(reward="losses"), ABC, ABC, stratified(3))
-    bandit.observe(observation(losses=(1, math.nan, 1)))
-    assert bandit.record() == {"skipped": 1}
-    np.testing.assert_allclose(bandit.scores, [0.1, 0, 0.1])
-    bandit = Bandit(BanditConfig(), ABC, [], stratified(3))
-    bandit.observe(observation(train=(1, math.nan, 1)))
-    assert bandit.skipped == 0
-    bandit.observe(observation(train=(math.nan,) * 3))
-    assert bandit.skipped == 1
-
-
-def test_a_bandit_warms_up_on_the_first_weights():
-    first = [0.2, 0.3, 0.5]
-    bandit = Bandit(BanditConfig(), ABC, [], first)
-    assert [s[1:3] for s in bandit.plan(0, 400)] == [(4, "train")]
-    assert [s[1:3] for s in bandit.plan(1, 400)] == [(3, "train")]
-    assert [s[1:3] for s in bandit.plan(4, 400)] == [(1, "train")]
-    assert [s[1:3] for s in bandit.plan(399, 400)] == [(1, None)]
-    np.testing.assert_array_equal(bandit.plan(0, 400)[0].weights, first)
-    bandit = Bandit(BanditConfig(reward="losses"), ABC, ABC, first)
-    assert [bandit.plan(step, 1000)[0].steps for step in (0, 10, 20, 25)] == [10, 10, 10, 5]
-    bandit = Bandit(BanditConfig(interval=7), ABC, [], first)
-    assert [bandit.plan(step, 1000)[0].steps for step in (0, 10, 12, 17)] == [10, 7, 5, 7]
-
-
-def test_exploration_revives_what_had_no_share():
-    bandit = Bandit(BanditConfig(full_information=True), ABC, [], [1, 0, 0])
-    bandit.observe(observation(step=50, train=(2, math.nan, math.nan)))
-    assert (bandit.weights > 0.05).all()
 
 
 # All of them

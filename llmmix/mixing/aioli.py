@@ -85,7 +85,7 @@ class AioliConfig:
     evidence: float = _option(
         1.0, "one_hot: standard errors by which gains must differ for the weights to move."
     )
-    seed: int = _option(0, "Of the order of the probes.")
+    order_seed: int = _option(0, "Of the order of the probes.")
 
     def __post_init__(self):
         choices = {

@@ -88,19 +88,23 @@ class MixtureCallback(TrainerCallback, ExportableState):
         trainer.args.ignore_data_skip = True  # the sampler knows where it was; nothing is replayed
         self._locate = locate
         self._record = MixtureRecord(trainer)
-        self.signals = None
+        self.signals = self._bind_targets()
         if self._make_controller:
-            self.signals = self._bind_targets()
-            first = (sampler.names, self.signals.targets, sampler.weights)
-            self.controller = self._make_controller(*first)
+            targets = self.signals.targets if self.signals else []
+            self.controller = self._make_controller(sampler.names, targets, sampler.weights)
             self._fresh = self.controller.state_dict()
 
-    def _bind_targets(self) -> Signals:
-        """Find the rows that losses are measured on."""
+    def _bind_targets(self) -> Signals | None:
+        """Find the rows that losses are measured on, which a fixed mixture can do without."""
         given = self.trainer.eval_dataset if self._targets is None else self._targets
-        if given is None and not self.measures_losses:
-            given = {}
-        targets = by_target(given, self.sampler.names)
+        try:
+            targets = by_target(given, self.sampler.names)
+        except ValueError:
+            if self._make_controller is None:
+                return None
+            if self.measures_losses:
+                raise
+            targets = {}
         return Signals(self.trainer, targets, rows=self._measured_rows, measure=self._measure)
 
     # Events of the trainer
@@ -163,25 +167,24 @@ class MixtureCallback(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Say what was drawn, and what the estimation cost."""
+        """Say what was drawn, what the losses are now, and what the estimation cost."""
         self._spent["total"] += time.perf_counter() - self._begun
-        drawn = np.array(list(self.sampler.counts.values()))
-        shares = ", ".join(
-            f"{name} {share:.3f}"
-            for name, share in zip(self.sampler.names, drawn / max(drawn.sum(), 1), strict=True)
-        )
-        lines = [f"Share of the rows drawn: {shares}."]
-        if self._spent["measurements"]:
+        spent = dict(self._spent)
+        drawn = self._drawn()
+        lines = [f"Share of the rows drawn: {_listed(self.sampler.names, drawn / drawn.sum())}."]
+        if self.signals and self.signals.targets:
+            losses = self._measured("losses")["losses"]
+            self._record.write({"step": state.global_step, "final": losses.tolist()})
+            shown = _listed(self.signals.targets, losses)
+            lines.append(f"Validation losses: {shown}, mean {losses.mean():.4f}.")
+        if spent["measurements"]:
+            share = spent["seconds"] / spent["total"]
             lines.append(
-                "Measuring: {measurements:.0f} times, {seconds:.1f} s = {share:.1%} of the run's "
-                "{total:.1f} s. Steps on mixtures chosen to learn from: {steps:.0f} of {max_steps}"
-                ".".format(
-                    **self._spent,
-                    share=self._spent["seconds"] / self._spent["total"],
-                    max_steps=state.global_step,
-                )
+                f"Measuring for the mixture: {spent['measurements']} times, {spent['seconds']:.1f} "
+                f"s = {share:.1%} of the run's {spent['total']:.1f} s. Steps on mixtures chosen to "
+                f"learn from: {spent['steps']} of {state.global_step}."
             )
-        self._record.write({"step": state.global_step, "spent": self._spent})
+        self._record.write({"step": state.global_step, "spent": spent})
         if state.is_world_process_zero:
             print("\n".join(lines), flush=True)
 
@@ -381,3 +384,7 @@ def _check_trainer(trainer: Trainer) -> None:
             "Processes that share rows (tensor, context or sequence parallelism) are not told "
             "apart from those that do not. Use data parallelism: DDP, FSDP or DeepSpeed."
         )
+
+
+def _listed(names: list[str], values: np.ndarray) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in zip(names, values, strict=True))

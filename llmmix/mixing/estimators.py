@@ -65,9 +65,9 @@ class Aioli:
             given = 0 if self.config.compat else total_steps // 10
         return min(max(given, self.config.prior_steps), total_steps)
 
-    def update_steps(self, total_steps: int, share: int) -> int:
-        """Steps between updates: as configured, or a share of the run."""
-        return self.config.update_steps or max(1, total_steps // share)
+    def update_steps(self, total_steps: int, share: int, least: int = 1) -> int:
+        """Steps between updates: as configured, or a share of the run and `least` at least."""
+        return self.config.update_steps or max(least, total_steps // share)
 
     def read(self, observation: Observation) -> np.ndarray | None:
         """What the losses shed since they were last measured, None where that is not known."""
@@ -100,7 +100,7 @@ class Aioli:
         """Every domain once, in an order of this cycle's own."""
         self.cycles += 1
         stream = f"probes {self.cycles}"
-        return shuffles(self.config.seed, stream, len(self.names), 0, 0)[0].tolist()
+        return shuffles(self.config.order_seed, stream, len(self.names), 0, 0)[0].tolist()
 
     def state_dict(self) -> dict:
         """All that decides the plans to come, as JSON has it."""
@@ -146,7 +146,7 @@ class OneHotAioli(Aioli):
         begin, m = self.first_step(total_steps), len(self.names)
         if step < begin or m == 1:
             return [Segment(self.weights, (begin if step < begin else total_steps) - step)]
-        every = self.update_steps(total_steps, 10)
+        every = self.update_steps(total_steps, 10, least=4 * m * self.config.rounds)
         length = self._probe_steps(every)
         self.cycle_end = min(step + every, total_steps)
         if m * self.config.rounds * length >= self.cycle_end - step:  # too short for a cycle

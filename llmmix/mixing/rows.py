@@ -53,7 +53,7 @@ def domain_column(dataset) -> np.ndarray | None:
     Rows to forget, which are no `Dataset`, keep theirs as an attribute.
     """
     if isinstance(dataset, Dataset):
-        return np.array(dataset[COLUMN]) if COLUMN in dataset.column_names else None
+        return np.array(dataset[COLUMN][:]) if COLUMN in dataset.column_names else None
     names = getattr(dataset, COLUMN, None)
     return None if names is None else np.array(names)
 

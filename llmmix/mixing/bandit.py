@@ -1,0 +1,149 @@
+"""Bandits, ODM and EXP3: more of the domains whose losses are high.
+
+    ODM    R <- a R + (1 - a) r / pi,   E_t = min(1 / m, sqrt(ln m / (m t)))    arXiv:2312.02406
+           pi = (1 - m E_t) softmax(E_(t-1) R) + E_t
+    EXP3   w <- w exp(eta r / (m pi)),  pi = (1 - gamma) w / sum w + gamma / m
+
+    symbol  name                        symbol  name
+    m       names                       r       the signal `train` or `losses` (m,)
+    a       decay                       pi      weights
+
+Weak where losses differ for what they are, not for what can be learnt: a reward is a level, not a
+fall, and noise that no model predicts is rewarded most. Where all domains are always seen and
+rewards are divided by pi, EXP3 settles where pi is proportional to them (3, 2.5, 2 -> .4, .333,
+.267), not on the best arm. ODM multiplies R by its exploration rate: as that decays, its weights
+return to even ones. Rewards of a batch are as noisy as its few rows of a domain.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmmix.mixing.attach import MixtureCallback
+from llmmix.mixing.control import Observation
+from llmmix.mixing.online import (
+    OnlineController,
+    log_normalize,
+    log_of,
+    option,
+    require,
+    require_same,
+    require_whole,
+)
+from llmmix.mixing.sampler import MixtureSampler
+
+
+def exploration(step: int, m: int) -> float:
+    """ODM's E_t = min(1 / m, sqrt(ln m / (m t))) after t = `step` steps, warm-up among them."""
+    return min(1 / m, math.sqrt(math.log(m) / (m * step)))
+
+
+def explore(scores: np.ndarray, share: float) -> np.ndarray:
+    """A bandit's pi = (1 - share) softmax(scores) + share / m, (m,)."""
+    return (1 - share) * np.exp(log_normalize(scores)) + share / len(scores)
+
+
+@dataclass
+class BanditConfig:
+    """Of `Bandit`. The published plugin is `exp3` on `losses` with `full_information` False."""
+
+    update: str = option("odm", "The rule, odm or exp3.", choices=["odm", "exp3"])
+    reward: str = option(
+        "train", "Loss of a domain in the batch, or on validation.", choices=["train", "losses"]
+    )
+    full_information: bool | None = option(
+        None, "Whether rewards are not divided by pi; by default where all are seen, in losses."
+    )
+    interval: int | None = option(
+        None, "Steps between updates; by default 1, or a hundredth of all for losses."
+    )
+    warmup_share: float = option(0.01, "Share of the steps on the first weights.")
+    decay: float = option(0.9, "odm: a, what a running reward keeps of its past.")
+    eta: float = option(0.3, "exp3: the size of a step.")
+    gamma: float = option(0.1, "exp3: the share spread evenly.")
+
+    def __post_init__(self):
+        require(self.update in ("odm", "exp3"), "update", "be 'odm' or 'exp3'", self.update)
+        known = self.reward in ("train", "losses")
+        require(known, "reward", "be 'train' or 'losses'", self.reward)
+        require_whole("interval", 1 if self.interval is None else self.interval)
+        require(0 <= self.warmup_share < 1, "warmup_share", "lie in [0, 1)", self.warmup_share)
+        require(0 <= self.decay < 1, "decay", "lie in [0, 1)", self.decay)
+        require(0 < self.eta < math.inf, "eta", "be positive", self.eta)
+        require(0 < self.gamma <= 1, "gamma", "lie in (0, 1]", self.gamma)
+
+
+class Bandit(OnlineController):
+    """Draws more of the domains whose losses are high, as arms of a bandit.
+
+    ODM draws one domain a batch and rewards that; here a batch holds several, and each that it
+    holds is rewarded by its mean loss.
+
+    Args:
+        config: Its options.
+        names: Of the m domains, each of which is an arm, whatever its first weight.
+        targets: The domains, in any order, for `reward="losses"`; else not needed.
+        weights: (m,) the first ones, for the warm-up.
+    """
+
+    kept = (*OnlineController.kept, "scores", "rate")
+
+    def __init__(self, config: BanditConfig, names: list[str], targets: list[str], weights):
+        super().__init__(config, names, targets, weights)
+        self.measure, m = config.reward, len(self.names)
+        if self.measure == "losses":
+            require_same(self.names, self.targets, "reward='losses'")
+        # R of odm, ln w of exp3
+        self.scores = np.zeros(m) if config.update == "odm" else log_of(self.weights)
+        self.rate = 1 / m  # E_(t-1)
+
+    def steps_to_update(self, step: int, total_steps: int) -> int:
+        """All of the warm-up; then counted from its end."""
+        warmup = round(self.config.warmup_share * total_steps)
+        seldom = max(1, total_steps // 100) if self.measure == "losses" else 1
+        every = self.config.interval or seldom
+        return warmup - step if step < warmup else every - (step - warmup) % every
+
+    def observe(self, observation: Observation) -> None:
+        """Reward the arms that were seen; one whose reward is not finite keeps what it has."""
+        rewards = self.read(observation, self.measure, len(self.names))
+        broken = np.isinf(rewards)
+        if self.measure == "losses":
+            rewards = rewards[[self.targets.index(name) for name in self.names]]
+            broken = ~np.isfinite(rewards)  # nothing is absent from a validation set
+        m, config = len(self.names), self.config
+        full = config.full_information
+        full = self.measure == "losses" if full is None else full
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            rewards = rewards / (1 if full else self.weights)
+            if config.update == "exp3":
+                rewards = rewards * config.eta / m
+        seen = np.isfinite(rewards)
+        self.skipped += bool(broken.any() or not seen.any())
+        if not seen.any():
+            return
+        if config.update == "exp3":
+            self.scores = log_normalize(self.scores + np.where(seen, rewards, 0.0))
+            self.weights = explore(self.scores, config.gamma)
+            return
+        a = config.decay
+        self.scores = np.where(seen, a * self.scores + (1 - a) * rewards, self.scores)
+        last, self.rate = self.rate, exploration(observation.step, m)
+        self.weights = explore(last * self.scores, m * self.rate)
+
+
+class BanditCallback(MixtureCallback):
+    """Moves a sampler's weights by a bandit while a trainer runs.
+
+    Args:
+        sampler: Of the trainer's rows; its weights are those of the warm-up.
+        config: Of the bandit.
+        options: As those of `MixtureCallback`.
+    """
+
+    def __init__(self, sampler: MixtureSampler, config: BanditConfig | None = None, **options):
+        config = BanditConfig() if config is None else config
+        self.measures_losses = config.reward == "losses"
+        super().__init__(sampler, functools.partial(Bandit, config), **options)

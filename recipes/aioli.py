@@ -1,0 +1,103 @@
+"""A mixture whose shares move while it trains: Aioli, or another method under equal conditions.
+
+    llmmix run aioli --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --domains code=code.jsonl web=web.jsonl --estimator regression
+
+`--method` takes aioli, skillit, doremi, doge, odm, stratified or fixed (`--weights`); what a method
+other than Aioli is told goes into `--method_options eta=0.5 window=5`. DoReMi trains a reference
+and a proxy first, DoGE a proxy, into subfolders. The methods are described in llmmix/mixing/.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from llmmix.cli import parse_args
+from llmmix.data import checkpoint_to_resume, load_tokenizer, prepare_model_args
+from llmmix.mixing import AioliCallback, AioliConfig, attach_mixture, label_domains
+from llmmix.mixing.bandit import BanditCallback, BanditConfig
+from llmmix.mixing.domains import MixtureConfig, load_domains
+from llmmix.mixing.online import SkillItCallback, SkillItConfig
+from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback, DoReMiConfig
+from llmmix.report import write_report
+
+METHODS = ("aioli", "skillit", "doremi", "doge", "odm", "stratified", "fixed")
+
+
+@dataclass
+class MethodArguments:
+    """What moves the shares."""
+
+    method: str = field(default="aioli", metadata={"help": f"One of {METHODS}."})
+    method_options: list[str] = field(
+        default_factory=list, metadata={"help": "NAME=VALUE of a method other than aioli."}
+    )
+
+
+def main(
+    training_args: MixtureConfig,
+    model_args: ModelConfig,
+    aioli_config: AioliConfig,
+    method_args: MethodArguments,
+) -> None:
+    """Load, train what the method needs first, train, save."""
+    method = method_args.method
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    options = dict(option.split("=", 1) for option in method_args.method_options)
+    options = {name: yaml.safe_load(value) for name, value in options.items()}
+    checkpoint = prepare_model_args(model_args, training_args)
+    tokenizer = load_tokenizer(checkpoint, model_args, training_args)
+    train, validation = load_domains(training_args, tokenizer)
+    out = Path(training_args.output_dir)
+
+    def fit(folder: Path, make_callback=None, weights=None):
+        args = copy.copy(training_args)
+        args.output_dir = str(folder)
+        trainer = SFTTrainer(
+            checkpoint,
+            args=args,
+            train_dataset=label_domains(train),
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+        sampler = args.sampler(train, weights)
+        callback = make_callback and make_callback(sampler, measured_rows=args.measured_rows)
+        callback = attach_mixture(trainer, sampler, callback)
+        resume = checkpoint_to_resume(args)
+        if folder != out:  # a stage before: from where it had come, if it had begun
+            resume = get_last_checkpoint(folder) if resume and folder.exists() else None
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.accelerator.print(f"Model saved to {folder}")
+        return trainer, callback
+
+    def of(callback, config, **more):
+        return lambda sampler, **given: callback(sampler, config(**options), **more, **given)
+
+    weights = [1.0] * len(train) if method == "stratified" else None
+    moves = {"odm": of(BanditCallback, BanditConfig), "skillit": of(SkillItCallback, SkillItConfig)}
+    moves["aioli"] = lambda sampler, **given: AioliCallback(sampler, aioli_config, **given)
+    if method == "doremi":
+        fit(out / "reference")
+        proxy = of(DoReMiCallback, DoReMiConfig, reference=str(out / "reference"))
+        weights = fit(out / "proxy", proxy)[1].controller.average
+    elif method == "doge":
+        weights = fit(out / "proxy", of(DoGECallback, DoGEConfig))[1].controller.average
+    trainer, _ = fit(out, moves.get(method), weights)
+    if trainer.accelerator.is_main_process:
+        print(f"Report: {write_report(out)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_args((MixtureConfig, ModelConfig, AioliConfig, MethodArguments), __file__))

@@ -1,0 +1,249 @@
+"""Study: does moving the mixture pay? Aioli and its kin against the best fixed shares.
+
+    llmmix run mixing_study [--domains docs noise noise2]
+
+Trains a two-layer model from nothing on domains of builtin:domains, equally long by every method,
+over several seeds; prints test losses as differences to equal shares with 95% intervals, and writes
+OUTPUT_DIR/mixing_study.json and mixing_study.png. The control that is rarely reported is there: the
+fixed mixture of the shares that a moving one drew on average. No network; under 25 minutes on two
+cores.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import default_data_collator as collate
+from transformers.utils import logging
+
+from llmmix import builtin
+from llmmix.cli import parse_args
+from llmmix.domains import windows
+from llmmix.mixing import AioliCallback, AioliConfig, MixtureSampler, attach_mixture
+from llmmix.mixing.bandit import BanditCallback
+from llmmix.mixing.online import SkillItCallback, SkillItConfig, skillit_graph
+from llmmix.mixing.proxies import DoGECallback, DoReMiCallback
+from llmmix.mixing.record import drawn_shares, read_record
+from llmmix.report import draw_panels
+
+EQUAL = "equal shares"
+BEST = "best fixed shares"
+MATCHED = "fixed, as Aioli drew"
+ONE_HOT, REGRESSION = "Aioli, one_hot", "Aioli, regression"
+MOVING = (ONE_HOT, REGRESSION, "Skill-It", "ODM")  # their trajectories are drawn
+DEV_SEEDS = (100, 101)  # the best fixed shares are chosen on these, by validation loss
+
+
+@dataclass
+class StudyArguments:
+    """The size of the study."""
+
+    output_dir: str = field(default="runs/mixing_study", metadata={"help": "Where it all goes."})
+    domains: list[str] = field(
+        default_factory=lambda: ["code", "docs", "cpp", "math"],
+        metadata={"help": "Domains of builtin:domains."},
+    )
+    seeds: int = field(default=3, metadata={"help": "Seeds of each method."})
+    aioli_seeds: int = field(
+        default=8, metadata={"help": "Seeds of Aioli, equal shares and the best fixed ones."}
+    )
+    max_steps: int = field(default=400, metadata={"help": "Steps of each training."})
+    batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens a step."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak, then a cosine to zero."})
+    test_rows: int = field(default=200, metadata={"help": "Test windows of each domain."})
+    grid: list[float] = field(
+        default_factory=lambda: [0.5, 0.8], metadata={"help": "Shares of one domain in the grid."}
+    )
+
+
+class Study:
+    """Trains by a method and a seed, and keeps what came out."""
+
+    def __init__(self, args: StudyArguments):
+        self.args, self.names = args, args.domains
+        self.tokenizer = builtin.train_tokenizer()
+        splits = windows(self.tokenizer, 64, ",".join(args.domains))
+        splits = {k: rows.add_column("labels", rows["input_ids"][:]) for k, rows in splits.items()}
+        self.train, self.validation = splits["train"], self.by_domain(splits["validation"])
+        self.test = {n: r.take(args.test_rows) for n, r in self.by_domain(splits["test"]).items()}
+        self.rows = self.by_domain(self.train)
+        self.folder = Path(args.output_dir)
+        self.results: dict[str, dict[int, dict]] = {}
+
+    def by_domain(self, rows) -> dict:
+        """Rows told apart by their column."""
+        names = np.array(rows["domain"][:])
+        return {name: rows.select(np.flatnonzero(names == name)) for name in self.names}
+
+    def fit(self, seed: int, weights=None, make_callback=None, steps: int | None = None):
+        """A trained model, its callback, and how long it took."""
+        args, begun = self.args, time.perf_counter()
+        torch.manual_seed(seed)
+        size = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+        config = LlamaConfig(
+            vocab_size=len(self.tokenizer), tie_word_embeddings=True, **size, **heads
+        )
+        settings = TrainingArguments(
+            str(self.folder / "training"),
+            max_steps=steps or args.max_steps,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=40,
+            per_device_train_batch_size=args.batch_size,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=seed,
+        )
+        model = LlamaForCausalLM(config)
+        rows = {"train_dataset": self.train, "eval_dataset": self.validation}
+        trainer = Trainer(model, settings, data_collator=collate, **rows)
+        trainer.remove_callback(PrinterCallback)
+        sampler = MixtureSampler(self.rows, weights, seed=seed, method="even")
+        callback = make_callback and make_callback(sampler, measured_rows=24)
+        callback = attach_mixture(trainer, sampler, callback)
+        with contextlib.redirect_stdout(None):
+            trainer.train()
+        return model, callback, time.perf_counter() - begun
+
+    def run(self, name: str, seed: int, weights=None, make_callback=None, before=0.0):
+        """Train, test, keep and say; `before` are seconds that the method took until then."""
+        model, callback, seconds = self.fit(seed, weights, make_callback)
+        _, entries = read_record(self.folder / "training")
+        path = [[e["step"], e["weights"]] for e in entries if "weights" in e]
+        losses = [self.loss(model, rows) for rows in self.test.values()]
+        self.results.setdefault(name, {})[seed] = {
+            "test": losses,
+            "mean": float(np.mean(losses)),
+            "validation": float(np.mean(self.final())),
+            "shares": list(drawn_shares(self.folder / "training").values()),
+            "path": path,
+            "seconds": seconds + before,
+        }
+        (self.folder / "mixing_study.json").write_text(json.dumps(self.results, indent=1))
+        print(f"{name}, seed {seed}: mean test loss {np.mean(losses):.4f}", flush=True)
+        return model
+
+    @torch.no_grad()
+    def loss(self, model, rows) -> float:
+        """Mean loss a token of windows, which are all of one length."""
+        ids = torch.tensor(rows["input_ids"][:])
+        parts = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(50)]
+        return float(sum(parts) / len(ids))
+
+    def grid(self) -> list[float]:
+        """The fixed shares with the least validation loss, one domain above the others."""
+        rest = 1 / (len(self.names) - 1)
+        found = {}
+        for domain in range(len(self.names)):
+            for share in self.args.grid:
+                weights = np.full(len(self.names), (1 - share) * rest)
+                weights[domain] = share
+                name = "grid " + "/".join(f"{w:.2f}" for w in weights)
+                for seed in DEV_SEEDS:
+                    self.run(name, seed, weights)
+                runs = self.results.pop(name).values()
+                found[tuple(weights)] = float(np.mean([run["validation"] for run in runs]))
+        return list(min(found, key=found.get))
+
+    def graph(self) -> list[list[float]]:
+        """Skill-It's, from a quarter of a run on each domain alone."""
+        steps, ends = self.args.max_steps // 4, []
+        for domain in np.eye(len(self.names)):
+            self.fit(DEV_SEEDS[0], domain, steps=steps)
+            ends.append(self.final())
+        self.fit(DEV_SEEDS[0], steps=1)
+        return skillit_graph(self.final(), ends).tolist()
+
+    def final(self) -> list[float]:
+        """Validation losses at the end of the last training."""
+        _, entries = read_record(self.folder / "training")
+        return next(entry["final"] for entry in entries if "final" in entry)
+
+
+def main(args: StudyArguments) -> None:
+    """Every method on every seed; one table, one figure."""
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    study = Study(args)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    run, aioli = study.run, lambda **o: lambda s, **g: AioliCallback(s, AioliConfig(**o), **g)
+    best, skillit = study.grid(), SkillItConfig(graph=study.graph())
+    for seed in range(max(args.seeds, args.aioli_seeds)):
+        reference = run(EQUAL, seed)
+        if seed < args.aioli_seeds:
+            run(BEST, seed, best)
+            run(ONE_HOT, seed, None, aioli(estimator="one_hot", order_seed=seed))
+            run(REGRESSION, seed, None, aioli(estimator="regression", order_seed=seed))
+            run(MATCHED, seed, study.results[REGRESSION][seed]["shares"])
+        if seed < args.seeds:
+            run("Skill-It", seed, None, lambda s, **g: SkillItCallback(s, skillit, **g))
+            run("ODM", seed, None, BanditCallback)
+            proxies = {
+                "DoReMi": lambda s, r=reference, **g: DoReMiCallback(s, reference=r, **g),
+                "DoGE": DoGECallback,
+            }
+            for name, proxy in proxies.items():
+                _, callback, seconds = study.fit(seed, None, proxy)
+                run(name, seed, callback.controller.average, before=seconds)
+    shutil.rmtree(study.folder / "training", ignore_errors=True)
+    show(args, study.results, best)
+
+
+def show(args: StudyArguments, results: dict, best: list[float]) -> None:
+    """Differences to equal shares on the same seeds, printed and drawn."""
+    equal = results[EQUAL]
+    table = Table(title=f"Test loss less that under equal shares, {args.max_steps} steps", box=None)
+    columns = ("", "seeds", "mean", "95% interval", "shares", "s")
+    for column in (*columns[:4], *args.domains, *columns[4:]):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for name, runs in results.items():
+        differences = np.array([run["mean"] - equal[seed]["mean"] for seed, run in runs.items()])
+        by_domain = np.mean(
+            [np.subtract(run["test"], equal[seed]["test"]) for seed, run in runs.items()], axis=0
+        )
+        error = stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
+        spread = f"{differences.mean() - error:+.3f} {differences.mean() + error:+.3f}"
+        shares = np.mean([run["shares"] for run in runs.values()], axis=0)
+        table.add_row(
+            name,
+            str(len(runs)),
+            f"{differences.mean():+.3f}",
+            "" if name == EQUAL else spread,
+            *(f"{value:+.2f}" for value in by_domain),
+            "/".join(f"{share:.2f}"[1:] for share in shares),
+            f"{np.mean([run['seconds'] for run in runs.values()]):.0f}",
+        )
+    Console(width=max(Console().width, 100)).print(table)
+    print(f"Equal shares: {np.mean([run['mean'] for run in equal.values()]):.4f}. Best: {best}")
+    steps = np.linspace(0, args.max_steps, 41)
+    panels = {}
+    for name in MOVING:
+        paths = [run["path"] for run in results[name].values()]
+        at = np.array([[path[last(path, step)][1] for step in steps] for path in paths])
+        panels[name] = {domain: at[:, :, j] for j, domain in enumerate(args.domains)}
+    path = Path(args.output_dir) / "mixing_study.png"
+    print(f"Figure: {draw_panels(path, steps, panels, 'step')}")
+
+
+def last(path: list, step: float) -> int:
+    """The last decision up to a step."""
+    return max(i for i, (decided, _) in enumerate(path) if decided <= step)
+
+
+if __name__ == "__main__":
+    main(*parse_args((StudyArguments,), __file__))

@@ -1,0 +1,47 @@
+"""A mixture of domains with fixed shares, into supervised fine-tuning.
+
+    llmmix run mixture --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --domains code=code.jsonl web=web.jsonl books=hub/id --weights 0.5 0.3 0.2
+
+Rows of a domain are text, prompt and completion, or chat; domains may differ in that. Some rows of
+each are set aside for its validation loss. OUTPUT_DIR/mixture.jsonl holds what was drawn. Add
+`--use_peft` for LoRA. For shares that move, see `llmmix run aioli`.
+"""
+
+from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from llmmix.cli import parse_args
+from llmmix.data import checkpoint_to_resume, load_tokenizer, prepare_model_args
+from llmmix.mixing import attach_mixture, label_domains
+from llmmix.mixing.domains import MixtureConfig, load_domains
+from llmmix.report import write_report
+
+
+def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
+    """Load, mix, train, save."""
+    checkpoint = prepare_model_args(model_args, training_args)
+    tokenizer = load_tokenizer(checkpoint, model_args, training_args)
+    train, validation = load_domains(training_args, tokenizer)
+    trainer = SFTTrainer(
+        checkpoint,
+        args=training_args,
+        train_dataset=label_domains(train),
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    attach_mixture(trainer, training_args.sampler(train))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if trainer.accelerator.is_main_process:
+        print(f"Report: {write_report(training_args.output_dir)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_args((MixtureConfig, ModelConfig), __file__))
