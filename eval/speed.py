@@ -4,18 +4,21 @@
     llmmix eval speed --model_name_or_path builtin:tiny HuggingFaceTB/SmolLM2-135M-Instruct
     llmmix eval speed --kinds sampling --rounds 1 --model_name_or_path SmolLM2-135M.gguf
     llmmix eval speed --device cuda
+    llmmix eval speed --kinds draws
 
 The head alone (frozen or trained, some positions masked) is timed against TRL's fused head and
 against plain cross-entropy on full logits; steps of SFT, DCO, SFTMix and RPO against TRL's
 SFTTrainer and DPOTrainer, and of FLAT against the form its authors released;
 `llmmix.sampling.sample` against transformers' `generate` with `num_return_sequences`, prompt by
-prompt, and against the matrix products that its tokens take.
+prompt, and against the matrix products that its tokens take; the draws of a mixture against
+`datasets.interleave_datasets` with the same shares.
 The contenders of a row take turns in one process (sampling: a process each), and the ratios are of
 their medians. Peak memory is what one call, the first, adds to what its inputs take, each contender
 in a process of its own. Nothing else should run on the machine. Prints a table and writes
 `speed.json` to `--output_dir`.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -48,7 +51,8 @@ class SpeedArguments:
         metadata={"help": "Models whose steps are timed: hub id, folder, .gguf or builtin:tiny."},
     )
     kinds: list[str] = field(
-        default_factory=lambda: ["head", "steps", "sampling"], metadata={"help": "What to time."}
+        default_factory=lambda: ["head", "steps", "sampling", "draws"],
+        metadata={"help": "What to time."},
     )
     methods: list[str] = field(
         default_factory=lambda: [row[1] for row in STEPS],
@@ -72,6 +76,7 @@ class SpeedArguments:
     )
     batch_size: int = field(default=4, metadata={"help": "Rows a training step; even."})
     max_length: int = field(default=256, metadata={"help": "Tokens of each row of a step."})
+    draws: int = field(default=1_000_000, metadata={"help": "Rows to draw from a mixture."})
     prompts: int = field(default=8, metadata={"help": "Prompts to sample, of builtin:math."})
     num_samples: int = field(default=64, metadata={"help": "Completions a prompt."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens of a completion."})
@@ -383,6 +388,70 @@ def sampling_call(
     return ours if engine == "llmmix" else theirs
 
 
+MIXTURE = {"web": (100_000, 0.5), "code": (60_000, 0.3), "books": (40_000, 0.2)}  # rows, share
+
+
+def draw_cases(args: SpeedArguments) -> list[list[Case]]:
+    """The draws of a mixture: which rows, and then the rows themselves."""
+    contenders = {
+        f"which of {args.draws} rows come next": {
+            "llmmix, one by one": "one_by_one",
+            "llmmix, a step at a time": "steps",
+            "interleave_datasets": "interleave",
+        },
+        f"{args.draws // 50} rows read": {
+            "llmmix": "rows",
+            "interleave_datasets": "interleave_rows",
+            "interleave_datasets, streaming": "interleave_stream",
+        },
+    }
+    return [
+        [
+            Case(row, name, draw_call, {"how": how, "draws": args.draws})
+            for name, how in group.items()
+        ]
+        for row, group in contenders.items()
+    ]
+
+
+def draw_call(*, how: str, draws: int) -> Callable[[], dict]:
+    """Draws from three domains, from the first on."""
+    import datasets
+
+    from llmmix.mixing import MixtureSampler
+
+    shares = [share for _, share in MIXTURE.values()]
+    rows = {name: datasets.Dataset.from_dict({"row": range(n)}) for name, (n, _) in MIXTURE.items()}
+    together = datasets.concatenate_datasets(list(rows.values()))
+    settings = {"probabilities": shares, "seed": 0, "stopping_strategy": "all_exhausted"}
+
+    def draw() -> dict:
+        sampler = MixtureSampler(rows, shares)
+        if how == "one_by_one":
+            done = sum(1 for _ in itertools.islice(sampler, draws))
+        elif how == "steps":
+            done = 0
+            while done < draws:
+                block = sampler.take(1024)
+                sampler.use(len(block.rows))
+                done += len(block.rows)
+        elif how == "interleave":
+            done = 0
+            while done < draws:
+                done += len(datasets.interleave_datasets(list(rows.values()), **settings))
+        elif how == "rows":
+            done = sum(1 for i in itertools.islice(sampler, draws // 50) if together[i])
+        else:
+            parts = list(rows.values())
+            if how == "interleave_stream":
+                parts = [part.to_iterable_dataset() for part in parts]
+            mixed = datasets.interleave_datasets(parts, **settings)
+            done = sum(1 for _ in itertools.islice(mixed, draws // 50))
+        return {"draws": done}
+
+    return draw
+
+
 def _spread(count: int) -> list:
     """Prompts spread over the test split, so over its levels."""
     from llmmix.data import load_splits
@@ -447,7 +516,12 @@ def main(args: SpeedArguments) -> dict:
     return result
 
 
-CASES = {"head": head_cases, "steps": step_cases, "sampling": sampling_cases}
+CASES = {
+    "head": head_cases,
+    "steps": step_cases,
+    "sampling": sampling_cases,
+    "draws": draw_cases,
+}
 
 
 def _measure(kind: str, group: list[Case], args: SpeedArguments) -> dict:

@@ -22,6 +22,7 @@ SMALL = {
     "prompts": 2,
     "num_samples": 3,
     "max_new_tokens": 8,
+    "draws": 500,
 }
 
 
@@ -42,14 +43,16 @@ def test_every_row_names_its_contenders_and_their_ratios(checkpoint, tmp_path, c
         "trained head, recomputing",
         "trained head, within the budget",
     ]
-    # shares masked, full and LoRA, and sampling
-    assert len(names) == len(set(names)) == 2 * 3 + 2 * 5 + 1
-    *trained, sampled = result["rows"]
+    # shares masked, full and LoRA, sampling, and draws
+    assert len(names) == len(set(names)) == 2 * 3 + 2 * 5 + 1 + 2
+    *trained, sampled, drawn, read = result["rows"]
     for row in trained:
         ours, *peers = row["contenders"].values()
         assert len(peers) == (2 if "head" in row["row"] and "SFT" not in row["row"] else 1)
         for peer in peers:
             assert peer["time_ratio"] == ours["seconds"] / peer["seconds"] > 0
+    assert [len(row["contenders"]) for row in (drawn, read)] == [3, 3]
+    assert all("interleave_datasets" in row["contenders"] for row in (drawn, read))
     ours, theirs, bound = sampled["contenders"].values()
     assert ours["completions"] == theirs["completions"] == 6
     assert 0 < ours["tokens"] <= 48 and 0 < theirs["tokens"] <= 48

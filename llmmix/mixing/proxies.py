@@ -225,7 +225,7 @@ class DoReMiCallback(_ProxyCallback):
         options: As those of `MixtureCallback`.
 
     Attributes:
-        average: The answer, by domain; also in `record` and printed when training ends.
+        average: The answer, by domain; printed when training ends.
 
     Raises:
         TypeError: `reference` is neither.
@@ -309,7 +309,7 @@ class DoGECallback(_ProxyCallback):
         options: As those of `MixtureCallback`.
 
     Attributes:
-        average: The answer, by domain; also in `record` and printed when training ends.
+        average: The answer, by domain; printed when training ends.
     """
 
     def __init__(self, sampler: MixtureSampler, config: DoGEConfig | None = None, **options):
