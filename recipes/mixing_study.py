@@ -34,6 +34,7 @@ from llmmix.mixing.bandit import BanditCallback
 from llmmix.mixing.online import SkillItCallback, SkillItConfig, skillit_graph
 from llmmix.mixing.proxies import DoGECallback, DoReMiCallback
 from llmmix.mixing.record import drawn_shares, read_record
+from llmmix.mixing.rows import by_target
 from llmmix.report import draw_panels
 
 EQUAL = "equal shares"
@@ -41,6 +42,7 @@ BEST = "best fixed shares"
 MATCHED = "fixed, as Aioli drew"
 ONE_HOT, REGRESSION = "Aioli, one_hot", "Aioli, regression"
 MOVING = (ONE_HOT, REGRESSION, "Skill-It", "ODM")  # their trajectories are drawn
+GRID = (0.5, 0.8)  # shares of one domain above the others
 DEV_SEEDS = (100, 101)  # the best fixed shares are chosen on these, by validation loss
 
 
@@ -61,9 +63,6 @@ class StudyArguments:
     batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak, then a cosine to zero."})
     test_rows: int = field(default=200, metadata={"help": "Test windows of each domain."})
-    grid: list[float] = field(
-        default_factory=lambda: [0.5, 0.8], metadata={"help": "Shares of one domain in the grid."}
-    )
 
 
 class Study:
@@ -74,26 +73,23 @@ class Study:
         self.tokenizer = builtin.train_tokenizer()
         splits = windows(self.tokenizer, 64, ",".join(args.domains))
         splits = {k: rows.add_column("labels", rows["input_ids"][:]) for k, rows in splits.items()}
-        self.train, self.validation = splits["train"], self.by_domain(splits["validation"])
-        self.test = {n: r.take(args.test_rows) for n, r in self.by_domain(splits["test"]).items()}
-        self.rows = self.by_domain(self.train)
+        parts = {split: by_target(rows, self.names) for split, rows in splits.items()}
+        self.train, self.rows, self.validation = (
+            splits["train"],
+            parts["train"],
+            parts["validation"],
+        )
+        self.test = {name: rows.take(args.test_rows) for name, rows in parts["test"].items()}
         self.folder = Path(args.output_dir)
         self.results: dict[str, dict[int, dict]] = {}
-
-    def by_domain(self, rows) -> dict:
-        """Rows told apart by their column."""
-        names = np.array(rows["domain"][:])
-        return {name: rows.select(np.flatnonzero(names == name)) for name in self.names}
 
     def fit(self, seed: int, weights=None, make_callback=None, steps: int | None = None):
         """A trained model, its callback, and how long it took."""
         args, begun = self.args, time.perf_counter()
         torch.manual_seed(seed)
         size = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-        config = LlamaConfig(
-            vocab_size=len(self.tokenizer), tie_word_embeddings=True, **size, **heads
-        )
+        size |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+        config = LlamaConfig(vocab_size=len(self.tokenizer), tie_word_embeddings=True, **size)
         settings = TrainingArguments(
             str(self.folder / "training"),
             max_steps=steps or args.max_steps,
@@ -150,7 +146,7 @@ class Study:
         rest = 1 / (len(self.names) - 1)
         found = {}
         for domain in range(len(self.names)):
-            for share in self.args.grid:
+            for share in GRID:
                 weights = np.full(len(self.names), (1 - share) * rest)
                 weights[domain] = share
                 name = "grid " + "/".join(f"{w:.2f}" for w in weights)
@@ -208,9 +204,9 @@ def show(args: StudyArguments, results: dict, best: list[float]) -> None:
     """Differences to equal shares on the same seeds, printed and drawn."""
     equal = results[EQUAL]
     table = Table(title=f"Test loss less that under equal shares, {args.max_steps} steps", box=None)
-    columns = ("", "seeds", "mean", "95% interval", "shares", "s")
-    for column in (*columns[:4], *args.domains, *columns[4:]):
-        table.add_column(column, justify="left" if column == "" else "right")
+    table.add_column("")
+    for column in ("seeds", "mean", "95% interval", *args.domains, "shares", "s"):
+        table.add_column(column, justify="right")
     for name, runs in results.items():
         differences = np.array([run["mean"] - equal[seed]["mean"] for seed, run in runs.items()])
         by_domain = np.mean(
@@ -230,19 +226,14 @@ def show(args: StudyArguments, results: dict, best: list[float]) -> None:
         )
     Console(width=max(Console().width, 100)).print(table)
     print(f"Equal shares: {np.mean([run['mean'] for run in equal.values()]):.4f}. Best: {best}")
-    steps = np.linspace(0, args.max_steps, 41)
-    panels = {}
+    steps, panels = np.linspace(0, args.max_steps, 41), {}
     for name in MOVING:
         paths = [run["path"] for run in results[name].values()]
-        at = np.array([[path[last(path, step)][1] for step in steps] for path in paths])
-        panels[name] = {domain: at[:, :, j] for j, domain in enumerate(args.domains)}
+        places = [np.searchsorted([at for at, _ in path], steps, "right") - 1 for path in paths]
+        shares = [[path[i][1] for i in at] for path, at in zip(paths, places, strict=True)]
+        panels[name] = dict(zip(args.domains, np.array(shares).transpose(2, 0, 1), strict=True))
     path = Path(args.output_dir) / "mixing_study.png"
     print(f"Figure: {draw_panels(path, steps, panels, 'step')}")
-
-
-def last(path: list, step: float) -> int:
-    """The last decision up to a step."""
-    return max(i for i, (decided, _) in enumerate(path) if decided <= step)
 
 
 if __name__ == "__main__":

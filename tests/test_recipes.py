@@ -22,7 +22,7 @@ SMALL = "--max_steps 2 --disable_tqdm true --save_strategy no".split()
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_defaults_parse_and_the_script_is_short(name):
     script = RECIPES / f"{name}.py"
-    assert len(script.read_text().splitlines()) <= (230 if name.endswith("_study") else 120)
+    assert len(script.read_text().splitlines()) <= (240 if name.endswith("_study") else 120)
     call = [
         node
         for node in ast.walk(ast.parse(script.read_text()))
