@@ -81,7 +81,10 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
         def get_train_dataloader() -> MixtureLoader:
             size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-            self.loader = MixtureLoader(sampler, own_loader(), locate, size, accumulation, process)
+            steps = args.max_steps if sampler.endless else None
+            self.loader = MixtureLoader(
+                sampler, own_loader(), locate, size, accumulation, process, steps
+            )
             return self.loader
 
         trainer.get_train_dataloader = get_train_dataloader

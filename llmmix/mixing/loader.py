@@ -28,6 +28,7 @@ class MixtureLoader:
         batch_size: Rows of a micro-batch.
         accumulation: Micro-batches of a step on one process.
         process: (rank, number of processes).
+        steps_an_epoch: Of domains without a length; else as many draws as there are rows.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class MixtureLoader:
         batch_size: int,
         accumulation: int,
         process: tuple[int, int],
+        steps_an_epoch: int | None = None,
     ):
         self.sampler, self.dataset = sampler, loader.dataset
         self._locate, self._accumulation = locate, accumulation
         self._batch_size, self._process = batch_size, process
         self.draws_a_step = batch_size * accumulation * process[1]
-        self.steps_an_epoch = max(1, int(sampler.sizes.sum()) // self.draws_a_step)
+        whole = max(1, int(sampler.sizes.sum()) // self.draws_a_step)
+        self.steps_an_epoch = steps_an_epoch or whole
         self.skip = 0  # micro-batches of the next epoch that a resumed run has seen
         self.ended = False  # whether the domains hold no further step
         self.keep = False  # keep the batches of the step, for what is measured on them

@@ -20,8 +20,8 @@ costs a forward of the proxy and one of the reference.
 DoGE's targets are the domains themselves. A domain's gradient is also compared with itself, on the
 same few rows, so that noise raises a score as use does. With the published bound of 0 a domain that
 harms is no worse off than a useless one; scores scale with the learning rate, and weights freeze as
-it decays. Each update costs m backward passes and holds m gradients at once, which here are not
-clipped first as the release does.
+it decays. The release clips each gradient first; here, where norms exceed `dw_max`, all scores sit
+at the bound and nothing moves: raise it. Each update costs m backward passes and holds m gradients.
 """
 
 import functools

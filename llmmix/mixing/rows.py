@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.mixing.streams import StreamedRows
 
 logger = get_logger(__name__)
 
@@ -93,6 +94,8 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
             none of one that it does.
     """
     dataset = trainer.train_dataset
+    if isinstance(dataset, StreamedRows):
+        return _locate_streamed(trainer, dataset, sampler)
     names = domain_column(dataset)
     if names is None:
         names = _in_order(trainer, sampler)
@@ -125,6 +128,20 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
         return where[first[domains] + rows] + passes * a_pass
 
     return locate
+
+
+def _locate_streamed(trainer: Trainer, dataset: StreamedRows, sampler: MixtureSampler) -> Callable:
+    if list(dataset.domains) != sampler.names:
+        raise ValueError(
+            f"`sampler`: it draws from {sampler.names}, the streams are {list(dataset.domains)}. "
+            "Make it of `streams.domains`."
+        )
+    if workers := trainer.args.dataloader_num_workers:
+        raise ValueError(
+            f"`dataloader_num_workers={workers}`: each worker would read every stream from its "
+            "start whenever the weights move. Set it to 0."
+        )
+    return dataset.locate
 
 
 def _in_order(trainer: Trainer, sampler: MixtureSampler) -> np.ndarray:

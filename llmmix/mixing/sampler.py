@@ -133,6 +133,11 @@ class MixtureSampler(Sampler[int]):
         """(k,) rows of each domain."""
         return self._sizes.sum(1)
 
+    @property
+    def endless(self) -> bool:
+        """Whether a domain has no length."""
+        return bool((self._sizes == ENDLESS).any())
+
     def reset(self) -> None:
         """Begin anew, with the weights given at first."""
         due = 1 - uniforms(self.seed, "due", 0, len(self.names))
@@ -264,7 +269,7 @@ class MixtureSampler(Sampler[int]):
 
     def _first_rows(self) -> np.ndarray:
         """(k,) index of each domain's first row, the domains one after the other."""
-        if (self._sizes == ENDLESS).any():
+        if self.endless:
             raise ValueError("A domain without a length has no indices: see llmmix.mixing.streams.")
         return np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
 

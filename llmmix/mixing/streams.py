@@ -1,0 +1,71 @@
+"""Streams as the domains of a mixture: rows that are read in their own order and have no number.
+
+    streams = StreamedRows({"web": web, "code": code})      # datasets.IterableDataset, tokenized
+    trainer = Trainer(model, args, train_dataset=streams)   # args.max_steps says how long
+    attach_mixture(trainer, MixtureSampler(streams.domains, [0.7, 0.3]))
+
+A stream's k-th draw is its k-th row; one that ends begins again, in the order of its next epoch.
+Each process reads every stream and passes over the rows of the others. A resumed run passes over
+the rows that were trained on, which takes as long as reading them.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+
+STRIDE = 1 << 44  # of an index: which stream, times this, plus the row
+
+
+class StreamedRows(torch.utils.data.Dataset):
+    """Streams that are asked for rows by number, which must rise.
+
+    Args:
+        domains: Streams by name, whose rows are what the trainer's collator takes. Shuffle them
+            beforehand, by `IterableDataset.shuffle`.
+
+    Raises:
+        ValueError: No stream, or rows that are none.
+    """
+
+    def __init__(self, domains: Mapping[str, IterableDataset]):
+        if not domains:
+            raise ValueError("`domains` is empty: name at least one stream.")
+        for name, stream in domains.items():
+            if not isinstance(stream, IterableDataset):
+                raise ValueError(
+                    f"`domains`: {name!r} is a {type(stream).__name__}, no `IterableDataset`. Rows "
+                    "with a length are mixed by `label_domains`."
+                )
+        self.domains = dict(domains)
+        self._streams = list(domains.values())
+        self._readers: list[tuple | None] = [None] * len(domains)  # iterator, next row, epoch
+
+    def locate(self, domains: np.ndarray, rows: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """The indices of rows, as `attach_mixture` asks for them."""
+        return domains * STRIDE + rows
+
+    def __getitem__(self, index: int) -> dict:
+        number, row = divmod(int(index), STRIDE)
+        reader = self._readers[number]
+        if reader is None or row < reader[1]:  # anew, as when an earlier checkpoint is resumed
+            self._streams[number].set_epoch(0)
+            reader = (iter(self._streams[number]), 0, 0)
+        rows, place, epoch = reader
+        while True:
+            try:
+                found = next(rows)
+            except StopIteration:
+                epoch += 1
+                self._streams[number].set_epoch(epoch)
+                rows = iter(self._streams[number])
+                found = next(rows, None)
+                if found is None:
+                    name = list(self.domains)[number]
+                    raise ValueError(f"`domains`: the stream {name!r} has no rows.") from None
+            place += 1
+            if place > row:
+                break
+        self._readers[number] = (rows, place, epoch)
+        return found
