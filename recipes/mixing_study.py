@@ -32,7 +32,7 @@ from llmmix.domains import windows
 from llmmix.mixing import AioliCallback, AioliConfig, MixtureSampler, attach_mixture
 from llmmix.mixing.bandit import BanditCallback
 from llmmix.mixing.online import SkillItCallback, SkillItConfig, skillit_graph
-from llmmix.mixing.proxies import DoGECallback, DoReMiCallback
+from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback
 from llmmix.mixing.record import drawn_shares, read_record
 from llmmix.mixing.rows import by_target
 from llmmix.report import draw_panels
@@ -59,7 +59,7 @@ class StudyArguments:
     aioli_seeds: int = field(
         default=8, metadata={"help": "Seeds of Aioli, equal shares and the best fixed ones."}
     )
-    max_steps: int = field(default=400, metadata={"help": "Steps of each training."})
+    max_steps: int = field(default=500, metadata={"help": "Steps of each training."})
     batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak, then a cosine to zero."})
     test_rows: int = field(default=200, metadata={"help": "Test windows of each domain."})
@@ -191,7 +191,7 @@ def main(args: StudyArguments) -> None:
             run("ODM", seed, None, BanditCallback)
             proxies = {
                 "DoReMi": lambda s, r=reference, **g: DoReMiCallback(s, reference=r, **g),
-                "DoGE": DoGECallback,
+                "DoGE": lambda s, **g: DoGECallback(s, DoGEConfig(interval=5), **g),
             }
             for name, proxy in proxies.items():
                 _, callback, seconds = study.fit(seed, None, proxy)

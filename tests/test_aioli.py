@@ -30,7 +30,7 @@ LOGGER = "llmmix.mixing.estimators"
 
 
 def make(names, targets=None, weights=None, **options):
-    """A controller; what it is made of is in its `config`."""
+    """A controller of an `AioliConfig` of these options."""
     weights = np.full(len(names), 1 / len(names)) if weights is None else weights
     config = AioliConfig(**options)
     targets = names if targets is None else targets
@@ -216,7 +216,7 @@ def trained(world, total, seed=0, noise=0.0, jitter=0.0, broken=None, **options)
 
 
 def margins(world, total, seeds=20, noise=0.0, jitter=0.0, **options):
-    """Of runs by seed: (seeds,) loss beside uniform's, (seeds, m) last weights, (seeds, m) shares."""
+    """By seed: (seeds,) loss less that on uniform, (seeds, m) last weights, (seeds, m) shares."""
     found = []
     for seed in range(seeds):
         run = trained(world, total, seed, noise, jitter, **options)
@@ -337,7 +337,7 @@ def test_whole_numbers_are_taken_and_nothing_is_changed_in_place():
     np.testing.assert_array_equal(matrix, kept[1])
 
 
-@pytest.mark.parametrize("eta", [1e3, 1e10, 1e300])
+@pytest.mark.parametrize("eta", [1e5, 1e10, 1e300])
 def test_a_huge_step_does_not_overflow(eta):
     with np.errstate(over="raise", invalid="raise"):
         moved = update_weights([0.5, 0.5], [[0.1, 0.2], [0.1, 0.2]], eta=eta)
@@ -550,17 +550,33 @@ def test_gains_within_their_error_move_nothing():
 # Plans
 
 
-def one_hot_plans(run, every, rounds, begin):
-    """Check the plans of a run of probes; the lengths of its cycles."""
-    m, plans, cycles = len(run.world.names), deque(run.plans), []
+def walk(world, total, **options):
+    """Only the plans of a run, whose losses fall evenly: (when given, segments)."""
+    controller = make(world.names, world.targets, **options)
+    step, plans = 0, []
+    while step < total:
+        segments = controller.plan(step, total)
+        plans.append((step, segments))
+        for weights, steps, measure, _ in segments:
+            step += steps
+            if measure:
+                signal = {"losses": np.full(len(world.targets), 5 - step / total)}
+                controller.observe(Observation(step, steps, weights * bool(steps), 1.0, signal))
+    assert step == total
+    return plans
+
+
+def cycles_of(plans, total, m, every, rounds, begin):
+    """Check the plans of a run of probes; (steps of probes, steps of the rest) of its cycles."""
+    plans, cycles = deque(plans), []
     if begin:
         step, (first,) = plans.popleft()
         assert (step, first.steps, first.measure) == (0, begin, None)
     while plans:
         step, segments = plans.popleft()
         if len(segments) == 1:  # too short for a cycle
-            assert not plans and step + segments[0].steps == run.total
-            assert run.total - step <= every
+            assert not plans and step + segments[0].steps == total
+            assert total - step <= every
             break
         assert step == begin + len(cycles) * every
         measured, *probes = segments
@@ -573,37 +589,35 @@ def one_hot_plans(run, every, rounds, begin):
         after, (rest,) = plans.popleft()
         assert after == step + sum(s.steps for s in probes)
         assert not rest.estimates and rest.measure is None
-        assert after + rest.steps == min(step + every, run.total)
+        assert after + rest.steps == min(step + every, total)
         cycles.append((after - step, rest.steps))
     return cycles
 
 
-@pytest.mark.parametrize("total", [97, 100, 240, 251, 600, 1013])
+@pytest.mark.parametrize("total", [97, 240, 600, 1013])
 @pytest.mark.parametrize("m", [2, 3, 5])
 def test_probes_and_the_rest_are_the_whole_run(total, m):
     world = World([2] * m, [400] * m, [0.4] * m)
     tried = 0
     for update, rounds, length, begin in itertools.product(
-        [None, 24, 37, 50], [1, 2], [None, 1, 3], [None, 0, 20]
+        [None, 37, 50], [1, 2], [None, 3], [None, 20]
     ):
-        every = update or total // 10
+        every = update or max(total // 10, 4 * m * rounds)
         planned = length or max(1, every // (4 * m * rounds))
         if m * rounds * planned >= every:
             continue
         tried += 1
         options = {"update_steps": update, "rounds": rounds, "probe_steps": length}
-        run = trained(world, total, first_step=begin, **options)
-        steps = [s.steps for _, plan in run.plans for s in plan]
-        assert sum(steps) == total
+        plans = walk(world, total, first_step=begin, **options)
         begin = total // 10 if begin is None else begin
-        cycles = one_hot_plans(run, every, rounds, begin)
+        cycles = cycles_of(plans, total, m, every, rounds, begin)
         probes = m * rounds * planned
         full, left = divmod(total - begin, every)
         assert len(cycles) == full + (left > probes)
         assert all(spent == probes for spent, _ in cycles)
         if length is None and every >= 4 * m * rounds:
             assert probes <= every / 4
-    assert tried > 10
+    assert tried > 7
 
 
 @pytest.mark.parametrize("total", [1, 2, 9, 41, 100, 251, 600])
@@ -611,15 +625,15 @@ def test_probes_and_the_rest_are_the_whole_run(total, m):
 @pytest.mark.parametrize("begin", [None, 0, 20, 1000])
 def test_the_regression_plans_the_whole_run(total, update, begin):
     options = {"estimator": "regression", "update_steps": update, "first_step": begin}
-    run = trained(ONE, total, **options)
+    plans = walk(ONE, total, **options)
     every = update or max(1, total // 40)
     begin = min(total // 10 if begin is None else begin, total)
-    steps = [s.steps for _, plan in run.plans for s in plan if s.steps]
+    steps = [s.steps for _, plan in plans for s in plan if s.steps]
     if begin:
         assert steps.pop(0) == begin
     assert sum(steps) == total - begin
     assert all(n == every for n in steps[:-1])
-    assert not any(s.estimates for _, plan in run.plans for s in plan)
+    assert not any(s.estimates for _, plan in plans for s in plan)
 
 
 @estimators
@@ -677,8 +691,6 @@ def test_probes_that_leave_nothing_to_train_are_refused(options, says):
     controller = make(ABC, first_step=0, **options)
     with pytest.raises(ValueError, match=f"{says}: lower `rounds` or `probe_steps`, or raise"):
         controller.plan(0, 600)
-    with pytest.raises(ValueError, match="`max_steps`"):
-        make(ABC, first_step=0).plan(0, 50)
 
 
 @bug("estimators.py:153: the plan is checked where probing begins, a tenth of the run too late")
@@ -776,7 +788,7 @@ def test_a_broken_probe_keeps_the_weights(value, when, caplog):
     assert (history[6:kept] == history[10]).all()
     assert history[10].tolist() != [1 / 3] * 3
     assert (history[kept + 10] != history[10]).any()
-    assert np.isfinite(history).all() and run.outcome < 2.3
+    assert np.isfinite(history).all() and run.outcome < sound.outcome + 0.05
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -793,7 +805,9 @@ def test_a_broken_measurement_of_the_regression(value, caplog):
     assert (history[52] != history[42]).any() and np.isfinite(history).all()
     # The next segment begins with a measurement, from which its drop is counted
     assert run.measured == 21 + 1
-    assert run.outcome < Simulated(ONE, Uniform(ONE), 200).run().outcome
+    sound = trained(ONE, 200, **options)
+    np.testing.assert_array_equal(history[:39], sound.history[:39])
+    np.testing.assert_allclose(history[-1], sound.history[-1], atol=0.1)
 
 
 @estimators
@@ -917,8 +931,8 @@ BOUNDS = {  # of (world, estimator): worst margin over seeds, mean distance of t
     ("pair", "regression"): (-0.026, 0.05),
 }
 WORLDS = {"one": ONE, "unequal": UNEQUAL, "pair": PAIR}
-# Errors of a measured loss. Each estimator first loses on one of 20 seeds at some three times these:
-# probes at .003 (pair) to .006 (unequal), the regression at .15 (one, pair) to .2 (unequal)
+# Errors of a measured loss. Each estimator first loses on one of 20 seeds at some three times as
+# much: probes at .003 (pair) to .006 (unequal), the regression at .15 (one, pair) to .2 (unequal)
 NOISE = {"one_hot": 0.001, "regression": 0.05}
 
 
@@ -936,7 +950,7 @@ def test_it_beats_uniform_on_every_seed(world, estimator):
 
 @estimators
 def test_exchangeable_domains_stay_near_uniform(estimator):
-    loss, weights, _ = margins(SAME, 600, estimator=estimator)
+    loss, weights, _ = margins(SAME, 600, seeds=8, estimator=estimator)
     assert np.abs(weights - 1 / 3).sum(1).max() < 0.06 and np.abs(loss).max() < 4e-4
     # With errors of measurement the probes' weights wander, and the loss pays next to nothing
     loss, weights, _ = margins(SAME, 600, noise=NOISE[estimator], estimator=estimator)
@@ -986,10 +1000,13 @@ NOT_YET = [
     ("update_steps", math.inf),
     ("update_steps", "many"),
     ("rounds", 1.5),
-    ("seed", -1),
+    ("order_seed", -1),
     ("prior_weights", [-1.0, 2.0]),
     ("prior_weights", [0.0, 0.0]),
     ("target_weights", [math.nan, 1.0]),
+    ("rounds", None),
+    ("tilt", None),
+    ("order_seed", None),
 ]
 
 
@@ -1055,7 +1072,7 @@ def test_options_are_parsed():
         "target_weights": [1.0, 0.0],
         "compat": "official",
         "evidence": 2.0,
-        "seed": 7,
+        "order_seed": 7,
     }
     assert set(given) == {field.name for field in dataclasses.fields(AioliConfig)}
     line = []
@@ -1070,7 +1087,9 @@ def test_options_are_parsed():
 
 def test_a_seed_orders_the_probes():
     def order(seed):
-        return [s.weights.argmax() for s in make(list("abcdef"), seed=seed).plan(300, 3000)[1:]]
+        return [
+            s.weights.argmax() for s in make(list("abcdef"), order_seed=seed).plan(300, 3000)[1:]
+        ]
 
     assert order(0) == order(0) != order(1)
     assert order(0)[:6] != order(0)[6:]  # each round has its own

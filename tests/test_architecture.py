@@ -18,7 +18,8 @@ METHODS = ["dco", "sftmix", "rpo", "flat", "unlearning", "unlearn_trainer"]
 # Everything private of TRL's or transformers' trainers that the library touches, and where
 TRAINERS = "dco.py sftmix.py rpo.py flat.py unlearn_trainer.py"
 PRIVATE = {
-    "_get_train_sampler": (Trainer, "sftmix.py flat.py unlearn_trainer.py"),
+    "_get_train_sampler": (Trainer, "sftmix.py flat.py unlearn_trainer.py mixing/attach.py"),
+    "_prepare_dataset": (SFTTrainer, "mixing/domains.py"),
     "_send_telemetry": (SFTTrainer, TRAINERS),
     "_tag_names": (SFTTrainer, TRAINERS),
     "_paper": (SFTTrainer, TRAINERS),
@@ -52,6 +53,12 @@ def test_the_arithmetic_of_the_head_imports_torch_alone():
         assert foreign == elsewhere.get(name, set())
         ours = {n.split(".")[1] for n in names if n.startswith("llmmix.")}
         assert ours <= {"tiles", "kernels", "sharding"}
+
+
+def test_the_sampler_knows_no_trainer():
+    for name in ("control", "draws", "sampler"):
+        foreign = roots(imports(ROOT / f"llmmix/mixing/{name}.py")) - sys.stdlib_module_names
+        assert foreign <= {"numpy", "torch", "llmmix"}, name
 
 
 def test_head_knows_no_method_and_no_trl():

@@ -1,8 +1,8 @@
 """A trainer under a mixture: what it reads, when weights bite, and that nothing else moves."""
 
 import json
+import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +24,6 @@ from llmmix import (
     SFTMixConfig,
     SFTMixTrainer,
     attach_filter,
-    builtin,
 )
 from llmmix.mixing import (
     AioliCallback,
@@ -318,14 +317,14 @@ def phased(tokenizer, tmp_path_factory):
 
 def pad_left(rows):
     longest = max(len(row["input_ids"]) for row in rows) + 1
-    pads = [longest - len(row["input_ids"]) for row in rows]
-    return {
-        "input_ids": torch.tensor(
-            [[0] * n + r["input_ids"] for n, r in zip(pads, rows, strict=True)]
-        ),
-        "labels": torch.tensor([[-100] * n + r["labels"] for n, r in zip(pads, rows, strict=True)]),
-        "attention_mask": torch.tensor([[0] * n + [1] * (longest - n) for n in pads]),
-    }
+    ids, labels, mask = [], [], []
+    for row in rows:
+        pads = longest - len(row["input_ids"])
+        ids.append([0] * pads + row["input_ids"])
+        labels.append([-100] * (pads + 1) + row["labels"][1:])  # the first follows on nothing
+        mask.append([0] * pads + [1] * (longest - pads))
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {name: torch.tensor(values) for name, values in batch.items()}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -339,7 +338,7 @@ def test_the_phases_of_a_plan_land_on_their_steps(phased, workers):
     told = [(t["step"], t["steps"], sorted(t["signal"])) for t in controller.told]
     turn = [(1, 1, "losses"), (6, 2, "train"), (6, 0, "losses"), (7, 1, "losses")]
     expected = [(7 * n + s, k, [name]) for n in range(3) for s, k, name in turn]
-    assert told == expected[:9]
+    assert told == [*expected[:9], (16, 0, ["losses"])]  # cut short by the end
     rates = {e["step"]: e["learning_rate"] for e in trainer.state.log_history if "loss" in e}
     drawn = np.array(counts)
     for t in controller.told:
@@ -366,6 +365,15 @@ def test_workers_change_nothing(phased):
     ahead, same, two, *_ = phased(workers=2)
     assert alone == ahead and torch.equal(weights, same)
     assert one.steps_read == two.steps_read
+
+
+def test_workers_end_with_the_training(make):
+    """Left to the garbage collector, each would wait five seconds for its end."""
+    before = set(multiprocessing.active_children())
+    trainer = make(dataloader_num_workers=2, max_steps=3)
+    mixed(trainer)
+    trainer.train()
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.parametrize("cut", [{"size": 1, "accumulation": 4}, {"padding": "left"}])
@@ -420,7 +428,7 @@ def test_measuring_leaves_a_run_as_it_is(make, extra):
     controller = Phases(*FROZEN)
     mixed(measured, controller)
     again, same = finish(measured)
-    assert len(controller.told) == 7
+    assert len(controller.told) == 8
     assert again == log and torch.equal(weights, same)
     assert measured.steps_read == plain.steps_read
     assert counts_of(plain.args.output_dir) == counts_of(measured.args.output_dir)
@@ -440,7 +448,7 @@ def test_measuring_leaves_a_run_as_it_is(make, extra):
 
 
 def test_bf16_is_what_is_measured_in(make):
-    """ "Whose model, collator and precision it takes": under autocast, like a step of training."""
+    """Under autocast, as a step of training is."""
     trainer = make(bf16=True, max_steps=2)
     kinds = {True: set(), False: set()}
     trainer.model.model.layers[0].mlp.register_forward_hook(
@@ -483,13 +491,10 @@ def test_training_twice_begins_anew(make):
 def test_a_trainer_of_transformers(make, tmp_path):
     args = TrainingArguments(str(tmp_path / "plain"), **{**SETTINGS, "max_steps": 4})
 
-    def collate(rows):
-        return pad_left(rows)
-
     trainer = Trainer(
         tiny_model(),
         args,
-        data_collator=collate,
+        data_collator=pad_left,
         train_dataset=label_domains(domain_rows()),
         eval_dataset=targets(),
     )
@@ -511,7 +516,7 @@ def record_of(folder):
 
 
 def test_resumed_from_any_checkpoint_equals_never_stopped(make, tmp_path):
-    """In the middle of a phase and at its ends, at the end of an epoch; dropout on, to the digit."""
+    """In the middle of a phase, at its ends and at an epoch's, dropout on: to the last digit."""
     given = {"dropout": 0.2, "max_steps": 15}
     whole = make(**given, save_strategy="steps", save_steps=1)
     controller = Moving()
@@ -769,7 +774,7 @@ def pairs(name: str, count: int = 6) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["dpo", "rpo"])
-def test_preference_rows(tokenizer, tmp_path, kind):
+def test_preference_rows(checkpoint, tmp_path, kind):
     rows = {
         name: Dataset.from_dict(
             {**pairs(name), "chosen": [f" {i}" for i in range(6)], "rejected": [" no"] * 6}
@@ -779,11 +784,10 @@ def test_preference_rows(tokenizer, tmp_path, kind):
     trainer_type, config = {"dpo": (DPOTrainer, DPOConfig), "rpo": (RPOTrainer, RPOConfig)}[kind]
     args = config(str(tmp_path), **{**SETTINGS, "max_steps": 4, "gradient_accumulation_steps": 1})
     trainer = trainer_type(
-        tiny_model(),
+        checkpoint,
         args=args,
         train_dataset=label_domains(rows),
         eval_dataset={name: part.select(range(4)) for name, part in rows.items()},
-        processing_class=tokenizer,
     )
     sampler = MixtureSampler(rows, seed=3)
     controller = Phases(([1, 0], 1, "losses"), ([0, 1], 2, "losses"))
@@ -833,11 +837,9 @@ def test_rows_to_forget_have_the_templates_of_their_pass(tokenizer, tmp_path):
     block = expected.take(32)
     row = np.array([0, 3])[block.domains] + block.rows
     assert asked == (block.passes * 8 + row).tolist() and block.passes.max() > 3
-    numbers = {}
-    for index in asked:
-        if index % 8 == asked[0] % 8:
-            numbers[index // 8] = forget[index]["template_number"]
-    assert len(set(numbers.values())) > 1  # another pass, another template
+    # another pass, another template
+    first = [index for index in asked if index % 8 == asked[0] % 8]
+    assert len({read(forget, index)["template_number"] for index in first}) > 1
     assert np.sum(counts_of(tmp_path), 0).tolist() == np.bincount(block.domains).tolist()
 
 
@@ -861,9 +863,7 @@ def test_batches_of_sftmix_stay_half_and_half(tokenizer, tmp_path):
     )
     sampler = MixtureSampler(rows, [0.3, 0.7], seed=3)
     attach_mixture(trainer, sampler)
-    batches = list(trainer.get_train_dataloader().indices().__next__() for _ in range(0))
-    loader = trainer.get_train_dataloader()
-    indices = loader.indices()
+    indices = trainer.get_train_dataloader().indices()
     batches = [next(indices) for _ in range(20)]
     confident = trainer.mixture_strata == 0
     assert 0 < confident.sum() < 21

@@ -8,8 +8,17 @@ import importlib
 _HOMES = {
     "AioliCallback": "aioli",
     "AioliConfig": "aioli",
+    "BanditCallback": "bandit",
+    "BanditConfig": "bandit",
+    "DoGECallback": "proxies",
+    "DoGEConfig": "proxies",
+    "DoReMiCallback": "proxies",
+    "DoReMiConfig": "proxies",
     "MixtureCallback": "attach",
     "MixtureSampler": "sampler",
+    "SkillItCallback": "online",
+    "SkillItConfig": "online",
+    "StreamedRows": "streams",
     "attach_mixture": "attach",
     "label_domains": "rows",
 }

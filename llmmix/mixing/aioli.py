@@ -65,11 +65,13 @@ class AioliConfig:
     )
     one_hot_factor: float = _option(0.75, "one_hot: f, the share of the domain that is probed.")
     eta: float | None = _option(
-        None, "Size of an update. Default: 2 a domain; regression and compat=official: 0.2."
+        None, "Size of an update. Default: 2 a domain; regression: 0.5; compat=official: 0.2."
     )
     ema: float | None = _option(0.5, "one_hot: weight of the past matrices; none to accumulate.")
     tilt: float = _option(0.1, "regression: share of each step given to one domain in turn.")
-    half_life: float = _option(0.3, "regression: share of the run after which a step counts half.")
+    memory: float = _option(
+        0.1, "regression: share of the steps so far after which a step counts half."
+    )
     transfer: float = _option(
         0.1, "regression: what other domains do for a target beside its own, prior deviation."
     )
@@ -103,7 +105,7 @@ class AioliConfig:
             "rounds": (1, np.inf),
             "prior_steps": (0, np.inf),
             "eta": (0, np.inf),
-            "half_life": (1e-6, np.inf),
+            "memory": (1e-6, np.inf),
             "transfer": (1e-6, np.inf),
             "ema": (0, 1),
             "tilt": (0, 1),

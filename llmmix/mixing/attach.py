@@ -39,7 +39,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         sampler: Of the trainer's rows.
         make_controller: (domains, targets, weights) to what decides the weights; without one they
             stay as they are.
-        targets: Validation rows by name to measure losses on; by default the trainer's
+        targets: Validation rows by name, as the trainer prepared them; by default the trainer's
             `eval_dataset`, by name or by its column `domain`.
         measured_rows: At most so many rows of each target, the same every time.
         measure: "nll" a token, the trainer's own "loss", or "auto".
@@ -100,10 +100,15 @@ class MixtureCallback(TrainerCallback, ExportableState):
     def _bind_targets(self) -> Signals | None:
         """Find the rows that losses are measured on, which a fixed mixture can do without."""
         given = self.trainer.eval_dataset if self._targets is None else self._targets
+        if self._targets is not None and not self.measures_losses:
+            raise ValueError(f"`targets`: {type(self).__name__} measures no losses of targets.")
+        fixed = self._make_controller is None
+        if fixed and getattr(self.trainer, "padding_free", False):
+            return None
         try:
             targets = by_target(given, self.sampler.names)
         except ValueError:
-            if self._make_controller is None:
+            if fixed:
                 return None
             if self.measures_losses:
                 raise
@@ -180,6 +185,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
             self._record.write({"step": state.global_step, "final": losses.tolist()})
             shown = _listed(self.signals.targets, losses)
             lines.append(f"Validation losses: {shown}, mean {losses.mean():.4f}.")
+        if self.controller:
+            decided = {"weights": self.controller.weights.tolist(), **self.controller.record()}
+            self._record.write({"step": state.global_step, **decided})
         if spent["measurements"]:
             share = spent["seconds"] / spent["total"]
             lines.append(
@@ -256,7 +264,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
     def _gradient_rows(self, domain: int) -> list[dict]:
         """Rows of a domain, the same on every process, that depend on the step alone."""
         name, size = self.sampler.names[domain], int(self.sampler.sizes[domain])
-        count, step = self.trainer.args.per_device_train_batch_size, self.trainer.state.global_step
+        count, step = self.loader.draws_a_step, self.trainer.state.global_step
+        if self.sampler.endless:
+            raise ValueError("Gradients by domain are taken on any of its rows: streams have none.")
         rows = np.array(rows_of(self.sampler.seed, step, name, size, count))
         where = self._locate(np.full(count, domain), rows, np.zeros(count, dtype=int))
         return [self.loader.dataset[index] for index in where.tolist()]

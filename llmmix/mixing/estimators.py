@@ -263,8 +263,8 @@ class RegressionAioli(Aioli):
         if m == 1:
             return [Segment(self.weights, total_steps - step)]
         if self.regression is None:
-            half_life = self.config.half_life * total_steps
-            self.regression = InfluenceRegression(self._own, m, half_life, self.config.transfer)
+            given = (self.config.memory, self.config.transfer)
+            self.regression = InfluenceRegression(self._own, m, *given)
             if self._loaded is not None:
                 self.regression.load_state_dict(self._loaded)
         if step < begin:
@@ -292,14 +292,14 @@ class RegressionAioli(Aioli):
         drops = self.read(observation)
         if drops is None or not observation.steps:
             return
-        self.regression.update(observation.shares, observation.steps, drops)
+        self.regression.update(observation.shares, observation.steps, drops, observation.step)
         mean, covariance = self.regression.estimate()
         self.matrix = mean
         if self.regression.count < 2:
             return
         gains = self.u @ mean
         error = np.einsum("i,ijk->jk", self.u**2, covariance)
-        eta = 0.2 if self.config.eta is None else self.config.eta
+        eta = 0.5 if self.config.eta is None else self.config.eta
         step = eta * advantage(self.weights, gains, error)
         moved = update_weights(self.weights, step[None], eta=1.0, normalize=False)
         self.weights = with_floor(moved, self.floor)

@@ -156,6 +156,7 @@ class DoGEConfig:
     smoothing: float = option(0.0, "c, the share spread evenly at each step.")
     dw_min: float = option(0.0, "Lower bound of a score, in learning rates.")
     dw_max: float = option(5.0, "Upper bound of a score, in learning rates.")
+    max_grad_norm: float = option(1.0, "Norm that each gradient is clipped to; the release: 5.")
     interval: int = option(1, "Steps between updates.")
 
     def __post_init__(self):
@@ -191,6 +192,11 @@ class DoGE(_Averaged):
         gains = None
         if finite and products.any():
             config = self.config
+            # As if each gradient had been clipped before
+            kept = np.minimum(1.0, config.max_grad_norm / np.maximum(norms, 1e-12))
+            if products.shape[1] == len(kept):
+                products = products * kept[None]
+            products, norms = products * kept[:, None], norms * kept
             gains = doge_scores(products, norms, rate, config.dw_min, config.dw_max) / config.mu
         self.update(gains, observation.steps)
 
@@ -301,7 +307,7 @@ class DoGECallback(_ProxyCallback):
     """Moves a sampler's weights by DoGE while a trainer runs a proxy.
 
     The targets are the domains themselves: gradients are of training rows, as many of each domain
-    as a micro-batch has, drawn anew for each update. Parameters must be whole on every process.
+    as a step has, drawn anew for each update. Parameters must be whole on every process.
 
     Args:
         sampler: Of the trainer's rows; its weights are the first ones.

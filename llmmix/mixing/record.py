@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ class MixtureRecord:
         """Append a line."""
         if self._writes:
             with self._path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def cut(self, step: int) -> None:
         """Forget what was written after a step, which a resumed run does again."""
@@ -42,6 +43,15 @@ class MixtureRecord:
             lines = self._path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
             self._path.write_text("".join(kept))
+
+
+def _finite(value):
+    """What JSON has: null for a domain that a batch lacked, which is NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: str | Path) -> tuple[dict, list[dict]]:

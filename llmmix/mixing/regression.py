@@ -6,7 +6,8 @@ Each segment of training is an observation: the mixture that was drawn, and what
 A loss falls little from one measurement to the next beside its jitter, so a matrix without more
 knowledge is lost in noise. The knowledge put in is a prior: a target sheds its loss on its own
 domain, and on another one `transfer` times as much, give or take. Where the draws say otherwise for
-long enough, they win. Old segments count less, by half every `half_life` steps.
+long enough, they win. Losses fall like powers of time, so what counts as old grows with it: a
+segment counts half once `memory` times the steps so far have passed since.
 """
 
 import numpy as np
@@ -20,28 +21,29 @@ class InfluenceRegression:
     Args:
         own: (n,) the domain that is each target's own, -1 for a target without one.
         domains: m.
-        half_life: Steps after which a segment counts half.
+        memory: Share of the steps so far after which a segment counts half.
         transfer: Prior standard deviation of what another domain does for a target, as a share of
             what the domains do for their own. Large: all is read off the draws.
     """
 
-    def __init__(self, own: np.ndarray, domains: int, half_life: float, transfer: float):
-        self.own, self.half_life, self.transfer = np.asarray(own), half_life, transfer
+    def __init__(self, own: np.ndarray, domains: int, memory: float, transfer: float):
+        self.own, self.memory, self.transfer = np.asarray(own), memory, transfer
         n = len(self.own)
         self.xx = np.zeros((domains, domains))
         self.xy = np.zeros((domains, n))
         self.yy = np.zeros(n)
         self.count = 0.0
 
-    def update(self, shares: np.ndarray, steps: int, drops: np.ndarray) -> None:
+    def update(self, shares: np.ndarray, steps: int, drops: np.ndarray, step: int) -> None:
         """Take in a segment.
 
         Args:
             shares: (m,) of the rows drawn.
             steps: Its length.
+            step: At which it ended.
             drops: (n,) loss before minus loss after.
         """
-        kept = 0.5 ** (steps / self.half_life)
+        kept = 0.5 ** (steps / (self.memory * step))
         x = shares * steps
         self.xx = kept * self.xx + np.outer(x, x)
         self.xy = kept * self.xy + np.outer(x, drops)

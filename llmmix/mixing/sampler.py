@@ -347,7 +347,8 @@ class MixtureSampler(Sampler[int]):
 
     def _settings(self) -> dict:
         return {
-            "domains": {n: s.tolist() for n, s in zip(self.names, self._sizes, strict=True)},
+            # A list, since a trainer's state sorts the keys of a mapping
+            "domains": [[n, s.tolist()] for n, s in zip(self.names, self._sizes, strict=True)],
             "seed": self.seed,
             "unit": self.unit,
             "method": self.method,
@@ -369,7 +370,7 @@ class MixtureSampler(Sampler[int]):
         ours = self._settings()
         for name, value in ours.items():
             theirs = state["settings"].get(name)
-            if theirs != value or name == "domains" and list(theirs) != list(value):
+            if theirs != value:
                 raise ValueError(
                     f"The mixture to resume has `{name}` {theirs}, this one has {value}: give it "
                     "the same, or begin anew."

@@ -46,6 +46,11 @@ class Signals:
         rows: int | None = 64,
         measure: str = "auto",
     ):
+        if getattr(trainer, "padding_free", False):
+            raise ValueError(
+                "`padding_free` makes one row of a batch, and the losses of domains are then not "
+                "told apart. Set it (and `packing`) to False."
+            )
         self.trainer, self.targets = trainer, list(targets)
         self.reference: torch.nn.Module | None = None  # of `excess`
         self._rows: list[tuple[int, dict]] = []  # target, row
@@ -88,7 +93,7 @@ class Signals:
         model = self.trainer.model
         own_loss = name == "losses" and self.measure == "loss"
         head = nullcontext() if own_loss else fused_head(model)
-        with eval_mode(model), head, self.trainer.compute_loss_context_manager():
+        with eval_mode(model), head, self.trainer.accelerator.autocast():
             if name == "gradients":
                 found = self._gradients(loader, domains)
             else:
@@ -164,20 +169,27 @@ class Signals:
             raise ValueError(
                 f"Gradients by domain need the whole model on each process, and {kind} spreads it."
             )
-        model = self.trainer.model
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        gradients = []
-        for domain in range(domains):
-            batch = self._to_device(self.trainer.data_collator(loader(domain)))
-            logps, mask = _token_logps(model, batch)
-            loss = -logps.sum() / mask.sum()
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradients.append([None if g is None else g.float() for g in found])
+        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        gradients = [self._gradient(parameters, loader(domain)) for domain in range(domains)]
         products = self._zeros(domains, domains)
         for i, j in np.ndindex(domains, domains):
             pairs = zip(gradients[i], gradients[j], strict=True)
-            products[i, j] = sum((a * b).sum() for a, b in pairs if a is not None and b is not None)
+            products[i, j] = sum((a * b).sum() for a, b in pairs)
         return {"products": products, "norms": products.diagonal().sqrt()}
+
+    def _gradient(self, parameters: list[Tensor], rows: list[dict]) -> list[Tensor]:
+        """Of the mean loss of rows, a micro-batch at a time."""
+        size, tokens = self.trainer.args.per_device_train_batch_size, 0
+        total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for start in range(0, len(rows), size):
+            batch = self._to_device(self.trainer.data_collator(rows[start : start + size]))
+            logps, mask = _token_logps(self.trainer.model, batch)
+            tokens = tokens + mask.sum()
+            found = torch.autograd.grad(-logps.sum(), parameters, allow_unused=True)
+            for whole, part in zip(total, found, strict=True):
+                if part is not None:
+                    whole += part
+        return [whole / tokens for whole in total]
 
     # Processes
 
