@@ -79,6 +79,7 @@ def _gains(axis, header, entries, measured, found) -> None:
 def _matrix(axis, header, entries, measured, found) -> None:
     matrix = np.mean([e["matrix"] for e in found], axis=0)
     limit = np.abs(matrix).max() or 1.0
+    axis.grid(False)
     axis.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
     for (i, j), value in np.ndenumerate(matrix):
         shade = "white" if abs(value) > 0.6 * limit else "black"

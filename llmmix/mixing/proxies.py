@@ -296,7 +296,9 @@ def _check_reference(reference: nn.Module, trainer: Trainer) -> None:
         )
     positions = getattr(theirs, "max_position_embeddings", None)
     length = getattr(trainer.args, "max_length", None)
-    if positions is not None and length is not None and positions < length:
+    own = getattr(ours, "max_position_embeddings", None)
+    enough = own is None or positions is None or positions >= own  # the model's own limit holds too
+    if positions is not None and length is not None and positions < length and not enough:
         raise ValueError(
             f"`reference` has {positions} positions, and a row may have `max_length={length}` "
             f"tokens. Set `max_length` to {positions} at most, or give a reference with more."
