@@ -226,11 +226,6 @@ def margins(world, total, seeds=20, noise=0.0, jitter=0.0, **options):
     return loss, weights, rows / rows.sum(1, keepdims=True)
 
 
-def bug(reason):
-    """What the library should do and does not yet; take the mark off with the fix."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 # The arithmetic
 
 
@@ -298,7 +293,6 @@ def test_a_matrix_that_tells_nothing_apart(value, shape):
     np.testing.assert_allclose(update_weights(p, matrix, eta=50.0), p, rtol=1e-12)
 
 
-@bug("influence.py:74: rounding errors of equal negative entries are scaled up to a sum of 1")
 @pytest.mark.parametrize("value", [-0.1, -0.7])
 def test_equal_losses_tell_nothing_apart_whatever_the_rounding(value):
     matrix = solve_mixing_matrix(np.full((3, 3), value), 0.75)
@@ -594,7 +588,7 @@ def cycles_of(plans, total, m, every, rounds, begin):
     return cycles
 
 
-@pytest.mark.parametrize("total", [97, 240, 600, 1013])
+@pytest.mark.parametrize("total", [97, 251, 600])
 @pytest.mark.parametrize("m", [2, 3, 5])
 def test_probes_and_the_rest_are_the_whole_run(total, m):
     world = World([2] * m, [400] * m, [0.4] * m)
@@ -670,7 +664,6 @@ def test_a_tilt_is_taken_back_over_a_turn():
     np.testing.assert_allclose(flat.plan(0, 400)[-1].weights, [0.5, 0.3, 0.2])
 
 
-@bug("estimators.py:286: 0 / 0 where the tilt takes all that the weights have")
 def test_a_whole_tilt_is_a_mixture():
     controller = make(AB, estimator="regression", first_step=0, tilt=1.0)
     for _ in range(2):
@@ -693,7 +686,6 @@ def test_probes_that_leave_nothing_to_train_are_refused(options, says):
         controller.plan(0, 600)
 
 
-@bug("estimators.py:153: the plan is checked where probing begins, a tenth of the run too late")
 def test_probes_that_leave_nothing_are_refused_before_the_first_step():
     with pytest.raises(ValueError, match="Probes take 6 steps of every 6"):
         make(ABC, update_steps=6).plan(0, 600)
@@ -709,22 +701,13 @@ def test_many_probes_are_said_once(caplog):
         assert not said or "60% of the steps" in found[0]
 
 
-@bug("estimators.py:160: a run too short for a single cycle trains on the prior and says nothing")
 def test_a_run_too_short_to_estimate_anything_is_said(caplog):
     with caplog.at_level(logging.WARNING, LOGGER):
         run = trained(ONE, 100, update_steps=500)
     assert run.controller.cycles or caplog.records
 
 
-@pytest.mark.parametrize(
-    "update",
-    [
-        20,
-        pytest.param(
-            60, marks=bug("regression.py:46: where memory * step < steps, `count` stays below 2")
-        ),
-    ],
-)
+@pytest.mark.parametrize("update", [20, 60])
 def test_the_regression_moves_however_seldom_it_looks(update):
     run = trained(ONE, 600, estimator="regression", update_steps=update)
     assert run.controller.weights[0] > 0.5
@@ -849,7 +832,6 @@ def test_losses_that_rise_are_legal(estimator):
 
 # Resumed is never stopped
 
-resume_broken = bug("estimators.py:293: observe before plan after load_state_dict: regression None")
 METHODS = {
     "one_hot": {},
     "one_hot_accumulates": {"ema": None, "prior_steps": 15, "rounds": 1},
@@ -857,13 +839,7 @@ METHODS = {
     "regression": {"estimator": "regression"},
     "regression_prior": {"estimator": "regression", "prior_steps": 15, "update_steps": 4},
 }
-methods = pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(name, marks=resume_broken if name.startswith("regression") else ())
-        for name in METHODS
-    ],
-)
+methods = pytest.mark.parametrize("method", METHODS)
 
 
 def begun(method, **more):
@@ -1006,7 +982,7 @@ OUT_OF_RANGE = [
     ("evidence", -1),
     ("evidence", math.nan),
 ]
-NOT_YET = [
+NOT_WHOLE_OR_FINITE = [
     ("one_hot_factor", 0),
     ("one_hot_factor", 1.5),
     ("one_hot_factor", math.nan),
@@ -1027,10 +1003,7 @@ NOT_YET = [
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        *OUT_OF_RANGE,
-        *(pytest.param(*case, marks=bug("aioli.py:100: not checked")) for case in NOT_YET),
-    ],
+    [*OUT_OF_RANGE, *NOT_WHOLE_OR_FINITE],
 )
 def test_what_cannot_be_is_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}`"):

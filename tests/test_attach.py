@@ -1,5 +1,6 @@
 """A trainer under a mixture: what it reads, when weights bite, and that nothing else moves."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -63,12 +64,19 @@ def tokens_of(domain: int, row: int) -> list[int]:
     return [first, *((7 * first + 11 * k) % 300 + 10 for k in range(2 + row % 5))]
 
 
+@functools.cache  # `datasets` takes long to fingerprint what it makes
+def rows_of(number: int, name: str, start: int, size: int) -> Dataset:
+    ids = [tokens_of(number, row) for row in range(start, start + size)]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
 def domain_rows(start: int = 0, sizes=SIZES) -> dict[str, Dataset]:
-    rows = {}
-    for number, (name, size) in enumerate(sizes.items()):
-        ids = [tokens_of(number, row) for row in range(start, start + size)]
-        rows[name] = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    return rows
+    return {name: rows_of(i, name, start, size) for i, (name, size) in enumerate(sizes.items())}
+
+
+@functools.cache
+def labelled_rows() -> Dataset:
+    return label_domains(domain_rows())
 
 
 def targets() -> dict[str, Dataset]:
@@ -118,14 +126,15 @@ def build(
     return kind(
         tiny_model(dropout),
         args=args,
-        train_dataset=label_domains(domain_rows()) if rows is None else rows,
+        train_dataset=labelled_rows() if rows is None else rows,
         processing_class=tokenizer,
         **{"eval_dataset": targets(), **(trainer_options or {})},
     )
 
 
 def sampler_of(weights=WEIGHTS, **options) -> MixtureSampler:
-    return MixtureSampler(domain_rows(), weights, **{"seed": 3, **options})
+    rows = {name: range(size) for name, size in SIZES.items()}
+    return MixtureSampler(rows, weights, **{"seed": 3, **options})
 
 
 @pytest.fixture
@@ -228,6 +237,14 @@ class Setting(TrainerCallback):
                 sampler.set_weights(weights[state.global_step])
 
         setattr(self, event, act)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 ONE_HOT = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1]}
@@ -495,7 +512,7 @@ def test_a_trainer_of_transformers(make, tmp_path):
         tiny_model(),
         args,
         data_collator=pad_left,
-        train_dataset=label_domains(domain_rows()),
+        train_dataset=labelled_rows(),
         eval_dataset=targets(),
     )
     sampler = sampler_of()
@@ -517,14 +534,14 @@ def record_of(folder):
 
 def test_resumed_from_any_checkpoint_equals_never_stopped(make, tmp_path):
     """In the middle of a phase, at its ends and at an epoch's, dropout on: to the last digit."""
-    given = {"dropout": 0.2, "max_steps": 12}
+    given = {"dropout": 0.2, "max_steps": 10}
     whole = make(**given, save_strategy="steps", save_steps=1)
     controller = Moving()
     sampler = mixed(whole, controller)
     log, weights = finish(whole)
     record = record_of(tmp_path / "run")
-    assert len({tuple(t["signal"].get("losses", ())) for t in controller.told}) > 3
-    for step in range(1, 12):
+    assert len({tuple(t["signal"].get("losses", ())) for t in controller.told}) > 2
+    for step in range(1, 10):
         again = make(**given)
         resumed_controller = Moving()
         resumed = mixed(again, resumed_controller)
@@ -552,6 +569,24 @@ def test_resumed_with_workers_and_without_a_controller(make, tmp_path):
         )
         assert once_more == log and torch.equal(same, weights)
         assert again.steps_read == whole.steps_read[step:]
+
+
+def test_the_record_of_a_run_that_was_stopped_is_that_of_one_that_was_not(make, tmp_path):
+    """The end of the first part, which is written too, was none."""
+    whole = make("whole", max_steps=5)
+    mixed(whole, Moving())
+    whole.train()
+    stopped = make(max_steps=5, save_strategy="steps", save_steps=3)
+    mixed(stopped, Moving())
+    stopped.add_callback(StopAt(3))
+    stopped.train()
+    assert stopped.state.global_step == 3
+    again = make(max_steps=5)
+    mixed(again, Moving())
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert record_of(tmp_path / "run") == record_of(tmp_path / "whole")
+    lines = (tmp_path / "run/mixture.jsonl").read_text()
+    assert lines.count("spent") == 1
 
 
 def test_a_record_is_readable_where_a_run_is_resumed_elsewhere(make, tmp_path):
@@ -694,7 +729,7 @@ def test_rows_that_the_trainer_dropped_are_told_apart_and_counted(make, caplog):
 
 
 def test_without_a_column_the_rows_are_the_domains_in_their_order(make):
-    rows = label_domains(domain_rows()).remove_columns("domain")
+    rows = labelled_rows().remove_columns("domain")
     trainer, labelled = make(rows=rows, max_steps=7), make("labelled", max_steps=7)
     for each in (trainer, labelled):
         mixed(each)
@@ -704,7 +739,7 @@ def test_without_a_column_the_rows_are_the_domains_in_their_order(make):
 
 
 def test_rows_in_any_order_are_found_by_their_column(make):
-    shuffled = label_domains(domain_rows()).shuffle(seed=1)
+    shuffled = labelled_rows().shuffle(seed=1)
     trainer = make(rows=shuffled, max_steps=3)
     mixed(trainer, weights=[0, 0.5, 0.5])
     trainer.train()
@@ -933,7 +968,7 @@ def test_a_second_mixture_or_a_callback_of_another_is_refused(make):
     ],
 )
 def test_rows_that_the_trainer_joined_or_shuffled_are_refused(make, given, match):
-    rows = label_domains(domain_rows()).remove_columns("domain")
+    rows = labelled_rows().remove_columns("domain")
     trainer = make(
         rows=rows,
         kind=SFTTrainer,
@@ -946,7 +981,7 @@ def test_rows_that_the_trainer_joined_or_shuffled_are_refused(make, given, match
 
 
 def test_rows_whose_domain_cannot_be_told_are_refused(make):
-    rows = label_domains(domain_rows())
+    rows = labelled_rows()
     with pytest.raises(ValueError, match="there are 23 rows, and the sampler's domains have 24"):
         mixed(make(rows=rows.remove_columns("domain").select(range(23))))
     with pytest.raises(ValueError, match=r"`train_dataset` has rows of \['c'\]"):

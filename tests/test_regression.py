@@ -63,14 +63,17 @@ def test_a_prior_that_is_wide_open_is_least_squares():
 
 
 def test_sums_by_hand():
-    regression = InfluenceRegression([0, 1], 2, 0.5, 0.1)
-    regression.update(np.array([0.5, 0.5]), 4, np.array([1.0, 2.0]), 10)
-    # Ten steps, half of the twenty so far: the first counts half
-    regression.update(np.array([1.0, 0.0]), 10, np.array([3.0, -1.0]), 20)
-    np.testing.assert_allclose(regression.xx, [[102, 2], [2, 2]])
-    np.testing.assert_allclose(regression.xy, [[1 + 30, 2 - 10], [1, 2]])
-    np.testing.assert_allclose(regression.yy, [0.5 + 9, 2 + 1])
-    assert regression.count == 1.5
+    regression = InfluenceRegression([0, 1], 2, 0.75, 0.1)
+    regression.update(np.array([0.5, 0.5]), 4, np.array([1.0, 2.0]), 30)
+    # Ten steps, a third of three quarters of the forty so far
+    regression.update(np.array([1.0, 0.0]), 10, np.array([3.0, -1.0]), 40)
+    kept = 0.5 ** (1 / 3)
+    np.testing.assert_allclose(regression.xx, [[4 * kept + 100, 4 * kept], [4 * kept, 4 * kept]])
+    np.testing.assert_allclose(
+        regression.xy, [[2 * kept + 30, 4 * kept - 10], [2 * kept, 4 * kept]]
+    )
+    np.testing.assert_allclose(regression.yy, [kept + 9, 4 * kept + 1])
+    assert regression.count == pytest.approx(kept + 1)
 
 
 def test_a_matrix_that_changes_is_followed():
@@ -88,11 +91,11 @@ def test_a_matrix_that_changes_is_followed():
 
 def test_a_segment_counts_half_after_a_share_of_the_steps():
     regression = fed(A, count=1)
-    before, regression.memory = regression.xx.copy(), 0.2
-    regression.update(np.zeros(3), 20, np.zeros(3), 100)
-    np.testing.assert_allclose(regression.xx, before / 2)
-    regression.update(np.zeros(3), 20, np.zeros(3), 50)
-    np.testing.assert_allclose(regression.xx, before / 8)
+    before, regression.memory = regression.xx.copy(), 0.3
+    for step, updates, left in [(100, 3, 1 / 2), (200, 6, 1 / 4), (400, 12, 1 / 8)]:
+        for _ in range(updates):
+            regression.update(np.zeros(3), 10, np.zeros(3), step)
+        np.testing.assert_allclose(regression.xx, left * before)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmmix.mixing.attach import MixtureCallback
+from llmmix.mixing.control import check_weights
 from llmmix.mixing.estimators import OneHotAioli, RegressionAioli
 from llmmix.mixing.influence import (
     InfluenceMatrix,
@@ -90,6 +91,7 @@ class AioliConfig:
     order_seed: int = _option(0, "Of the order of the probes.")
 
     def __post_init__(self):
+        self._check_kinds()
         choices = {
             "estimator": tuple(CONTROLLERS),
             "anchor": ("prior", "uniform"),
@@ -99,12 +101,8 @@ class AioliConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         ranges = {
-            "update_steps": (1, np.inf),
-            "probe_steps": (1, np.inf),
-            "first_step": (0, np.inf),
-            "rounds": (1, np.inf),
-            "prior_steps": (0, np.inf),
-            "eta": (0, np.inf),
+            "one_hot_factor": (0.05, 1),
+            "eta": (0, 1e6),
             "memory": (1e-6, np.inf),
             "transfer": (1e-6, np.inf),
             "ema": (0, 1),
@@ -114,10 +112,25 @@ class AioliConfig:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+            if value is None and name in ("eta", "ema"):
+                continue
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value!r}.")
         if self.compat and self.estimator != "one_hot":
             raise ValueError("`compat='official'` is of the estimator 'one_hot'.")
+
+    def _check_kinds(self) -> None:
+        whole = {"rounds": 1, "prior_steps": 0, "order_seed": 0}
+        whole |= {"update_steps": 1, "probe_steps": 1, "first_step": 0}
+        for name, low in whole.items():
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"`{name}` must be a whole number from {low} on, got {value!r}.")
+        for name in ("prior_weights", "target_weights"):
+            if (given := getattr(self, name)) is not None:
+                check_weights(given, list(map(str, range(len(given)))), name)
 
 
 class AioliCallback(MixtureCallback):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Measurements before the regression first moves: the fall that every loss begins with says little
+BEFORE_MOVING = 7
+
 
 class Aioli:
     """The controller: what both estimators share.
@@ -144,12 +147,22 @@ class OneHotAioli(Aioli):
             self._update()
             return [Segment(self.weights, self.cycle_end - step)]
         begin, m = self.first_step(total_steps), len(self.names)
-        if step < begin or m == 1:
-            return [Segment(self.weights, (begin if step < begin else total_steps) - step)]
+        if m == 1:
+            return [Segment(self.weights, total_steps - step)]
         every = self.update_steps(total_steps, 10, least=4 * m * self.config.rounds)
-        length = self._probe_steps(every)
+        length = self._probe_steps(every, step == 0)
+        if step < begin:
+            return [Segment(self.weights, begin - step)]
         self.cycle_end = min(step + every, total_steps)
-        if m * self.config.rounds * length >= self.cycle_end - step:  # too short for a cycle
+        probes = m * self.config.rounds * length
+        if probes >= self.cycle_end - step:  # too short for a cycle
+            if step == begin:
+                logger.warning(
+                    "The %d steps left hold no %d of probes and any after them: the weights stay "
+                    "as they are. Lower `update_steps`, `probe_steps` or `rounds`.",
+                    total_steps - step,
+                    probes,
+                )
             return [Segment(self.weights, total_steps - step)]
         mixtures = probe_mixtures(m, self.config.one_hot_factor)
         self.pending = [j for _ in range(self.config.rounds) for j in self._order()]
@@ -157,7 +170,7 @@ class OneHotAioli(Aioli):
         probes = [Segment(mixtures[j], length, "losses", True) for j in self.pending]
         return [Segment(self.weights, 0, "losses"), *probes]
 
-    def _probe_steps(self, every: int) -> int:
+    def _probe_steps(self, every: int, first: bool) -> int:
         probes = len(self.names) * self.config.rounds
         length = self.config.probe_steps or max(1, every // (4 * probes))
         if probes * length >= every:
@@ -165,7 +178,7 @@ class OneHotAioli(Aioli):
                 f"Probes take {probes * length} steps of every {every}: lower `rounds` or "
                 "`probe_steps`, or raise `update_steps` (or `max_steps`, from which it follows)."
             )
-        if probes * length > 0.3 * every and self.cycles == 0:
+        if probes * length > 0.3 * every and first:
             share = probes * length / every
             logger.warning(
                 "Probes take %.0f%% of the steps: the rest is what they serve.", 100 * share
@@ -252,21 +265,15 @@ class RegressionAioli(Aioli):
     def __init__(self, *args):
         super().__init__(*args)
         where = [self.names.index(t) if t in self.names else -1 for t in self.targets]
-        self._own = np.array(where)
         self.turn: list[int] = []  # domains that the mixture is yet to be tilted to
-        self.regression: InfluenceRegression | None = None
-        self._loaded: dict | None = None
+        given = (self.config.memory, self.config.transfer)
+        self.regression = InfluenceRegression(np.array(where), len(self.names), *given)
 
     def plan(self, step: int, total_steps: int) -> list[Segment]:
         """One segment to the next measurement, tilted to the domain whose turn it is."""
         begin, m = self.first_step(total_steps), len(self.names)
         if m == 1:
             return [Segment(self.weights, total_steps - step)]
-        if self.regression is None:
-            given = (self.config.memory, self.config.transfer)
-            self.regression = InfluenceRegression(self._own, m, *given)
-            if self._loaded is not None:
-                self.regression.load_state_dict(self._loaded)
         if step < begin:
             return [Segment(self.weights, begin - step), Segment(self.weights, 0, "losses")]
         if self.losses is None:
@@ -283,7 +290,7 @@ class RegressionAioli(Aioli):
             return self.weights
         self.turn = self.turn or self._order()
         base = np.clip(self.weights - tilt / m, 0.0, None)
-        base *= (1 - tilt) / base.sum()
+        base *= (1 - tilt) / max(base.sum(), 1e-300)
         base[self.turn.pop(0)] += tilt
         return base
 
@@ -295,7 +302,7 @@ class RegressionAioli(Aioli):
         self.regression.update(observation.shares, observation.steps, drops, observation.step)
         mean, covariance = self.regression.estimate()
         self.matrix = mean
-        if self.regression.count < 2:
+        if self.regression.seen < BEFORE_MOVING:
             return
         gains = self.u @ mean
         error = np.einsum("i,ijk->jk", self.u**2, covariance)
@@ -306,11 +313,11 @@ class RegressionAioli(Aioli):
 
     def state_dict(self) -> dict:
         """As the parent's, and the regression."""
-        sums = self._loaded if self.regression is None else self.regression.state_dict()
+        sums = self.regression.state_dict()
         return {**super().state_dict(), "turn": list(self.turn), "regression": sums}
 
     def load_state_dict(self, state: dict) -> None:
         """As the parent's, and the regression."""
         super().load_state_dict(state)
-        self.turn, self._loaded = list(state["turn"]), state["regression"]
-        self.regression = None
+        self.turn = list(state["turn"])
+        self.regression.load_state_dict(state["regression"])

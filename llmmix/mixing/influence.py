@@ -75,7 +75,9 @@ def normalize_matrix(matrix: np.ndarray) -> np.ndarray:
     """
     shifted = matrix - min(matrix.min(), 0.0)
     total = shifted.sum()
-    return shifted / total if total > 0 else np.full(matrix.shape, 1 / matrix.size)
+    if total <= 1e-12 * np.abs(matrix).sum():  # nothing, or what rounding left
+        return np.full(matrix.shape, 1 / matrix.size)
+    return shifted / total
 
 
 def update_weights(

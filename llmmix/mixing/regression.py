@@ -33,6 +33,7 @@ class InfluenceRegression:
         self.xy = np.zeros((domains, n))
         self.yy = np.zeros(n)
         self.count = 0.0
+        self.seen = 0
 
     def update(self, shares: np.ndarray, steps: int, drops: np.ndarray, step: int) -> None:
         """Take in a segment.
@@ -43,7 +44,8 @@ class InfluenceRegression:
             step: At which it ended.
             drops: (n,) loss before minus loss after.
         """
-        kept = 0.5 ** (steps / (self.memory * step))
+        kept = 0.5 ** (steps / max(self.memory * step, steps))
+        self.seen += 1
         x = shares * steps
         self.xx = kept * self.xx + np.outer(x, x)
         self.xy = kept * self.xy + np.outer(x, drops)
@@ -85,12 +87,13 @@ class InfluenceRegression:
             "xy": self.xy.tolist(),
             "yy": self.yy.tolist(),
             "count": self.count,
+            "seen": self.seen,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`."""
         self.xx, self.xy, self.yy = (np.array(state[name]) for name in ("xx", "xy", "yy"))
-        self.count = state["count"]
+        self.count, self.seen = state["count"], state["seen"]
 
 
 def advantage(
