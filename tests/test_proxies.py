@@ -77,7 +77,7 @@ def test_doge_by_hand():
     np.testing.assert_allclose(doge_scores(products, norms, 0.1), [0.1, 0], rtol=1e-6)
     bounded = doge_scores(products * 100, norms, 0.1, dw_min=-1)
     np.testing.assert_allclose(bounded, [0.5, -0.1])
-    doge = DoGE(DoGEConfig(mu=0.1), ["a", "b"], ["x", "y"], [0.5, 0.5])
+    doge = DoGE(DoGEConfig(mu=0.1, max_grad_norm=5.0), ["a", "b"], ["x", "y"], [0.5, 0.5])
     # Four steps at a rate of 0.1 on average
     doge.observe(observation(steps=4, learning_rate=0.4, products=products, norms=norms))
     np.testing.assert_allclose(doge.weights, shares(math.e, 1), rtol=1e-6)
@@ -85,6 +85,20 @@ def test_doge_by_hand():
     doge.observe(observation(steps=4, learning_rate=0.4, products=products[::-1], norms=norms))
     np.testing.assert_allclose(doge.weights, [0.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose(doge.average, (shares(math.e, 1) + 0.5) / 2, rtol=1e-6)
+
+
+def test_doge_clips_each_gradient():
+    """As if they had been: <2u, 4v> of clipped norms 1 and 1 is <u, v>."""
+    clipped, plain = (
+        DoGE(DoGEConfig(mu=0.1, max_grad_norm=norm), ["a", "b"], [], [0.5, 0.5])
+        for norm in (1.0, 100.0)
+    )
+    long = {"products": np.array([[4.0, 2.0], [2.0, 16.0]]), "norms": np.array([2.0, 4.0])}
+    unit = {"products": np.array([[1.0, 0.25], [0.25, 1.0]]), "norms": np.array([1.0, 1.0])}
+    clipped.observe(observation(steps=1, learning_rate=0.1, **long))
+    plain.observe(observation(steps=1, learning_rate=0.1, **unit))
+    np.testing.assert_allclose(clipped.weights, plain.weights, rtol=1e-12)
+    assert clipped.weights[0] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import chi2
 
 from llmmix.mixing import MixtureSampler
+from llmmix.mixing.draws import choose, shuffles, uniforms
 
 SIZES = {"a": 7, "b": 20, "c": 3}
 FIRST = {"a": 0, "b": 7, "c": 27}
@@ -164,9 +165,20 @@ def test_a_state_does_not_change_with_the_sampler_or_the_other_way_round():
     one_by_one(sampler, 10)
     sampler.set_weights([1, 0, 0])
     assert json.dumps(state) == kept
+    sampler.take(5)
     sampler.load_state_dict(state)
     assert one_by_one(sampler, 50) == one_by_one(make(seed=3), 50)
     assert json.dumps(state) == kept
+
+
+def test_the_draws_are_those_that_the_streams_say():
+    """Number i of one stream is the domain of draw i, another the order of a domain's rows."""
+    rows = one_by_one(make(seed=5), 300)
+    domains = choose(np.array([0.5, 0.2, 0.3]), uniforms(5, "domains", 0, 300))
+    assert domains_of(rows).tolist() == domains.tolist()
+    orders = shuffles(5, "rows of a, 0", 7, 0, 50).ravel()
+    own = np.array(rows)[domains == 0]
+    assert own.tolist() == orders[: len(own)].tolist()
 
 
 # Passes and counts
