@@ -53,7 +53,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         make_controller: Callable[[list[str], list[str], np.ndarray], Controller] | None = None,
         *,
         targets: Mapping | None = None,
-        measured_rows: int | None = 64,
+        measured_rows: int | None = 32,
         measure: str = "auto",
     ):
         self.sampler, self._make_controller = sampler, make_controller

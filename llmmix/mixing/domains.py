@@ -49,7 +49,7 @@ class MixtureConfig(SFTConfig):
         default=64, metadata={"help": "Rows set aside of a domain without a validation split."}
     )
     measured_rows: int = field(
-        default=64, metadata={"help": "Validation rows of each domain to measure its loss on."}
+        default=32, metadata={"help": "Validation rows of each domain to measure its loss on."}
     )
 
     def __post_init__(self):

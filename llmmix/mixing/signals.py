@@ -43,7 +43,7 @@ class Signals:
         trainer: Trainer,
         targets: Mapping[str, Sequence],
         *,
-        rows: int | None = 64,
+        rows: int | None = 32,
         measure: str = "auto",
     ):
         if getattr(trainer, "padding_free", False):
