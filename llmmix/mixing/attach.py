@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from llmmix.mixing.control import Controller, Observation, Segment
+from llmmix.mixing.control import SIGNALS, Controller, Observation, Segment
 from llmmix.mixing.loader import MixtureLoader
 from llmmix.mixing.record import MixtureRecord
 from llmmix.mixing.rows import by_target, locate_rows, mean_scored_tokens
@@ -130,17 +130,21 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self._drawn_before = self._drawn()
         if self.controller:
             self.controller.load_state_dict(self._fresh)
-        self._record.start(
-            {
-                "domains": self.sampler.names,
-                "rows": self.sampler.sizes.tolist(),
-                "targets": self.signals.targets if self.signals else [],
-                "method": type(self.controller).__name__ if self.controller else "Fixed",
-                "draws_a_step": self.loader.draws_a_step,
-                "weights": self.sampler.weights.tolist(),
-            }
-        )
+        self._record.start(self._header())
         self._extend(state)
+
+    def _method(self) -> str:
+        return type(self.controller).__name__ if self.controller else "Fixed"
+
+    def _header(self) -> dict:
+        return {
+            "domains": self.sampler.names,
+            "rows": self.sampler.sizes.tolist(),
+            "targets": self.signals.targets if self.signals else [],
+            "method": self._method(),
+            "draws_a_step": self.loader.draws_a_step,
+            "weights": self.sampler.weights.tolist(),
+        }
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Note the step's learning rate; measure what is to be measured before its update."""
@@ -196,6 +200,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
                 f"learn from: {spent['steps']} of {state.global_step}."
             )
         self._record.write({"step": state.global_step, "spent": spent})
+        self.loader.close()
         if state.is_world_process_zero:
             print("\n".join(lines), flush=True)
 
@@ -206,6 +211,12 @@ class MixtureCallback(TrainerCallback, ExportableState):
         if self.controller is None or state.global_step >= state.max_steps:
             return
         segments = self.controller.plan(state.global_step, state.max_steps)
+        for segment in segments:
+            if segment.measure not in (None, *SIGNALS):
+                raise ValueError(
+                    f"{type(self.controller).__name__}.plan: `measure` must be one of "
+                    f"{list(SIGNALS)} or None, got {segment.measure!r}."
+                )
         steps = sum(segment.steps for segment in segments)
         if not 0 < steps <= state.max_steps - state.global_step:
             raise ValueError(
@@ -303,6 +314,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
         attributes = {
             "sampler": self.sampler.state_dict(),
             "controller": self.controller.state_dict() if self.controller else None,
+            "method": self._method(),
+            "draws_a_step": self.loader.draws_a_step if hasattr(self, "loader") else None,
+            "record": self._record.lines if hasattr(self, "_record") else 0,
             "segments": segments,
             "segment": [self._steps, self._learning_rate, self._counts.tolist()],
             "spent": spent,
@@ -315,6 +329,12 @@ class MixtureCallback(TrainerCallback, ExportableState):
                 f"`resume_from_checkpoint`: the checkpoint holds no state of {type(self).__name__}:"
                 " it was written without this mixture. Begin anew, or resume with what wrote it."
             )
+        if saved["method"] != self._method():
+            raise ValueError(
+                f"`resume_from_checkpoint`: the mixture was moved by {saved['method']}, and now by "
+                f"{self._method()}. Begin anew, or resume with what wrote it."
+            )
+        header = self._header()
         self.sampler.load_state_dict(saved["sampler"])
         if self.controller:
             self.controller.load_state_dict(saved["controller"])
@@ -328,7 +348,14 @@ class MixtureCallback(TrainerCallback, ExportableState):
         part = state.global_step % self.loader.steps_an_epoch
         self.loader.skip = part * self.trainer.args.gradient_accumulation_steps
         self._drawn_before = self._drawn()
-        self._record.cut(state.global_step)
+        self._record.go_on(saved["record"], header)
+        if self._segments and saved["draws_a_step"] != self.loader.draws_a_step:
+            # Segments are in steps, and the plan that was saved is in draws
+            first, *others = self._segments
+            left = Segment(first.weights, first.steps - self._steps)
+            self._set_plan([left, *others])
+        if not self._segments:
+            self._extend(state)  # a run that had ended goes on
 
 
 def attach_mixture(

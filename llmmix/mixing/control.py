@@ -97,16 +97,19 @@ def check_weights(weights, names: list[str], argument: str = "weights") -> np.nd
             all zero.
     """
     if hasattr(weights, "keys"):
-        if unknown := set(weights) ^ set(names):
+        if unknown := set(weights.keys()) ^ set(names):
             raise ValueError(
                 f"`{argument}` must name each of the domains {names} once; {sorted(unknown)} "
                 "is only on one side."
             )
         weights = [weights[name] for name in names]
     try:
-        given = np.array(weights, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{argument}` must be numbers, one a domain, got {weights!r}.") from None
+        given = np.asarray(weights)
+    except ValueError:  # lists of several lengths
+        given = np.array(None)
+    if given.dtype.kind not in "biuf":
+        raise ValueError(f"`{argument}` must be numbers, one a domain, got {weights!r}.")
+    given = given.astype(np.float64)
     if given.shape != (len(names),):
         raise ValueError(
             f"`{argument}` must have one value for each of the {len(names)} domains {names}, got "
@@ -115,6 +118,7 @@ def check_weights(weights, names: list[str], argument: str = "weights") -> np.nd
     shown = dict(zip(names, given.tolist(), strict=True))
     if not np.isfinite(given).all() or (given < 0).any():
         raise ValueError(f"`{argument}` must be finite and not negative, got {shown}.")
-    if not given.sum() > 0:
+    if not given.any():
         raise ValueError(f"`{argument}` are all zero: give at least one domain a share.")
+    given = given / given.max()  # the sum of huge ones is infinite
     return given / given.sum()

@@ -57,30 +57,30 @@ def choose(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def choose_evenly(
-    weights: np.ndarray, due: np.ndarray, count: int
+    weights: np.ndarray, credit: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The domain of each draw, evenly spaced: domain j comes once in 1 / weights[j] draws.
+    """The domain of each draw, evenly spaced: the one that is owed most is next.
 
-    Draw c of domain j falls due at the time (due[j] + c) / weights[j], and the earliest is next.
-    After n draws a domain has come n weights[j] times, give or take two.
+        credit <- credit + weights;  j = argmax credit;  credit_j <- credit_j - 1
+
+    Weights may change at any draw: what is owed stays within (-1, 1 + ln k) of nothing.
 
     Args:
         weights: (k,) on the simplex.
-        due: (k,) in [0, 1]: how many draws of its own a domain is away from its next.
+        credit: (k,) draws that each domain is owed.
         count: n.
 
     Returns:
-        (n,) domains and (n,) times, which never fall.
+        (n,) domains, and (n, k) credit after each draw.
     """
-    reach = count + len(weights)  # by then `count` draws have fallen due
-    domains, times = [], []
-    for j in np.flatnonzero(weights):
-        own = (due[j] + np.arange(int(np.ceil(reach * weights[j])) + 1)) / weights[j]
-        times.append(own)
-        domains.append(np.full(len(own), j))
-    together = np.concatenate(times)
-    order = np.argsort(together, kind="stable")[:count]
-    return np.concatenate(domains)[order], together[order]
+    domains, after = np.empty(count, np.int64), np.empty((count, len(weights)))
+    closed = np.where(weights > 0, 0.0, -np.inf)
+    for i in range(count):
+        credit = credit + weights
+        domains[i] = j = (credit + closed).argmax()
+        credit[j] -= 1.0
+        after[i] = credit
+    return domains, after
 
 
 class Cursor(NamedTuple):
@@ -88,7 +88,7 @@ class Cursor(NamedTuple):
 
     draws: int
     counts: np.ndarray  # (k, strata) draws of each domain
-    due: np.ndarray  # (k,) as `choose_evenly` takes it
+    credit: np.ndarray  # (k,) as `choose_evenly` takes it
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Block:
     rows: np.ndarray  # (n,) within the domain
     passes: np.ndarray  # (n,) how often the domain had been through before
     weights: np.ndarray  # (k,) in force
-    times: np.ndarray | None  # (n,) of `choose_evenly`
+    credit: np.ndarray | None  # (n, k) of `choose_evenly`
 
     def cursor(self, used: int) -> Cursor:
         """Where the draws stand after the first `used` of the block."""
@@ -109,9 +109,6 @@ class Block:
         strata = self.start.counts.shape[1]
         cells = self.domains[:used] * strata + (self.start.draws + np.arange(used)) % strata
         drawn = np.bincount(cells, minlength=self.start.counts.size)
-        due = self.start.due
-        if self.times is not None:
-            moved = due + drawn.reshape(-1, strata).sum(1) - self.times[used - 1] * self.weights
-            due = np.where(self.weights > 0, moved.clip(min=0.0), due)
+        credit = self.start.credit if self.credit is None else self.credit[used - 1]
         counts = self.start.counts + drawn.reshape(self.start.counts.shape)
-        return Cursor(self.start.draws + used, counts, due)
+        return Cursor(self.start.draws + used, counts, credit)

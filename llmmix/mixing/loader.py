@@ -75,6 +75,10 @@ class MixtureLoader:
         def __iter__(self):
             return self._owner.indices()
 
+    def close(self) -> None:
+        """End the workers; left to the garbage collector, each waits five seconds for its end."""
+        self._loader = None
+
     def __len__(self) -> int:
         """Micro-batches an epoch: as many draws as there are rows, in whole steps."""
         return self.steps_an_epoch * self._accumulation

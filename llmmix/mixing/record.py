@@ -23,26 +23,35 @@ class MixtureRecord:
     def __init__(self, trainer: Trainer):
         self._path = Path(trainer.args.output_dir) / NAME
         self._writes = trainer.is_world_process_zero()
+        self.lines = 0
 
     def start(self, header: dict) -> None:
         """Begin the file anew."""
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text("")
+        self.lines = 0
         self.write(header)
 
     def write(self, entry: dict) -> None:
         """Append a line."""
+        self.lines += 1
         if self._writes:
             with self._path.open("a") as file:
                 file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
-    def cut(self, step: int) -> None:
-        """Forget what was written after a step, which a resumed run does again."""
-        if self._writes and self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+    def go_on(self, lines: int, header: dict) -> None:
+        """Forget all but the first lines, which a checkpoint counted; a resumed run writes anew.
+
+        Where the run is resumed in another folder, the header alone is known.
+        """
+        if not self._path.exists():
+            self.start(header)
+            return
+        if self._writes:
+            kept = self._path.read_text().splitlines(keepends=True)[:lines]
             self._path.write_text("".join(kept))
+        self.lines = lines
 
 
 def _finite(value):

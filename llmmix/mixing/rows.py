@@ -65,9 +65,9 @@ def by_target(dataset, domains: list[str]) -> dict[str, object]:
     Raises:
         ValueError: No rows, or rows that do not say which target they are of.
     """
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and dataset:
         return dict(dataset)
-    if dataset is None:
+    if not dataset and not isinstance(dataset, Dataset):
         raise ValueError(
             "`eval_dataset` is missing: give the trainer validation rows of each target, by name "
             f"({{name: rows}}, of {domains}) or with a column `{COLUMN}`."
@@ -96,6 +96,10 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
     dataset = trainer.train_dataset
     if isinstance(dataset, StreamedRows):
         return _locate_streamed(trainer, dataset, sampler)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "`train_dataset` is a stream: mix streams by `llmmix.mixing.StreamedRows`."
+        )
     names = domain_column(dataset)
     if names is None:
         names = _in_order(trainer, sampler)

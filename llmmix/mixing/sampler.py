@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from llmmix.mixing.control import check_weights
 from llmmix.mixing.draws import Block, Cursor, choose, choose_evenly, shuffles, uniforms
 
-CHUNK = 8192  # draws made at once when they are asked for one by one
+CHUNK = 1024  # draws made at once when they are asked for one by one
 UNITS = ("examples", "tokens")
 METHODS = ("multinomial", "even")
 EXHAUSTED = ("reshuffle", "stop", "spill")
@@ -77,11 +77,13 @@ class MixtureSampler(Sampler[int]):
         ):
             if value not in choices:
                 raise ValueError(f"`{argument}` must be one of {choices}, got {value!r}.")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` must be an integer from 0 on, got {seed!r}.")
+        if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+            raise ValueError(f"`seed` must be an integer from 0 to 2**64 - 1, got {seed!r}.")
         self.names = list(domains)
         self.seed, self.unit, self.method, self.exhausted = seed, unit, method, exhausted
         self.tokens_per_row = tokens_per_row
+        if tokens_per_row is not None:
+            self._check_tokens()
         self.version = 0  # of the plan: whoever drew ahead of it draws again when it rises
         self._max_epochs = self._check_max_epochs(max_epochs)
         equal = [1] * len(self.names)
@@ -100,12 +102,24 @@ class MixtureSampler(Sampler[int]):
             if unknown := set(given) - set(self.names):
                 raise ValueError(f"`max_epochs` names {sorted(unknown)}, no domain.")
             given = [given.get(name, np.inf) for name in self.names]
-        allowed = np.broadcast_to(
-            np.asarray(1.0 if given is None else given, float), len(self.names)
-        )
+        try:
+            allowed = np.asarray(1.0 if given is None else given, float)
+            allowed = np.broadcast_to(allowed, len(self.names))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`max_epochs` must be one number, or numbers by name, got {given!r}."
+            ) from None
         if not (allowed > 0).all():
             raise ValueError(f"`max_epochs` must be positive, got {given}.")
         return allowed
+
+    def _check_tokens(self) -> None:
+        given = self.tokens_per_row
+        known = isinstance(given, Mapping) and set(given) == set(self.names)
+        if not known or not all(0 < n < np.inf for n in given.values()):
+            raise ValueError(
+                f"`tokens_per_row` must give each of {self.names} a positive number, got {given!r}."
+            )
 
     def bind(self, sizes: Mapping[str, Sequence[int | None]]) -> None:
         """Set how many rows each domain has, before the first draw.
@@ -140,9 +154,9 @@ class MixtureSampler(Sampler[int]):
 
     def reset(self) -> None:
         """Begin anew, with the weights given at first."""
-        due = 1 - uniforms(self.seed, "due", 0, len(self.names))
         self._blocks: deque[Block] = deque()  # drawn and not yet used
-        self._base = Cursor(0, np.zeros_like(self._sizes), due)  # at the start of the first block
+        # At the start of the first block
+        self._base = Cursor(0, np.zeros_like(self._sizes), np.zeros(len(self.names)))
         self._used = 0  # of the first block
         self.set_weights(self._initial)
 
@@ -154,6 +168,9 @@ class MixtureSampler(Sampler[int]):
         Args:
             weights: As those of the constructor.
         """
+        weights = check_weights(weights, self.names)
+        if self.position == 0:
+            self._initial = weights  # a run begins with them
         self.set_plan([(weights, None)])
 
     def set_plan(self, segments: Sequence[tuple]) -> None:
@@ -165,11 +182,19 @@ class MixtureSampler(Sampler[int]):
         Raises:
             ValueError: As `check_weights`.
         """
-        self.rewind()
-        plan, end = [], self._base.draws
+        plan, end = [], self.position
         for weights, draws in segments:
-            end = None if draws is None else end + draws
-            plan.append((check_weights(weights, self.names), end))
+            weights = check_weights(weights, self.names)
+            if end is None or not (draws is None or draws == int(draws) >= 0):
+                raise ValueError(
+                    "`segments` must be of whole numbers of draws, of which only the last may be "
+                    f"None, got {draws!r}."
+                )
+            end = None if draws is None else end + int(draws)
+            plan.append((weights, end))
+        if not plan:
+            raise ValueError("`segments` is empty: decide at least one.")
+        self.rewind()
         self._plan = plan
         self.version += 1
 
@@ -239,12 +264,12 @@ class MixtureSampler(Sampler[int]):
             if not weights.any():
                 return None
             weights = weights / weights.sum()
-        domains, times = self._choose(weights, cursor, count)
+        domains, credit = self._choose(weights, cursor, count)
         count = self._until_exhausted(domains, cursor)
         if count == 0:
             return None
-        domains, times = domains[:count], None if times is None else times[:count]
-        block = Block(cursor, domains, *self._rows(domains, cursor), weights, times)
+        domains, credit = domains[:count], None if credit is None else credit[:count]
+        block = Block(cursor, domains, *self._rows(domains, cursor), weights, credit)
         self._blocks.append(block)
         return block
 
@@ -286,16 +311,21 @@ class MixtureSampler(Sampler[int]):
 
     def _choose(self, weights, cursor: Cursor, count: int):
         if self.method == "even":
-            return choose_evenly(weights, cursor.due, count)
+            return choose_evenly(weights, cursor.credit, count)
         return choose(weights, uniforms(self.seed, "domains", cursor.draws, count)), None
 
     def _until_exhausted(self, domains: np.ndarray, cursor: Cursor) -> int:
-        """How many of the draws come before the first that its domain has no row for."""
+        """How many of the draws come before the first that its domain has no row for.
+
+        With "spill", before the first that its domain's last row has changed the shares of.
+        """
         left = self._capacity - cursor.counts.sum(1)
-        count = len(domains)
-        for j in np.flatnonzero(left < len(domains)):
+        count, spill = len(domains), self.exhausted == "spill"
+        for j in np.flatnonzero(left <= len(domains)):
             own = np.flatnonzero(domains == j)
-            if len(own) > left[j]:
+            if spill and 0 < left[j] <= len(own):
+                count = min(count, own[int(left[j]) - 1] + 1)
+            elif len(own) > left[j]:
                 count = min(count, own[int(left[j])])
         return count
 
@@ -341,7 +371,7 @@ class MixtureSampler(Sampler[int]):
             "settings": self._settings(),
             "draws": cursor.draws,
             "counts": cursor.counts.tolist(),
-            "due": cursor.due.tolist(),
+            "credit": cursor.credit.tolist(),
             "plan": [[weights.tolist(), end] for weights, end in self._plan],
         }
 
@@ -353,6 +383,7 @@ class MixtureSampler(Sampler[int]):
             "unit": self.unit,
             "method": self.method,
             "exhausted": self.exhausted,
+            "tokens_per_row": self.unit == "tokens" and self.tokens_per_row,
             "max_epochs": [None if np.isinf(n) else n for n in self._max_epochs.tolist()],
         }
 
@@ -377,7 +408,7 @@ class MixtureSampler(Sampler[int]):
                 )
         counts = np.array(state["counts"], dtype=np.int64).reshape(self._sizes.shape)
         self._blocks.clear()
-        self._base = Cursor(state["draws"], counts, np.array(state["due"]))
+        self._base = Cursor(state["draws"], counts, np.array(state["credit"]))
         self._used = 0
         self._plan = [(np.array(weights), end) for weights, end in state["plan"]]
         self.version += 1

@@ -51,6 +51,8 @@ class Signals:
                 "`padding_free` makes one row of a batch, and the losses of domains are then not "
                 "told apart. Set it (and `packing`) to False."
             )
+        if measure not in MEASURES:
+            raise ValueError(f"`measure` must be one of {MEASURES}, got {measure!r}.")
         self.trainer, self.targets = trainer, list(targets)
         self.reference: torch.nn.Module | None = None  # of `excess`
         self._rows: list[tuple[int, dict]] = []  # target, row
