@@ -154,7 +154,7 @@ class Study:
                     self.run(name, seed, weights)
                 runs = self.results.pop(name).values()
                 found[tuple(weights)] = float(np.mean([run["validation"] for run in runs]))
-        return list(min(found, key=found.get))
+        return [round(float(share), 4) for share in min(found, key=found.get)]
 
     def graph(self) -> list[list[float]]:
         """Skill-It's, from a quarter of a run on each domain alone."""

@@ -287,6 +287,17 @@ def test_weights_of_a_callback_govern_the_next_step_and_no_draw_before(make, acc
     assert logged == np.sign(expected).tolist()
 
 
+def test_two_cannot_decide_the_weights(make):
+    sampler = sampler_of()
+    trainer = make(max_steps=6)
+    attach_mixture(
+        trainer, sampler, MixtureCallback(sampler, lambda *_: Phases((WEIGHTS, 3, None)))
+    )
+    trainer.add_callback(Setting(sampler, {1: ONE_HOT["a"]}))
+    with pytest.raises(ValueError, match="set by another than Phases"):
+        trainer.train()
+
+
 def test_weights_set_before_training_hold(make):
     for place in ("before attaching", "after it", "on_train_begin"):
         sampler = sampler_of([1, 0, 0])

@@ -162,6 +162,11 @@ class MixtureCallback(TrainerCallback, ExportableState):
         whole, part = divmod(state.global_step - 1, self.loader.steps_an_epoch)
         state.epoch = whole + (part + 1) / self.loader.steps_an_epoch
         if self._segments:
+            if self.sampler.version != self._planned:
+                raise ValueError(
+                    f"The sampler's weights were set by another than {self._method()}, which is in "
+                    "the middle of a plan. Attach one of the two."
+                )
             self._steps += 1
             self._spent["steps"] += self._segments[0].estimates
             self._finish_segments(state)
@@ -183,7 +188,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self._spent["total"] += time.perf_counter() - self._begun
         spent = dict(self._spent)
         drawn = self._drawn()
-        lines = [f"Share of the rows drawn: {_listed(self.sampler.names, drawn / drawn.sum())}."]
+        lines = [
+            f"Share of the rows drawn: {_listed(self.sampler.names, drawn / max(drawn.sum(), 1))}."
+        ]
         if self.signals and self.signals.targets:
             losses = self._measured("losses")["losses"]
             self._record.write({"step": state.global_step, "final": losses.tolist()})
@@ -240,6 +247,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
     def _set_plan(self, segments) -> None:
         draws = self.loader.draws_a_step
         self.sampler.set_plan([(s.weights, s.steps * draws) for s in segments if s.steps])
+        self._planned = self.sampler.version
 
     def _begin_segment(self) -> None:
         self._steps, self._learning_rate, self._early = 0, 0.0, None
@@ -349,6 +357,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self.loader.skip = part * self.trainer.args.gradient_accumulation_steps
         self._drawn_before = self._drawn()
         self._record.go_on(saved["record"], header)
+        self._planned = self.sampler.version
         if self._segments and saved["draws_a_step"] != self.loader.draws_a_step:
             # Segments are in steps, and the plan that was saved is in draws
             first, *others = self._segments
