@@ -1,6 +1,6 @@
 """Study: does moving the mixture pay? Aioli and its kin against the best fixed shares.
 
-    llmmix run mixing_study [--domains docs noise noise2]
+    llmmix run mixing_study [--domains code docs cpp math]
 
 Trains a two-layer model from nothing on domains of builtin:domains, equally long by every method,
 over several seeds; prints test losses as differences to equal shares with 95% intervals, and writes
@@ -52,7 +52,7 @@ class StudyArguments:
 
     output_dir: str = field(default="runs/mixing_study", metadata={"help": "Where it all goes."})
     domains: list[str] = field(
-        default_factory=lambda: ["code", "docs", "cpp", "math"],
+        default_factory=lambda: ["docs", "noise", "noise2"],
         metadata={"help": "Domains of builtin:domains."},
     )
     seeds: int = field(default=3, metadata={"help": "Seeds of each method."})
