@@ -14,7 +14,7 @@ _HOMES = {
     "DoGEConfig": "proxies",
     "DoReMiCallback": "proxies",
     "DoReMiConfig": "proxies",
-    "MixtureCallback": "attach",
+    "MixtureCallback": "callback",
     "MixtureSampler": "sampler",
     "SkillItCallback": "online",
     "SkillItConfig": "online",

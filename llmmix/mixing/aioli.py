@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmmix.mixing.attach import MixtureCallback
+from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.control import check_weights
 from llmmix.mixing.estimators import OneHotAioli, RegressionAioli
 from llmmix.mixing.influence import (

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmmix.mixing.attach import MixtureCallback
+from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.control import Observation
 from llmmix.mixing.online import (
     OnlineController,

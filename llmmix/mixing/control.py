@@ -3,7 +3,7 @@
 A controller is arithmetic alone. It is asked for a plan, told what was measured when a segment of
 it ends, and asked again when the plan is used up. Nothing is drawn past a plan's end, so weights
 that are decided at a step govern the draws of the very next one. The same controller runs under a
-trainer (`llmmix.mixing.attach`) and under a simulated one, in milliseconds.
+trainer (`llmmix.mixing.callback`) and under a simulated one, in milliseconds.
 """
 
 from typing import NamedTuple, Protocol

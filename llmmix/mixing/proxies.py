@@ -34,7 +34,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 from llmmix.data import resolve_checkpoint
-from llmmix.mixing.attach import MixtureCallback
+from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.control import Observation
 from llmmix.mixing.online import (
     OnlineController,

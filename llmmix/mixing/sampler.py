@@ -5,7 +5,7 @@
 
 So draw i depends on the seed, on i, on the weights decided for it and on the draws before it, and
 on nothing else: not on the number of processes, loader workers or restarts. What a trainer does
-with it is in llmmix/mixing/attach.py.
+with it is in llmmix/mixing/callback.py.
 
 A weight means one thing: the share of the rows drawn. With `unit="tokens"` it means the share of
 the tokens that are scored, by each domain's mean per row.
