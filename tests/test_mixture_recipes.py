@@ -77,6 +77,14 @@ def test_every_method_on_the_same_command(method, files, checkpoint):
         assert header["weights"] == [0.5, 0.5]
 
 
+def test_doremi_with_adapters(files, checkpoint):
+    """The reference is an adapter's folder then, on the same model."""
+    flags = ["--method", "doremi", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+    assert run("aioli", files, checkpoint, *flags, domains=("text", "pairs")) == 0
+    assert (files / "out" / "reference" / "adapter_model.safetensors").exists()
+    assert (files / "out" / "adapter_model.safetensors").exists()
+
+
 def test_the_options_of_a_method_reach_it(files, checkpoint, capsys):
     flags = ["--method", "odm", "--method_options", "reward=losses", "decay=2"]
     assert run("aioli", files, checkpoint, *flags, domains=("text", "pairs")) == 2

@@ -220,7 +220,7 @@ def rows_of(seed: int, step: int, domain: str, size: int, count: int) -> list[in
 @contextmanager
 def fused_head(model: torch.nn.Module):
     """Our head for the time being; what answered before answers afterwards."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.__dict__.get("forward")
     attach_head(base)
     try:
