@@ -18,13 +18,16 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 
 from llmmix.cli import parse_args
 from llmmix.data import checkpoint_to_resume, load_tokenizer, prepare_model_args
-from llmmix.mixing import AioliCallback, AioliConfig, attach_mixture, label_domains
+from llmmix.mixing import AioliCallback, AioliConfig, MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.bandit import BanditCallback, BanditConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.online import SkillItCallback, SkillItConfig
 from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback, DoReMiConfig
 from llmmix.report import write_report
 
+CONFIGS = {"skillit": SkillItConfig, "doremi": DoReMiConfig}
+CONFIGS |= {"doge": DoGEConfig, "odm": BanditConfig}
+STAGED = ("doremi", "doge")  # a proxy is trained first
 METHODS = ("aioli", "skillit", "doremi", "doge", "odm", "stratified", "fixed")
 
 
@@ -38,6 +41,19 @@ class MethodArguments:
     )
 
 
+def config_of(method: str, given: list[str]):
+    """The options of a method other than aioli, None for one that takes none."""
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    if bad := [option for option in given if "=" not in option]:
+        raise ValueError(f"`method_options`: {bad} must be NAME=VALUE.")
+    if given and method not in CONFIGS:
+        raise ValueError(f"`method_options` are of {list(CONFIGS)}; {method!r} takes none.")
+    options = dict(option.split("=", 1) for option in given)
+    options = {name: yaml.safe_load(value) for name, value in options.items()}
+    return CONFIGS[method](**options) if method in CONFIGS else None
+
+
 def main(
     training_args: MixtureConfig,
     model_args: ModelConfig,
@@ -46,10 +62,7 @@ def main(
 ) -> None:
     """Load, train what the method needs first, train, save."""
     method = method_args.method
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
-    options = dict(option.split("=", 1) for option in method_args.method_options)
-    options = {name: yaml.safe_load(value) for name, value in options.items()}
+    config = config_of(method, method_args.method_options)
     checkpoint = prepare_model_args(model_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
@@ -58,6 +71,7 @@ def main(
     def fit(folder: Path, make_callback=None, weights=None):
         args = copy.copy(training_args)
         args.output_dir = str(folder)
+        args.push_to_hub = args.push_to_hub and folder == out
         trainer = SFTTrainer(
             checkpoint,
             args=args,
@@ -68,10 +82,11 @@ def main(
             peft_config=get_peft_config(model_args),
         )
         sampler = args.sampler(train, weights)
-        callback = make_callback and make_callback(sampler, measured_rows=args.measured_rows)
-        callback = attach_mixture(trainer, sampler, callback)
+        make = make_callback or MixtureCallback
+        callback = make(sampler, measured_rows=args.measured_rows)
+        attach_mixture(trainer, sampler, callback)
         resume = checkpoint_to_resume(args)
-        if folder != out:  # a stage before: from where it had come, if it had begun
+        if folder != out or (method in STAGED and resume is True):  # where it had come, if begun
             resume = get_last_checkpoint(folder) if resume and folder.exists() else None
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -79,18 +94,18 @@ def main(
         trainer.accelerator.print(f"Model saved to {folder}")
         return trainer, callback
 
-    def of(callback, config, **more):
-        return lambda sampler, **given: callback(sampler, config(**options), **more, **given)
+    def of(callback, **more):
+        return lambda sampler, **given: callback(sampler, config, **more, **given)
 
     weights = [1.0] * len(train) if method == "stratified" else None
-    moves = {"odm": of(BanditCallback, BanditConfig), "skillit": of(SkillItCallback, SkillItConfig)}
+    moves = {"odm": of(BanditCallback), "skillit": of(SkillItCallback)}
     moves["aioli"] = lambda sampler, **given: AioliCallback(sampler, aioli_config, **given)
     if method == "doremi":
         fit(out / "reference")
-        proxy = of(DoReMiCallback, DoReMiConfig, reference=str(out / "reference"))
+        proxy = of(DoReMiCallback, reference=str(out / "reference"))
         weights = fit(out / "proxy", proxy)[1].controller.average
     elif method == "doge":
-        weights = fit(out / "proxy", of(DoGECallback, DoGEConfig))[1].controller.average
+        weights = fit(out / "proxy", of(DoGECallback))[1].controller.average
     trainer, _ = fit(out, moves.get(method), weights)
     if trainer.accelerator.is_main_process:
         print(f"Report: {write_report(out)}")

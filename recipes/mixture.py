@@ -12,7 +12,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 
 from llmmix.cli import parse_args
 from llmmix.data import checkpoint_to_resume, load_tokenizer, prepare_model_args
-from llmmix.mixing import attach_mixture, label_domains
+from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.report import write_report
 
@@ -31,7 +31,9 @@ def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    attach_mixture(trainer, training_args.sampler(train))
+    sampler = training_args.sampler(train)
+    measured = training_args.measured_rows
+    attach_mixture(trainer, sampler, MixtureCallback(sampler, measured_rows=measured))
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     trainer.save_state()

@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 
 from llmmix.cli import parse_args
 from llmmix.data import load_tokenizer, prepare_model_args
-from llmmix.mixing import attach_mixture, label_domains
+from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.record import read_record
 from llmmix.mixing.sweep import SweepArguments, add, check_same, choose_mixtures, finished
@@ -27,6 +27,8 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
     checkpoint = prepare_model_args(model_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
+    if training_args.padding_free or training_args.packing:
+        raise ValueError("`padding_free`, `packing`: a sweep needs each domain's loss. Set no one.")
     prior = training_args.sampler(train).weights
     out = Path(training_args.output_dir)
     tables = {name: out / f"{name}.csv" for name in ("ratios", "metrics")}
@@ -39,7 +41,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
         if row and finished(tables["metrics"], run):
             continue
         args = copy.copy(training_args)
-        args.output_dir = str(out / run)
+        args.output_dir, args.push_to_hub = str(out / run), False
         trainer = SFTTrainer(
             checkpoint,
             args=args,
@@ -49,7 +51,8 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-        attach_mixture(trainer, args.sampler(train, weights))
+        sampler = args.sampler(train, weights)
+        attach_mixture(trainer, sampler, MixtureCallback(sampler, measured_rows=args.measured_rows))
         trainer.train()
         if sweep_args.keep_models:
             trainer.save_model()
@@ -64,7 +67,8 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
             if not sweep_args.keep_models:
                 shutil.rmtree(out / run)
         trainer.accelerator.wait_for_everyone()
-    print(f"{len(mixtures)} runs in {tables['ratios']} and {tables['metrics']}")
+    if training_args.process_index == 0:
+        print(f"{len(mixtures)} runs in {tables['ratios']} and {tables['metrics']}")
 
 
 if __name__ == "__main__":

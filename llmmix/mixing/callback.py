@@ -71,6 +71,14 @@ class MixtureCallback(TrainerCallback, ExportableState):
         locate = locate_rows(trainer, sampler)
         if sampler.unit == "tokens" and sampler.tokens_per_row is None:
             sampler.tokens_per_row = mean_scored_tokens(trainer.train_dataset, sampler.names)
+        self._locate = locate
+        self._record = MixtureRecord(trainer)
+        self.signals = self._bind_targets()
+        if self._make_controller:
+            targets = self.signals.targets if self.signals else []
+            self.controller = self._make_controller(sampler.names, targets, sampler.weights)
+            self._fresh = self.controller.state_dict()
+        # Nothing can be amiss any more: the trainer is changed from here on
         own_loader = trainer.get_train_dataloader
         process = (args.process_index, args.world_size)
 
@@ -84,13 +92,6 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
         trainer.get_train_dataloader = get_train_dataloader
         trainer.args.ignore_data_skip = True  # the sampler knows where it was; nothing is replayed
-        self._locate = locate
-        self._record = MixtureRecord(trainer)
-        self.signals = self._bind_targets()
-        if self._make_controller:
-            targets = self.signals.targets if self.signals else []
-            self.controller = self._make_controller(sampler.names, targets, sampler.weights)
-            self._fresh = self.controller.state_dict()
 
     def _bind_targets(self) -> Signals | None:
         """Find the rows that losses are measured on, which a fixed mixture can do without."""
@@ -350,8 +351,10 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self.loader.keep = any(segment.measure in BEFORE_UPDATE for segment in self._segments)
         part = state.global_step % self.loader.steps_an_epoch
         self.loader.skip = part * self.trainer.args.gradient_accumulation_steps
+        if state.global_step >= state.max_steps:
+            self.loader.skip = len(self.loader)  # nothing is left of the run
         self._drawn_before = self._drawn()
-        self._record.go_on(saved["record"], header)
+        self._record.go_on(saved["record"], state.global_step, header)
         self._planned = self.sampler.version
         if self._segments and saved["draws_a_step"] != self.loader.draws_a_step:
             # Segments are in steps, and the plan that was saved is in draws

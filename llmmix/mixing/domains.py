@@ -98,8 +98,8 @@ def load_domains(args: MixtureConfig, tokenizer) -> tuple[dict, dict]:
         for part, into in ((rows, train), (held_out, validation)):
             argument = f"domains: {name}"
             into[name] = check_sft_dataset(part, argument, args.dataset_text_field, tokenizer)
-    columns = [frozenset(_form(rows)) for rows in train.values()]
-    if len(set(columns)) > 1:
+    columns = {frozenset((c, str(f)) for c, f in r.features.items()) for r in train.values()}
+    if len(columns) > 1:
         train, validation = (
             {name: _tokenized(rows, tokenizer, args, name) for name, rows in part.items()}
             for part in (train, validation)
@@ -127,7 +127,7 @@ def _sources(domains: list[str]) -> dict[str, str]:
 def _split(splits, name: str, args: MixtureConfig) -> tuple[Dataset, Dataset]:
     """Training rows, and validation rows that are none of them."""
     train = splits["train"] if "train" in splits else splits[next(iter(splits))]
-    for other in ("validation", "valid", "test"):
+    for other in ("validation", "valid"):
         if other in splits and splits[other] is not train:
             return train, splits[other]
     if not len(train):
@@ -139,15 +139,6 @@ def _split(splits, name: str, args: MixtureConfig) -> tuple[Dataset, Dataset]:
         )
     parts = train.train_test_split(test_size=args.validation_rows, seed=0)
     return parts["train"], parts["test"]
-
-
-def _form(rows: Dataset) -> set[str]:
-    """The columns that make the format of rows, and whether they hold text or messages."""
-    first = rows[0]
-    for columns in (*FORMATS, ("text",)):
-        if set(columns) <= set(first):
-            return {f"{column}: {type(first[column]).__name__}" for column in columns}
-    return set(first)
 
 
 def _check_one_format(rows: Dataset, name: str, text_field: str) -> None:

@@ -42,6 +42,9 @@ def _lines(axis, x, values: np.ndarray, names: list[str], **style) -> None:
 
 def _shares(axis, header, entries, measured, found) -> None:
     drawn = [e for e in entries if "counts" in e]
+    if not drawn:
+        axis.set_axis_off()
+        return
     steps = np.array([e["step"] for e in drawn])
     counts = np.array([e["counts"] for e in drawn], dtype=float)
     decided = [e for e in entries if "weights" in e]

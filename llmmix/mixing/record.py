@@ -40,18 +40,20 @@ class MixtureRecord:
             with self._path.open("a") as file:
                 file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
-    def go_on(self, lines: int, header: dict) -> None:
-        """Forget all but the first lines, which a checkpoint counted; a resumed run writes anew.
+    def go_on(self, lines: int, step: int, header: dict) -> None:
+        """Forget what was written after a checkpoint, which had so many lines and was of a step.
 
         Where the run is resumed in another folder, the header alone is known.
         """
         if not self._path.exists():
             self.start(header)
             return
+        kept = self._path.read_text().splitlines(keepends=True)[:lines]
+        # The lines of a second attempt, in a folder that the run did not begin in, are fewer
+        kept = [line for line in kept if json.loads(line).get("step", 0) <= step]
         if self._writes:
-            kept = self._path.read_text().splitlines(keepends=True)[:lines]
             self._path.write_text("".join(kept))
-        self.lines = lines
+        self.lines = len(kept)
 
 
 def _finite(value):

@@ -38,8 +38,7 @@ def label_domains(domains: Mapping[str, Dataset]) -> Dataset:
         if columns != kept[1]:
             raise ValueError(
                 f"`domains`: {name!r} has the columns {sorted(columns)}, {kept[0]!r} has "
-                f"{sorted(kept[1])}. Give them the same, or tokenize them each: "
-                "llmmix.mixing.formats.tokenize_domains."
+                f"{sorted(kept[1])}. Give them the same (`select_columns`), or tokenize each first."
             )
     labelled = []
     for name, rows in domains.items():
@@ -182,4 +181,7 @@ def mean_scored_tokens(dataset: Dataset, domains: list[str]) -> dict[str, float]
         )
     rows = dataset.with_format("numpy").select_columns([column])
     counts = np.array([np.sum(row[column][1:] != -100) for row in rows])
-    return {name: float(counts[names == name].mean()) for name in domains}
+    means = {name: float(counts[names == name].mean()) for name in domains}
+    if empty := [name for name, mean in means.items() if not mean]:
+        raise ValueError(f"`unit='tokens'`: no row of {empty} has a scored token.")
+    return means
