@@ -349,3 +349,4 @@ def test_rows_of_no_target_are_no_hindrance(make, domains, method):
     """What measures no losses leaves the trainer's own evaluation alone."""
     trainer, _ = make(method, targets=domains["sums"], max_steps=1)
     trainer.train()
+    assert trainer.state.global_step == 1

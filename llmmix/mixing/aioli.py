@@ -19,7 +19,7 @@ released code, whose variants are under `compat="official"`. Recipe: recipes/aio
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from llmmix.mixing.influence import (
     solve_mixing_matrix,
     update_weights,
 )
+from llmmix.mixing.online import option
 from llmmix.mixing.sampler import MixtureSampler
 
 __all__ = [
@@ -48,47 +49,43 @@ __all__ = [
 CONTROLLERS = {"one_hot": OneHotAioli, "regression": RegressionAioli}
 
 
-def _option(default, text: str, **more):
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass
 class AioliConfig:
     """Of Aioli. What is None follows from the length of the run and the number of domains."""
 
-    estimator: str = _option("one_hot", "How A is read: one_hot (the paper's) or regression.")
-    update_steps: int | None = _option(
+    estimator: str = option("one_hot", "How A is read: one_hot (the paper's) or regression.")
+    update_steps: int | None = option(
         None, "Steps between updates. Default: a tenth of the run; regression: a fortieth."
     )
-    rounds: int = _option(2, "one_hot: how often each domain is probed before an update.")
-    probe_steps: int | None = _option(
+    rounds: int = option(2, "one_hot: how often each domain is probed before an update.")
+    probe_steps: int | None = option(
         None, "one_hot: steps of a probe. Default: a quarter of the steps are probes."
     )
-    one_hot_factor: float = _option(0.75, "one_hot: f, the share of the domain that is probed.")
-    eta: float | None = _option(
+    one_hot_factor: float = option(0.75, "one_hot: f, the share of the domain that is probed.")
+    eta: float | None = option(
         None, "Size of an update. Default: 2 a domain; regression: 0.5; compat=official: 0.2."
     )
-    ema: float | None = _option(0.5, "one_hot: weight of the past matrices; none to accumulate.")
-    tilt: float = _option(0.1, "regression: share of each step given to one domain in turn.")
-    memory: float = _option(
+    ema: float | None = option(0.5, "one_hot: weight of the past matrices; none to accumulate.")
+    tilt: float = option(0.1, "regression: share of each step given to one domain in turn.")
+    memory: float = option(
         0.1, "regression: share of the steps so far after which a step counts half."
     )
-    transfer: float = _option(
+    transfer: float = option(
         0.1, "regression: what other domains do for a target beside its own, prior deviation."
     )
-    min_share: float = _option(0.25, "No domain falls below this part of an equal share.")
-    first_step: int | None = _option(
+    min_share: float = option(0.25, "No domain falls below this part of an equal share.")
+    first_step: int | None = option(
         None, "Steps before the first measurement. Default: a tenth of the run."
     )
-    prior_weights: list[float] | None = _option(None, "p0; default: the sampler's weights.")
-    prior_steps: int = _option(0, "Steps on p0 before all else (the restricted setting).")
-    anchor: str = _option("prior", "What updates tilt: prior, or uniform as the published code.")
-    target_weights: list[float] | None = _option(None, "Weights of the targets; default: equal.")
-    compat: str | None = _option(None, "official: the published code's update, order and floor.")
-    evidence: float = _option(
+    prior_weights: list[float] | None = option(None, "p0; default: the sampler's weights.")
+    prior_steps: int = option(0, "Steps on p0 before all else (the restricted setting).")
+    anchor: str = option("prior", "What updates tilt: prior, or uniform as the published code.")
+    target_weights: list[float] | None = option(None, "Weights of the targets; default: equal.")
+    compat: str | None = option(None, "official: the published code's update, order and floor.")
+    evidence: float = option(
         1.0, "one_hot: standard errors by which gains must differ for the weights to move."
     )
-    order_seed: int = _option(0, "Of the order of the probes.")
+    order_seed: int = option(0, "Of the order of the probes.")
 
     def __post_init__(self):
         self._check_kinds()

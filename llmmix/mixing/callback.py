@@ -193,8 +193,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
             shown = _listed(self.signals.targets, losses)
             lines.append(f"Validation losses: {shown}, mean {losses.mean():.4f}.")
         if self.controller:
-            decided = {"weights": self.controller.weights.tolist(), **self.controller.record()}
-            self._record.write({"step": state.global_step, **decided})
+            self._write_decision(state.global_step)
         if spent["measurements"]:
             share = spent["seconds"] / spent["total"]
             lines.append(
@@ -230,15 +229,13 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self._segments.extend(segments)
         self.loader.keep = any(segment.measure in BEFORE_UPDATE for segment in segments)
         self._set_plan(segments)
-        self._record.write(
-            {
-                "step": state.global_step,
-                "weights": self.controller.weights.tolist(),
-                **self.controller.record(),
-            }
-        )
+        self._write_decision(state.global_step)
         self._begin_segment()
         self._finish_segments(state)
+
+    def _write_decision(self, step: int) -> None:
+        decided = {"weights": self.controller.weights.tolist(), **self.controller.record()}
+        self._record.write({"step": step, **decided})
 
     def _set_plan(self, segments) -> None:
         draws = self.loader.draws_a_step

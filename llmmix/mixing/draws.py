@@ -99,7 +99,6 @@ class Block:
     domains: np.ndarray  # (n,)
     rows: np.ndarray  # (n,) within the domain
     passes: np.ndarray  # (n,) how often the domain had been through before
-    weights: np.ndarray  # (k,) in force
     credit: np.ndarray | None  # (n, k) of `choose_evenly`
 
     def cursor(self, used: int) -> Cursor:

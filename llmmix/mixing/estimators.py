@@ -276,10 +276,7 @@ class RegressionAioli(Aioli):
             return [Segment(self.weights, total_steps - step)]
         if step < begin:
             return [Segment(self.weights, begin - step), Segment(self.weights, 0, "losses")]
-        if self.losses is None:
-            first = [Segment(self.weights, 0, "losses")]
-        else:
-            first = []
+        first = [Segment(self.weights, 0, "losses")] if self.losses is None else []
         steps = min(self.update_steps(total_steps, 40), total_steps - step)
         return [*first, Segment(self._tilted(), steps, "losses")]
 

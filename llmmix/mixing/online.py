@@ -296,8 +296,6 @@ class SkillItCallback(MixtureCallback):
         options: As those of `MixtureCallback`.
     """
 
-    measures_losses = True
-
     def __init__(self, sampler: MixtureSampler, config: SkillItConfig | None = None, **options):
         config = SkillItConfig() if config is None else config
         super().__init__(sampler, functools.partial(SkillIt, config), **options)

@@ -234,7 +234,7 @@ class MixtureSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Go on from the first draw not used yet."""
         self.rewind()
-        first = self._first_rows()
+        first = self.first_rows()
         while block := self.take(CHUNK):
             version = self.version
             for index in (first[block.domains] + block.rows).tolist():
@@ -269,7 +269,7 @@ class MixtureSampler(Sampler[int]):
         if count == 0:
             return None
         domains, credit = domains[:count], None if credit is None else credit[:count]
-        block = Block(cursor, domains, *self._rows(domains, cursor), weights, credit)
+        block = Block(cursor, domains, *self._rows(domains, cursor), credit)
         self._blocks.append(block)
         return block
 
@@ -292,7 +292,7 @@ class MixtureSampler(Sampler[int]):
     def _cursor(self) -> Cursor:
         return self._blocks[0].cursor(self._used) if self._blocks else self._base
 
-    def _first_rows(self) -> np.ndarray:
+    def first_rows(self) -> np.ndarray:
         """(k,) index of each domain's first row, the domains one after the other."""
         if self.endless:
             raise ValueError("A domain without a length has no indices: see llmmix.mixing.streams.")

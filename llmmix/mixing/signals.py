@@ -90,7 +90,7 @@ class Signals:
             name: A key of `SIGNALS`.
             kept: Domains (rows,) and batch of each micro-batch of the step.
             domains: m.
-            loader: For `gradients`, rows of each domain: (domain, count) -> rows.
+            loader: For `gradients`, rows of each domain: domain -> rows.
         """
         model = self.trainer.model
         own_loss = name == "losses" and self.measure == "loss"
