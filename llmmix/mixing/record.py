@@ -10,9 +10,12 @@
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import Trainer
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 NAME = "mixture.jsonl"
 
@@ -20,7 +23,7 @@ NAME = "mixture.jsonl"
 class MixtureRecord:
     """Written by the main process."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: "Trainer"):
         self._path = Path(trainer.args.output_dir) / NAME
         self._writes = trainer.is_world_process_zero()
         self.lines = 0

@@ -1,0 +1,158 @@
+"""Nonlinear least squares with a Gaussian prior, for many targets that share some parameters.
+
+    min  sum_i [ sum_n rho((f_i(x_n) - z_in) / sigma_i) + 1/2 (t_i - t0_i)' Q (t_i - t0_i) ]
+         + 1/2 (s - s0)' R (s - s0)
+
+Each target i has parameters t_i (P) of its own, all have s (S), which may be none; rho is half the
+square, or Huber's. The normal matrix is an arrow: blocks of P, and a border of S. Steps
+(Levenberg-Marquardt) and the posterior (Laplace) solve it block by block, which general solvers
+cannot: 13 targets of 39 parameters and 34 shared ones on 512 runs take a second, not minutes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+# (theta (m, P), shared (S,), whether with derivatives) -> values (m, n) or
+# values, their derivatives in theta (m, n, P) and in shared (m, n, S)
+Curve = Callable[[np.ndarray, np.ndarray, bool], tuple | np.ndarray]
+LARGEST = 3.0  # step of a parameter: most are logarithms
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Means and precisions of the parameters."""
+
+    theta: np.ndarray  # (m, P)
+    precision: np.ndarray  # (P, P)
+    shared: np.ndarray  # (S,)
+    shared_precision: np.ndarray  # (S, S)
+
+    def terms(self, theta, shared) -> tuple[float, np.ndarray, np.ndarray]:
+        """Minus its logarithm, and its gradients."""
+        d, e = theta - self.theta, shared - self.shared
+        slope, shared_slope = d @ self.precision, self.shared_precision @ e
+        return 0.5 * (slope * d).sum() + 0.5 * e @ shared_slope, slope, shared_slope
+
+
+class Residuals:
+    """Losses and their weights: (f - z) / sigma, 0 where a loss is missing, Huber's beyond h."""
+
+    def __init__(self, losses: np.ndarray, sigma: np.ndarray, huber: float | None):
+        known = np.isfinite(losses.T)
+        self.z = np.where(known, losses.T, 0.0)  # (m, n)
+        self.scale = known / sigma[:, None]
+        self.huber = np.inf if huber is None else huber
+
+    def __call__(self, values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Sum of rho, and residuals (m, n) with the weights (m, n) that Huber's rho gives them."""
+        r = (values - self.z) * self.scale
+        size = np.abs(r)
+        capped = np.minimum(size, self.huber)
+        rho = np.where(size <= self.huber, 0.5 * r**2, capped * (size - 0.5 * capped))
+        weights = np.where(size <= self.huber, 1.0, capped / np.maximum(size, 1e-300))
+        return rho.sum(), r, weights
+
+
+class Arrow:
+    """The normal matrix: blocks (m, P, P), borders (m, P, S), corner (S, S)."""
+
+    def __init__(self, J, Js, weights, scale, prior: Prior):
+        root = (np.sqrt(weights) * scale)[:, :, None]
+        A, B = J * root, Js * root
+        At = A.transpose(0, 2, 1)
+        self.blocks = At @ A + prior.precision
+        self.border = At @ B
+        self.corner = (B.transpose(0, 2, 1) @ B).sum(0) + prior.shared_precision
+
+    def solve(self, g, gs, damping: float) -> tuple[np.ndarray, np.ndarray]:
+        """The damped step against gradients g (m, P) and gs (S,)."""
+        i = np.arange(self.blocks.shape[1])
+        blocks = self.blocks.copy()
+        blocks[:, i, i] *= 1 + damping
+        solved = np.linalg.solve(blocks, np.concatenate([self.border, g[:, :, None]], 2))
+        borders = self.border.transpose(0, 2, 1)
+        corner = self.corner + np.diag(damping * self.corner.diagonal())
+        corner = corner - (borders @ solved[:, :, :-1]).sum(0)
+        shared = -np.linalg.solve(corner, gs - (borders @ solved[:, :, -1:]).sum(0)[:, 0])
+        return -solved[:, :, -1] - solved[:, :, :-1] @ shared, shared
+
+
+class Posterior:
+    """Laplace's: a Gaussian about the fit, with the inverse of the normal matrix."""
+
+    def __init__(self, arrow: Arrow):
+        self.chol = np.linalg.cholesky(arrow.blocks)
+        self.through = np.linalg.solve(arrow.blocks, arrow.border)  # (m, P, S)
+        corner = arrow.corner - (arrow.border.transpose(0, 2, 1) @ self.through).sum(0)
+        self.corner_chol = np.linalg.cholesky(corner)
+
+    def variance(self, J, Js) -> np.ndarray:
+        """(m, n) variance of values with the derivatives J (m, n, P) and Js (m, n, S)."""
+        own = np.linalg.solve(self.chol, J.transpose(0, 2, 1))
+        border = (Js - J @ self.through).transpose(0, 2, 1)
+        shared = np.linalg.solve(self.corner_chol, border) if border.size else border
+        return (own**2).sum(1) + (shared**2).sum(1)
+
+    def draws(self, J, Js, count: int, rng: np.random.Generator) -> np.ndarray:
+        """(count, m, n) deviations of the values, linear in those of the parameters."""
+        m, P, S = self.through.shape
+        shared = np.linalg.solve(self.corner_chol.T, rng.standard_normal((S, count)))
+        own = np.linalg.solve(self.chol.transpose(0, 2, 1), rng.standard_normal((m, P, count)))
+        return (J @ (own - self.through @ shared) + Js @ shared).transpose(2, 0, 1)
+
+
+def levenberg_marquardt(
+    curve: Curve,
+    theta: np.ndarray,
+    shared: np.ndarray,
+    residuals: Residuals,
+    prior: Prior,
+    *,
+    max_iter: int,
+    tol: float,
+) -> tuple[np.ndarray, np.ndarray, float, bool]:
+    """Descend from `theta` (m, P) and `shared` (S,).
+
+    Args:
+        curve: The law at the runs.
+        theta: Where to start.
+        shared: Where to start.
+        residuals: The losses.
+        prior: Of the parameters.
+        max_iter: Steps at most.
+        tol: Relative fall of the objective below which it has converged.
+
+    Returns:
+        theta, shared, the objective there, and whether it converged.
+    """
+
+    def objective(theta, shared):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return residuals(curve(theta, shared, False))[0] + prior.terms(theta, shared)[0]
+
+    here, damping = objective(theta, shared), 1e-2
+    for _ in range(max_iter):
+        values, J, Js = curve(theta, shared, True)
+        _, r, weights = residuals(values)
+        arrow = Arrow(J, Js, weights, residuals.scale, prior)
+        _, slope, shared_slope = prior.terms(theta, shared)
+        pull = (r * weights * residuals.scale)[:, None]
+        g, gs = (pull @ J)[:, 0] + slope, (pull @ Js).sum(0)[0] + shared_slope
+        for _ in range(15):
+            step, shared_step = arrow.solve(g, gs, damping)
+            length = min(1.0, LARGEST / max(np.abs(step).max(), *np.abs(shared_step), 1e-300))
+            tried = theta + length * step, shared + length * shared_step
+            there = objective(*tried)
+            if there < here:
+                break
+            damping = max(damping * 4, 1e-6)
+        else:
+            return theta, shared, here, True  # no step of any length descends
+        fall, here = here - there, there
+        theta, shared = tried
+        damping = max(damping / 5, 1e-9)
+        if fall < tol * max(here, 1.0):
+            return theta, shared, here, True
+    return theta, shared, here, False

@@ -1,0 +1,264 @@
+"""What a mixture run's record says of its losses, and the linear law of how they fell.
+
+    (L_i(s) - L_i(s')) / g(t) = sum_j A_ij x_j + noise    interval s to s', t its middle
+    g(t) ~ t^-power (1 - t/T)^end, T the run's end        x_j = (s' - s) * share of domain j's rows
+
+The linear dynamic law of Chen et al. (arXiv:2411.05735). They continue a checkpoint on many
+mixtures; here there is one run, whose losses fall ever more slowly and, as the learning rate ends,
+not at all. So all entries share one decay g, of mean 1 over the run's steps: A is what a step sheds
+on average, and its shape is taken to stay. Errors count alike after division by g; what only trends
+of both mixture and speed tell apart, g may claim. The fall that every run begins with follows no
+such g: the first tenth is left out, as Aioli does. R2 is against a law that no mixture matters to,
+drop = a_i * steps, not against the mean drop, which all laws beat.
+
+Rows of A are targets and columns domains.
+"""
+
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from llmmix.mixing.influence import InfluenceMatrix
+from llmmix.mixing.record import NAME, read_record
+
+VARIED = 0.01  # standard deviation over intervals that a share must have for its column
+POWERS, ENDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a run's record says, by interval between two measurements of the losses.
+
+    Args:
+        method: Class of what moved the weights.
+        domains: k names.
+        targets: m names.
+        start: (r,) step before the first of each interval.
+        steps: (r,) its length.
+        shares: (r, k) of the rows drawn in it.
+        drops: (r, m) losses before minus after.
+        decided: (d,) steps at which the method had a new matrix.
+        matrices: (d, m, k) them; entries may be NaN.
+        notes: What of the record could not be used.
+    """
+
+    method: str
+    domains: tuple[str, ...]
+    targets: tuple[str, ...]
+    start: np.ndarray
+    steps: np.ndarray
+    shares: np.ndarray
+    drops: np.ndarray
+    decided: np.ndarray
+    matrices: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajectory:
+    """The intervals and matrices of a mixture run.
+
+    Args:
+        folder: With the `mixture.jsonl` of the run.
+        first_step: Intervals that begin before it are left out; a tenth of the run's steps by
+            default.
+
+    Raises:
+        FileNotFoundError: It holds none.
+        ValueError: The losses were not measured twice with the draws between known.
+    """
+    header, entries = read_record(folder)
+    k, m = len(header["domains"]), len(header["targets"])
+    counts = {e["step"]: np.array(e["counts"], float) for e in entries if "counts" in e}
+    measured, notes = {}, []
+    for entry in entries:
+        losses = entry.get("final", entry.get("measured", {}).get("losses"))
+        if losses is not None:  # of two at a step, before and after a plan, the last
+            measured[entry["step"]] = np.array(losses, dtype=float)
+    lost = [step for step, losses in measured.items() if not np.isfinite(losses).all()]
+    if lost:
+        shown = ", ".join(map(str, lost))
+        notes.append(f"Losses that were not finite, at steps {shown}, are passed over.")
+    begun = max(counts, default=0) // 10 if first_step is None else first_step
+    kept = sorted(step for step in set(measured) - set(lost) if step >= begun)
+    spans, torn = [], 0
+    for begin, end in zip(kept, kept[1:], strict=False):
+        drawn = [counts.get(s) for s in range(begin + 1, end + 1)]
+        if any(c is None for c in drawn) or not np.sum(drawn):
+            torn += 1
+            continue
+        rows = np.sum(drawn, axis=0)
+        spans.append((begin, end - begin, rows / rows.sum(), measured[begin] - measured[end]))
+    if torn:
+        notes.append(f"Of {torn} intervals the draws are not all in the record: left out.")
+    if not spans:
+        raise ValueError(
+            f"{Path(folder) / NAME}: from step {begun} on, losses of the targets were measured at "
+            f"{len(kept)} steps, and it takes two with the draws between on record. "
+            f"{header['method']} may not measure them; one that does is needed, or an earlier "
+            "`first_step`."
+        )
+    decided, matrices = _decisions(entries, m, k)
+    start, steps, shares, drops = (np.array(part) for part in zip(*spans, strict=True))
+    names = tuple(header["domains"]), tuple(header["targets"])
+    found = (start, steps, shares, drops, decided, matrices)
+    return Trajectory(header["method"], *names, *found, tuple(notes))
+
+
+def _decisions(entries: list[dict], m: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and matrices; a plan repeats the last one until there is another."""
+    steps, matrices = [], []
+    for entry in entries:
+        if entry.get("matrix") is None:
+            continue
+        matrix = np.array(entry["matrix"], dtype=float)
+        if matrix.shape != (m, k):
+            raise ValueError(
+                f"The matrix of step {entry['step']} must be targets by domains, {m} x {k}, got "
+                f"{' x '.join(map(str, matrix.shape))}."
+            )
+        if not matrices or not np.array_equal(matrix, matrices[-1], equal_nan=True):
+            steps.append(entry["step"])
+            matrices.append(matrix)
+    return np.array(steps, dtype=int), np.array(matrices).reshape(-1, m, k)
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """The linear dynamic law of a run.
+
+    Args:
+        matrix: Loss that a target sheds a step, on average over the run, were all rows a domain's;
+            NaN in the columns of `unidentified`.
+        errors: (m, k) standard errors; NaN without intervals to spare.
+        decay: power and end of g.
+        speed: (r,) g of each interval.
+        r2: In the sample, over all targets in units of each one's errors without a mixture.
+        r2_out: Of intervals left out one at a time; NaN where one is needed to fit the rest.
+        mse: Nats squared at the run's mean speed, in the sample.
+        mse_out: Likewise of intervals left out.
+        unidentified: Domains whose share hardly varied, or only with others' in lockstep.
+        noise: (m, m) covariance of an interval's errors, divided by g.
+        spread: (k, k) that of a row of A, in units of the noise.
+        residuals: (r, m) of intervals left out, divided by g.
+        null_residuals: (r, m) likewise of the law without a mixture.
+    """
+
+    matrix: InfluenceMatrix
+    errors: np.ndarray
+    decay: tuple[float, float]
+    speed: np.ndarray
+    r2: float
+    r2_out: float
+    mse: float
+    mse_out: float
+    unidentified: tuple[str, ...]
+    noise: np.ndarray = field(repr=False)
+    spread: np.ndarray = field(repr=False)
+    residuals: np.ndarray = field(repr=False)
+    null_residuals: np.ndarray = field(repr=False)
+
+
+def fit_dynamics(
+    trajectory: Trajectory, *, ridge: float = 0.0, decay: tuple[float, float] | None = None
+) -> Dynamics:
+    """A by least squares on what each interval shed.
+
+    Args:
+        trajectory: Of a run.
+        ridge: Shrinks A towards 0, in units of the mean square of a domain's steps.
+        decay: power and end of g; None: of a grid the pair under which intervals left out are
+            likeliest, which makes `r2_out` a little too good.
+
+    Raises:
+        ValueError: Fewer intervals than domains, shares that never vary, or a negative ridge.
+    """
+    t, k = trajectory, len(trajectory.domains)
+    r, m = t.drops.shape
+    if not 0 <= ridge < np.inf:
+        raise ValueError(f"`ridge` must be 0 or more, got {ridge}.")
+    if r < k:
+        raise ValueError(
+            f"`trajectory` has {r} intervals for {k} domains, and it takes as many, better several "
+            "times as many: measure more often, or run longer."
+        )
+    known = _identified(t)
+    x, length = (t.shares * t.steps[:, None])[:, known], t.steps[:, None].astype(float)
+    grid = list(product(POWERS, ENDS)) if decay is None else [decay]
+
+    def score(pair):
+        g = _speed(t, *pair)
+        _, _, out = _least_squares(x, t.drops / g[:, None], ridge)
+        with np.errstate(divide="ignore"):
+            return (0.5 * np.log((out**2).mean(0)) + np.log(g).mean()).sum()
+
+    scores = [score(pair) for pair in grid] if len(grid) > 1 else [0.0]
+    # Where no interval can be left out every score is NaN, and nothing speaks for a decay
+    best = grid[int(np.argmin(np.nan_to_num(scores, nan=np.inf, neginf=-1e300)))]
+    g = _speed(t, *best)
+    y = t.drops / g[:, None]
+    found, inner, out = _least_squares(x, y, ridge)
+    _, null_inner, null_out = _least_squares(length, y, 0.0)
+    free = r - x.shape[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        noise = inner.T @ inner / free if free else np.full((m, m), np.nan)
+    gram = x.T @ x + ridge * np.mean(x**2) * len(x) * np.eye(x.shape[1])
+    values, spread = np.full((m, k), np.nan), np.full((k, k), np.nan)
+    values[:, known] = found.T
+    spread[np.ix_(known, known)] = np.linalg.inv(gram)
+    return Dynamics(
+        matrix=InfluenceMatrix(values, t.targets, t.domains),
+        errors=np.sqrt(np.outer(noise.diagonal(), spread.diagonal())),
+        decay=best,
+        speed=g,
+        r2=mean_r2(inner, null_inner),
+        r2_out=mean_r2(out, null_out),
+        mse=float((inner**2).mean()),
+        mse_out=float((out**2).mean()),
+        unidentified=tuple(t.domains[j] for j in np.flatnonzero(~known)),
+        noise=noise,
+        spread=spread,
+        residuals=out,
+        null_residuals=null_out,
+    )
+
+
+def _identified(t: Trajectory) -> np.ndarray:
+    """(k,) whether the shares say anything of a domain by itself."""
+    mean = np.average(t.shares, axis=0, weights=t.steps)
+    varied = np.sqrt(np.average((t.shares - mean) ** 2, axis=0, weights=t.steps)) >= VARIED
+    if varied.any():
+        x = t.shares[:, varied] * np.sqrt(t.steps)[:, None]
+        reach = np.linalg.pinv(x, rcond=1e-6) @ x  # a projection: 1 where a domain stands alone
+        varied[varied] = reach.diagonal() > 1 - 1e-6
+    if not varied.any():
+        shown = ", ".join(f"{d} {p:.3f}" for d, p in zip(t.domains, mean, strict=True))
+        raise ValueError(
+            f"`trajectory` identifies nothing: the shares ({shown}) hardly varied from interval "
+            "to interval. Fit a run whose mixture moves, or one with probes or a tilt."
+        )
+    return varied
+
+
+def _speed(t: Trajectory, power: float, end: float) -> np.ndarray:
+    """(r,) g at the middle of each interval, of mean 1 over the steps."""
+    middle, last = t.start + t.steps / 2, (t.start + t.steps)[-1]
+    g = middle**-power * (1 - middle / last) ** end
+    return g / np.average(g, weights=t.steps)
+
+
+def _least_squares(x: np.ndarray, y: np.ndarray, ridge: float) -> tuple[np.ndarray, ...]:
+    """Coefficients, residuals, and those of rows left out: e / (1 - leverage)."""
+    gram = x.T @ x + ridge * np.mean(x**2) * len(x) * np.eye(x.shape[1])
+    solved = np.linalg.solve(gram, x.T)
+    found = solved @ y
+    inner = y - x @ found
+    kept = 1 - np.einsum("rk,kr->r", x, solved)
+    return found, inner, inner / np.where(kept > 1e-9, kept, np.nan)[:, None]
+
+
+def mean_r2(errors: np.ndarray, null: np.ndarray) -> float:
+    """1 - sum errors^2 / sum null^2 over the intervals (r, m), the mean over targets."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.mean(1 - (errors**2).sum(0) / (null**2).sum(0)))
