@@ -81,15 +81,16 @@ class MixtureLawsArguments:
 def main(args: MixtureLawsArguments) -> dict:
     """Do what the arguments ask for; print tables, write the document and figures, return it."""
     _check(args)
-    warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     document: dict = {"arguments": asdict(args)}
-    if args.ratios:
-        document |= _Lab(args, folder).work()
-    if args.run:
-        document["fidelity"] = _assess(args.run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"Note: {message}")
+        if args.ratios:
+            document |= _Lab(args, folder).work()
+        if args.run:
+            document["fidelity"] = _assess(args.run)
     document = _plain(document)
     (folder / "mixture_laws.json").write_text(json.dumps(document, indent=1))
     print(f"Results: {folder}")
@@ -110,6 +111,8 @@ class _Lab:
             print(f"Note: {note}")
         self.mixtures, self.losses = _tables(runs)
         self.objective = _objective(args.objective, runs.targets)
+        pairs = args.transfer or []
+        self.large = [_large(*pair, runs) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
         self.wishes = {
             name: _shares(getattr(args, name), name, runs.domains)
             for name in ("lower", "upper", "available", "prior")
@@ -128,13 +131,12 @@ class _Lab:
             document["next"] = self._plan()
         if self.args.budget:
             document["budget"] = self._budget(name)
-        pairs = self.args.transfer or []
-        if pairs:
+        if self.large:
             others = [n for n in self.args.laws if n != name and not isinstance(judged[n], str)]
             tables = self.mixtures, self.losses
             fitted = {n: law.fit(*tables) for n, law in _laws(others).items()} | {name: self.law}
             document["transfer"] = [
-                self._transfer(*pair, fitted) for pair in zip(pairs[::2], pairs[1::2], strict=True)
+                self._transfer(number, large, fitted) for number, large in enumerate(self.large, 1)
             ]
         return document
 
@@ -219,17 +221,15 @@ class _Lab:
         print(f"{name}: {needed} runs come within 10% of the error of all.")
         return {"curves": curves, "runs_needed": needed}
 
-    def _transfer(self, ratios: str, metrics: str, laws: dict) -> dict:
+    def _transfer(self, number: int, large, laws: dict) -> dict:
         """Every law on the runs of other models; a figure and the calibration of the best one."""
         from llmmix.mixing.law_figures import draw_transfer
         from llmmix.mixing.laws.scores import weighted
-        from llmmix.mixing.laws.tables import read_runs
         from llmmix.mixing.laws.transfer import TransferCalibrator, judge_transfer
 
-        large, name = read_runs(ratios, metrics), Path(metrics).stem
-        _same_domains(self.runs.domains, large.domains)
         mixtures, losses = _tables(large)
         mixtures = mixtures[[str(domain) for domain in self.runs.domains]]
+        name = self.args.transfer[2 * number - 1]
         options = {"objective": self.objective, "seed": self.args.seed}
         found = {
             law: judge_transfer(fitted, mixtures, losses, **options) for law, fitted in laws.items()
@@ -244,10 +244,10 @@ class _Lab:
         x, y = self.law.predict(mixtures)[:, columns], losses[mine.targets].to_numpy()
         fitted = TransferCalibrator().fit(x, y)
         sides = [weighted(part, weights / weights.sum()) for part in (x, y, fitted.predict(x))]
-        title = f"{name}: rank correlation {mine.objective.spearman:.3f} over {mine.runs} runs"
-        (self.folder / f"transfer_{name}.png").write_bytes(draw_transfer(*sides, title))
+        title = f"{Path(name).stem}: rank correlation {mine.objective.spearman:.3f}"
+        (self.folder / f"transfer_{number}.png").write_bytes(draw_transfer(*sides, title))
         calibration = {"intercept": fitted.intercept_, "slope": fitted.slope_}
-        return {"metrics": metrics, "laws": found, "calibration": calibration}
+        return {"metrics": name, "laws": found, "calibration": calibration}
 
 
 def _assess(folder: str) -> dict:
@@ -288,7 +288,7 @@ def _objective(given: list[str], targets: list[str]):
 
     if given == ["mean"]:
         return None
-    if len(given) == 1 and "=" not in given[0]:
+    if len(given) == 1 and ("=" not in given[0] or given[0] in targets):
         return str(targets[find_target(given[0], targets)])
     pairs = _pairs(given, "objective")
     return {str(targets[find_target(name, targets)]): weight for name, weight in pairs.items()}
@@ -321,12 +321,20 @@ def _shares(given: list[str] | None, argument: str, domains: list[str]):
     return {str(name): pairs.get(name, 0.0) for name in domains}
 
 
-def _same_domains(ours: list[str], theirs: list[str]) -> None:
-    if set(ours) != set(theirs):
-        missing, more = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+def _large(ratios: str, metrics: str, runs):
+    """Runs of other models, of the domains of `runs`."""
+    from llmmix.mixing.laws.tables import read_runs
+
+    large = read_runs(ratios, metrics)
+    ours, theirs = set(runs.domains), set(large.domains)
+    if ours != theirs:
         raise ValueError(
-            f"`transfer` must have the domains of `ratios`; it lacks {missing} and adds {more}."
+            f"`transfer`: {ratios} must have the domains of `ratios`; it lacks "
+            f"{sorted(ours - theirs)} and adds {sorted(theirs - ours)}."
         )
+    if len(large.ids) < 3:
+        raise ValueError(f"`transfer`: 3 runs can be ranked, {ratios} has {len(large.ids)}.")
+    return large
 
 
 def _check(args: MixtureLawsArguments) -> None:

@@ -159,14 +159,26 @@ def test_draws_have_the_spread_of_the_prediction(law):
     assert np.hypot(drawn.std(0), law.noise_) == pytest.approx(std, rel=0.1)
 
 
-def test_a_diverged_run_is_set_aside_and_counted(world):
-    mixtures, losses = world.runs(80, noise=0.01)
+@pytest.mark.parametrize("n, bad, by", [(8, 1, 8), (20, 2, 8), (80, 1, 5), (80, 3, 5)])
+def test_diverged_runs_are_set_aside_and_named(world, n, bad, by):
+    mixtures, losses = world.runs(n, noise=0.01)
     clean = EffectiveDataLaw().fit(mixtures, losses)
-    losses[10] += 5
-    law = EffectiveDataLaw().fit(mixtures, losses)
-    assert clean.outliers_ == 0 and law.outliers_ == 1
+    rows = list(range(5, 5 + bad))
+    losses[rows] += by
+    with pytest.warns(UserWarning, match="Set aside as far from any law: runs"):
+        law = EffectiveDataLaw().fit(mixtures, losses)
+    assert clean.outliers_ == [] and law.outliers_ == rows
     held, truth = world.runs(100, seed=8)
-    assert standard_error(law, held, truth) < 1.5 * standard_error(clean, held, truth) + 0.01
+    assert standard_error(law, held, truth) < 2 * standard_error(clean, held, truth) + 0.1
+
+
+def test_a_run_is_kept_that_has_the_only_losses_of_a_target(world):
+    mixtures, losses = world.runs(60, noise=0.01)
+    losses[:2] += 10
+    losses[2:, 2] = np.nan
+    law = EffectiveDataLaw().fit(mixtures, losses)
+    predicted, std = law.predict(mixtures, return_std=True)
+    assert law.outliers_ == [] and np.isfinite(predicted).all() and np.isfinite(std).all()
 
 
 def test_a_missing_loss_is_left_out_of_its_target_alone(world):

@@ -78,12 +78,12 @@ def print_transfers(name: str, found: dict) -> None:
     """Laws on the runs of other models, as `transfer.judge_transfer` judges each."""
     rows = []
     for law, one in found.items():
-        rank, ranks = one.objective, one.by_target.spearman
-        some = one.calibrated.get(8)
+        rank, ranks, some = one.objective, one.by_target.spearman, one.calibrated.get(8)
+        mean = ranks[~np.isnan(ranks)].sum() / max((~np.isnan(ranks)).sum(), 1)
         rows.append(
             [law, f"{100 * rank.spearman:.2f}"]
             + [f"{100 * rank.spearman_low:.2f} to {100 * rank.spearman_high:.2f}"]
-            + [f"{100 * np.nanmean(ranks):.2f}", f"{one.regret:.4f}"]
+            + [f"{100 * mean:.2f}", f"{one.regret:.4f}"]
             + [f"{some.objective_mae:.4f}" if some else "-"]
         )
     head = ["law", "rank corr. of the objective, %", "95% interval", "mean over targets, %"]
@@ -120,9 +120,9 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
     table = Table()
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(escape(name), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     console = console if sys.stdout.isatty() else Console(width=160)
     console.print(f"\n[bold]{escape(title)}", highlight=False)

@@ -39,6 +39,8 @@ ROUNDS = 4  # of fitting, and estimating the noise
 NOISE, NOISE_RUNS = 0.1, 8  # its prior, in deviations of the losses, and what that is worth in runs
 LEAST, MOST = 0.01, 0.6  # bounds of it
 HUBER, OUTLIER = 4.0, 10.0  # of the robust fit, times the noise
+REACH = 2.5  # interquartile ranges over which a target's losses spread
+GROSS = 8.0  # times that reach, beyond which a loss says that its run diverged
 
 # The prior's means and deviations, losses in units of their deviation
 FLOOR, FLOOR_SD = -1.0, 1.5  # E, from the smallest loss
@@ -56,6 +58,12 @@ def _softplus(x: np.ndarray) -> np.ndarray:
 def _together(k: int, mean_sd: float, apart: float) -> np.ndarray:
     """(k, k) precision of numbers with a common mean of deviation `mean_sd`, and `apart` off it."""
     return np.linalg.inv(apart**2 * np.eye(k) + mean_sd**2)
+
+
+def _sparing(far: np.ndarray, Y: np.ndarray) -> np.ndarray:
+    """(n,) without runs that have the only losses of a target: they are all that is known of it."""
+    alone = np.isnan(np.where(far[:, None], np.nan, Y)).all(0)
+    return far & np.isnan(Y[:, alone]).all(1)
 
 
 class EffectiveDataLaw(Law):
@@ -77,10 +85,10 @@ class EffectiveDataLaw(Law):
         self.tol = tol
 
     def _fit(self, X, Y):
-        if self.components not in RETURNS:
+        if not isinstance(self.components, int) or self.components not in RETURNS:
             raise ValueError(f"`components` must be 1, 2 or 3, got {self.components!r}.")
         far = self._far_off(X, Y)
-        self.outliers_ = int(far.sum())
+        self._aside = far
         Y = np.where(far[:, None], np.nan, Y)
         self._mean, self._sd = np.nanmean(Y, 0), np.nanstd(Y, 0)
         self._sd = np.where(self._sd > 0, self._sd, 1.0)  # a resampled target may not move
@@ -94,13 +102,17 @@ class EffectiveDataLaw(Law):
 
         A run without a target's own domain is far off in that target, and rightly: it counts.
         """
-        low, high = np.nanquantile(Y, [0.05, 0.95], axis=0)
-        reach = np.where(high > low, high - low, np.nanmax(Y, 0) - np.nanmin(Y, 0))
+        quarters = np.nanquantile(Y, [0.25, 0.75], axis=0)
+        low, reach = quarters[0], REACH * np.ptp(quarters, axis=0)
+        reach = np.where(reach > 0, reach, np.nanmax(Y, 0) - np.nanmin(Y, 0))
         Z = (Y - low) / np.where(reach > 0, reach, 1.0)
+        gross = _sparing(np.nanmedian(Z, 1) > GROSS, Y)
+        Z[gross] = np.nan
         self._map(X, Z, self._prior_of(Z.clip(-1, 2), X.shape[1]), 2, HUBER)
         errors = np.abs(self._values - Z)
         far = np.minimum(errors / (OUTLIER * self._sigma), errors / 0.5)
-        return np.nanmedian(far, 1) > 1
+        far = gross | (np.nanmedian(np.where(np.isnan(far), 0, far), 1) > 1)
+        return _sparing(far, Y)
 
     def _map(self, X, Z, prior: Prior, rounds: int, huber: float | None) -> None:
         """Maximum a posteriori, with the noise from the errors left out."""

@@ -1,5 +1,7 @@
 """What a law is fitted to, checked: shares on the simplex and losses, with the names of both."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 TOLERANCE = 1e-3  # by which shares may miss a sum of one
@@ -21,6 +23,8 @@ def check_mixtures(values, names=None, argument: str = "mixtures") -> np.ndarray
     Raises:
         ValueError: No numbers, no rows, a negative or missing share, or a sum that is not one.
     """
+    if hasattr(values, "index") and hasattr(values, "to_dict") and np.ndim(values) == 1:
+        raise ValueError(f"`{argument}` must be an array or a data frame, got a series.")
     try:
         shares = np.array(values, dtype=np.float64, ndmin=2)
     except (TypeError, ValueError) as error:
@@ -95,6 +99,13 @@ def check_losses(values, runs: int, names=None) -> np.ndarray:
         named = [str(j if names is None else names[j]) for j in empty]
         raise ValueError(f"`losses`: no run has a loss of {', '.join(named)}. Leave it out.")
     return losses
+
+
+def by_name(given):
+    """A mapping or a pandas series as a dictionary by text; what is none as it is."""
+    if isinstance(given, Mapping) or (hasattr(given, "to_dict") and hasattr(given, "index")):
+        return {str(name): number for name, number in dict(given).items()}
+    return given
 
 
 def canonical_order(mixtures: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, ...]:

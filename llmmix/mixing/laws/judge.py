@@ -212,7 +212,9 @@ def best_of(judged: dict[str, Judgement | str]) -> str:
         if name != BASELINE and not isinstance(found, str) and np.isfinite(found.error)
     }
     if not errors:
-        raise ValueError(f"`judged` has no law with an error, only {judged}.")
+        raise ValueError(
+            f"`judged` has no law with an error ({', '.join(judged)}): did any target vary?"
+        )
     return min(errors, key=errors.get)
 
 
@@ -292,6 +294,7 @@ def _held_out(law: Law, runs: _Runs, folds, with_std: bool):
             raise ValueError(f"{type(law).__name__} predicts losses that are not finite.")
         found.update(["the fit did not converge"] * (not twin.converged_))
         found.update(f"no run fitted to varies {domain}" for domain in twin.unidentified_)
+        found.update(["the law set runs aside"] * bool(twin.outliers_))
     problems = [f"in {count} of {len(folds)} folds {what}" for what, count in found.items()]
     return predictions, stds, means, problems
 

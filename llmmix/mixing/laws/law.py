@@ -8,14 +8,14 @@ on how the runs came (`inputs.canonical_order`).
 """
 
 import warnings
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import norm
 from sklearn.base import BaseEstimator, clone
 
-from llmmix.mixing.laws.inputs import canonical_order, check_losses, check_mixtures
+from llmmix.mixing.laws.inputs import by_name, canonical_order, check_losses, check_mixtures
 from llmmix.mixing.laws.search import Found, minimize_mixture, sample_mixture
 from llmmix.mixing.laws.simplex import bounds_of
 
@@ -37,6 +37,7 @@ class Law(BaseEstimator):
         mixtures_: (n, k) of the runs behind the law, losses_: (n, m).
         unidentified_: Domains whose share never varied; the law does not know them.
         constant_: Targets whose loss never varied; predicted as it was.
+        outliers_: Indices of runs that the law set aside.
         noise_: (m,) standard deviation of a run's loss about the law.
         converged_: Whether the fit did.
     """
@@ -54,6 +55,7 @@ class Law(BaseEstimator):
         Raises:
             ValueError: Shares or losses that are none, or too few runs for this law.
         """
+        self.__dict__.pop("_fitted", None)  # should this one fail, no earlier one answers
         self.domains_, self.targets_ = _names(mixtures), _names(losses)
         X = check_mixtures(mixtures, self.domains_)
         self._flat = np.ndim(losses) == 1
@@ -77,11 +79,18 @@ class Law(BaseEstimator):
         domains, targets = np.flatnonzero(varied), np.flatnonzero(moving)
         runs, inner, outer = canonical_order(X[:, domains], Y[:, targets])
         self._domains, self._targets = domains[inner], targets[outer]
-        self.noise_ = np.zeros(Y.shape[1])
+        self.noise_, self._aside = np.zeros(Y.shape[1]), np.zeros(len(X), dtype=bool)
         if len(targets):
             ordered = np.ix_(runs, self._domains), np.ix_(runs, self._targets)
             self._problem = Problem(X[ordered[0]], Y[ordered[1]])
             self.noise_[self._targets] = self._fit(*self._problem)
+        self.outliers_ = sorted(runs[self._aside].tolist()) if len(targets) else []
+        if self.outliers_:
+            warnings.warn(
+                f"Set aside as far from any law: runs {_listed(self.outliers_)} (from 0).",
+                stacklevel=2,
+            )
+        self._fitted = True
         return self
 
     def _fit(self, X: np.ndarray, Y: np.ndarray) -> np.ndarray:
@@ -156,6 +165,8 @@ class Law(BaseEstimator):
         if not 0 < moved <= 1:
             raise ValueError(f"`moved` must lie above 0 and at most at 1, got {moved}.")
         here = self._check(mixture)
+        if len(here) != 1:
+            raise ValueError(f"`mixture` must be one, (k,), got {len(here)}.")
         there = (1 - moved) * here + moved * np.eye(here.shape[1])
         changes = (self._losses(there) - self._losses(here)).T
         changes[:, ~np.isin(np.arange(here.shape[1]), self._domains)] = np.nan
@@ -237,18 +248,19 @@ class Law(BaseEstimator):
         Raises:
             ValueError: An unknown name, or weights that are negative or all zero.
         """
+        self._check_fitted()
         m = len(self.targets_)
         if objective is None:
             return np.full(m, 1 / m)
-        if isinstance(objective, str):
-            objective = {objective: 1.0}
-        if isinstance(objective, Mapping):
-            unknown = [name for name in objective if name not in self.targets_]
+        objective = by_name({objective: 1.0} if isinstance(objective, str) else objective)
+        if isinstance(objective, dict):
+            names = [str(name) for name in self.targets_]
+            unknown = [name for name in objective if name not in names]
             if unknown:
                 raise ValueError(
                     f"`objective`: no target {_listed(unknown)}; there are {self.targets_}."
                 )
-            objective = [objective.get(name, 0.0) for name in self.targets_]
+            objective = [objective.get(name, 0.0) for name in names]
         weights = np.asarray(objective, dtype=np.float64)
         if weights.shape != (m,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise ValueError(f"`objective` must be {m} weights of at least 0, got {objective}.")
@@ -267,11 +279,13 @@ class Law(BaseEstimator):
         """
         if prior is None:
             return self.mixtures_.mean(0)
-        if isinstance(prior, Mapping):
-            unknown = [name for name in prior if name not in self.domains_]
+        prior = by_name(prior)
+        if isinstance(prior, dict):
+            names = [str(name) for name in self.domains_]
+            unknown = [name for name in prior if name not in names]
             if unknown:
                 raise ValueError(f"`prior`: no domain {_listed(unknown)} among {self.domains_}.")
-            prior = [prior.get(name, 0.0) for name in self.domains_]
+            prior = [prior.get(name, 0.0) for name in names]
         if len(prior) != len(self.domains_):
             raise ValueError(f"`prior` must be {len(self.domains_)} shares, got {len(prior)}.")
         return check_mixtures(prior, self.domains_, "prior")[0]
@@ -286,15 +300,18 @@ class Law(BaseEstimator):
             )
         return method
 
-    def _check(self, mixtures) -> np.ndarray:
-        if not hasattr(self, "mixtures_"):
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "_fitted"):
             raise ValueError(f"{type(self).__name__} is not fitted: call `fit` first.")
+
+    def _check(self, mixtures) -> np.ndarray:
+        self._check_fitted()
         X = check_mixtures(mixtures)
         k = self.mixtures_.shape[1]
         if X.shape[1] != k:
             raise ValueError(f"`mixtures` must have {k} domains, got {X.shape[1]}.")
         names = _names(mixtures)
-        if names and names != self.domains_:
+        if names and names != [str(name) for name in self.domains_]:
             raise ValueError(
                 f"`mixtures` has the domains {names}, the law was fitted to {self.domains_}."
             )
@@ -351,7 +368,13 @@ def _search(law: Law, u, low, high, prior, closeness: float, method: str, seed: 
         return found
 
     if method == "sample":
-        return sample_mixture(value, low, high, prior, seed=seed)
+        # Drawn in an order that does not depend on how the domains came
+        order = canonical_order(law.mixtures_, law.losses_)[1]
+        back = np.argsort(order)
+        bounds = low[order], high[order], prior[order]
+        found = sample_mixture(lambda p: value(p[:, back]), *bounds, seed=seed)
+        at = tuple(sorted(order[list(found.at_bounds)].tolist()))
+        return replace(found, mixture=found.mixture[back], at_bounds=at)
     observed = np.nan_to_num(law.losses_[:, u > 0], nan=np.inf) @ u[u > 0]
     best = law.mixtures_[np.argsort(observed, kind="stable")[:5]]
     starts = np.vstack([prior, np.full(len(prior), 1 / len(prior)), best])
@@ -360,7 +383,13 @@ def _search(law: Law, u, low, high, prior, closeness: float, method: str, seed: 
 
 def _names(table) -> list | None:
     columns = getattr(table, "columns", None)
-    return None if columns is None else [str(name) for name in columns]
+    if columns is None:
+        return None
+    names = [str(name) for name in columns]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"A table has two columns {_listed(twice)}: name each once.")
+    return names
 
 
 def _listed(names) -> str:

@@ -27,9 +27,10 @@ class Interval(NamedTuple):
 
 
 def same_mixture(mixtures) -> np.ndarray:
-    """(n,) number of each run's mixture, in an order that does not depend on that of the runs."""
+    """(n,) number of each run's mixture, whatever the order of runs and domains."""
     X = check_mixtures(mixtures)
-    order = np.lexsort(X.T[::-1])
+    domains = np.lexsort(np.sort(X, 0)[::-1])
+    order = np.lexsort(X[:, domains].T[::-1])
     labels = DBSCAN(eps=SAME, min_samples=1, metric="chebyshev").fit_predict(X[order])
     return labels[np.argsort(order)]
 

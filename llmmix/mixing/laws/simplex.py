@@ -4,6 +4,8 @@ import numpy as np
 from scipy.optimize import brentq, linprog
 from scipy.spatial import KDTree
 
+from llmmix.mixing.laws.inputs import by_name
+
 
 def shares_of(what: str, given, k: int, default: float, most: float, names) -> np.ndarray:
     """(k,) out of None, a scalar, k numbers or numbers by name.
@@ -19,6 +21,7 @@ def shares_of(what: str, given, k: int, default: float, most: float, names) -> n
     Raises:
         ValueError: Another length, an unknown name, or a number outside [0, most].
     """
+    given = by_name(given)
     if isinstance(given, dict):
         if names is None:
             raise ValueError(f"`{what}` is given by name: pass `names`, or give {k} numbers.")

@@ -70,6 +70,8 @@ class GradientBoostedLaw(Law):
         for f, member in enumerate(self._left):
             left_out[fold == f] = _values(member, X[fold == f])
         squares = np.nanmean((left_out - Y) ** 2, 0)
+        # Known in runs of one mixture alone: left out together, they leave no error
+        squares = np.where(np.isnan(squares), np.nanvar(Y, 0), squares)
         # The errors left out hold what the members do not know of the law, which is the spread's
         unknown = np.mean(self._spread(X) ** 2, 0)
         return np.sqrt(np.maximum(squares - unknown, LEAST_NOISE * squares))
