@@ -243,7 +243,7 @@ class _Lab:
         weights = self.law.target_weights(self.objective)[columns]
         x, y = self.law.predict(mixtures)[:, columns], losses[mine.targets].to_numpy()
         fitted = TransferCalibrator().fit(x, y)
-        sides = [weighted(part, weights / weights.sum()) for part in (x, y, fitted.predict(x))]
+        sides = [weighted(part, weights / weights.sum()) for part in (fitted.predict(x), y)]
         title = f"{Path(name).stem}: rank correlation {mine.objective.spearman:.3f}"
         (self.folder / f"transfer_{number}.png").write_bytes(draw_transfer(*sides, title))
         calibration = {"intercept": fitted.intercept_, "slope": fitted.slope_}

@@ -108,22 +108,20 @@ def draw_budget(curves: dict[str, list[dict]]) -> bytes:
     return png(figure)
 
 
-def draw_transfer(predicted, observed, calibrated, title: str) -> bytes:
-    """A PNG of large runs' objective against what the law of small ones predicts.
+def draw_transfer(predicted, observed, title: str) -> bytes:
+    """A PNG of other models' objective against the law's, calibrated to them.
 
     Args:
-        predicted: (n,) by the law.
+        predicted: (n,) after the calibration.
         observed: (n,).
-        calibrated: (n,) predictions after the calibration to all of them.
         title: Of the picture.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")
+    ends = [np.nanmin([predicted, observed]), np.nanmax([predicted, observed])]
+    axis.plot(ends, ends, color="#5f6670", linewidth=0.8)
     axis.plot(predicted, observed, "o", markersize=4, color=COLOURS[0], alpha=0.7)
-    order = np.argsort(predicted)
-    axis.plot(predicted[order], calibrated[order], color=COLOURS[1], label="calibrated")
-    axis.set_xlabel("predicted by the law of small models (nats)")
-    axis.set_ylabel("observed in large ones (nats)")
+    axis.set_xlabel("predicted, an offset and a slope a target fitted (nats)")
+    axis.set_ylabel("observed (nats)")
     axis.set_title(title, fontsize=9)
-    axis.legend(frameon=False)
     return png(figure)

@@ -39,6 +39,7 @@ ROUNDS = 4  # of fitting, and estimating the noise
 NOISE, NOISE_RUNS = 0.1, 8  # its prior, in deviations of the losses, and what that is worth in runs
 LEAST, MOST = 0.01, 0.6  # bounds of it
 HUBER, OUTLIER = 4.0, 10.0  # of the robust fit, times the noise
+ROUGH = 25  # steps of it, in each of two rounds
 REACH = 2.5  # interquartile ranges over which a target's losses spread
 GROSS = 8.0  # times that reach, beyond which a loss says that its run diverged
 
@@ -93,7 +94,7 @@ class EffectiveDataLaw(Law):
         self._mean, self._sd = np.nanmean(Y, 0), np.nanstd(Y, 0)
         self._sd = np.where(self._sd > 0, self._sd, 1.0)  # a resampled target may not move
         Z = (Y - self._mean) / self._sd
-        self._map(X, Z, self._prior_of(Z, X.shape[1]), ROUNDS, None)
+        self._map(X, Z, self._prior_of(Z, X.shape[1]), ROUNDS, None, self.max_iter)
         self._publish()
         return self._noise * self._sd
 
@@ -108,13 +109,13 @@ class EffectiveDataLaw(Law):
         Z = (Y - low) / np.where(reach > 0, reach, 1.0)
         gross = _sparing(np.nanmedian(Z, 1) > GROSS, Y)
         Z[gross] = np.nan
-        self._map(X, Z, self._prior_of(Z.clip(-1, 2), X.shape[1]), 2, HUBER)
+        self._map(X, Z, self._prior_of(Z.clip(-1, 2), X.shape[1]), 2, HUBER, ROUGH)
         errors = np.abs(self._values - Z)
         far = np.minimum(errors / (OUTLIER * self._sigma), errors / 0.5)
         far = gross | (np.nanmedian(np.where(np.isnan(far), 0, far), 1) > 1)
         return _sparing(far, Y)
 
-    def _map(self, X, Z, prior: Prior, rounds: int, huber: float | None) -> None:
+    def _map(self, X, Z, prior: Prior, rounds: int, huber: float | None, steps: int):
         """Maximum a posteriori, with the noise from the errors left out."""
 
         def curve(theta, shared, derivatives):
@@ -125,7 +126,7 @@ class EffectiveDataLaw(Law):
         for turn in range(rounds):
             residuals = Residuals(Z, self._sigma, huber)
             theta, shared, _, self.converged_ = levenberg_marquardt(
-                curve, theta, shared, residuals, prior, max_iter=self.max_iter, tol=self.tol
+                curve, theta, shared, residuals, prior, max_iter=steps, tol=self.tol
             )
             values, J, Js = curve(theta, shared, True)
             _, r, weights = residuals(values)
