@@ -356,7 +356,7 @@ def _check(args: MixtureLawsArguments) -> None:
 
 
 def _best(judged: dict) -> str:
-    """Name of the best law; says which others the held-out runs cannot tell from it."""
+    """Name of the law to propose: the best, or the default where nothing speaks against it."""
     from llmmix.mixing.laws.judge import best_of, paired_difference
 
     best = best_of(judged)
@@ -364,7 +364,10 @@ def _best(judged: dict) -> str:
     equal = [n for n in others if paired_difference(judged[best], judged[n]).high >= 0]
     told = f"; the runs do not tell it from {', '.join(equal)}" if equal else ""
     print(f"Best on held-out runs: {best}{told}.")
-    return best
+    if "effective" not in equal:
+        return best
+    print("effective proposes: it is the default where the runs do not speak against it.")
+    return "effective"
 
 
 def _summary(found) -> dict | str:

@@ -32,7 +32,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
     prior = training_args.sampler(train).weights
     out = Path(training_args.output_dir)
     tables = {name: out / f"{name}.csv" for name in ("ratios", "metrics")}
-    mixtures = choose_mixtures(sweep_args, prior, training_args.seed)
+    mixtures = choose_mixtures(sweep_args, prior, training_args.seed, list(train))
     for number, weights in enumerate(mixtures):
         run = f"run-{number:04d}"
         shares = dict(zip(train, weights.tolist(), strict=True))

@@ -130,6 +130,19 @@ def test_samples_of_mixtures():
         choose_mixtures(SweepArguments(sample="sobol"), prior, seed=0)
 
 
+def test_mixtures_of_a_table(tmp_path):
+    table = tmp_path / "next.csv"
+    table.write_text("run_id,name,b,a\nnext-0000,next-0000,0.2500,0.75\nnext-0001,x,1,0\n")
+    args = SweepArguments(sample=str(table))
+    drawn = choose_mixtures(args, np.array([0.5, 0.5]), 0, ["a", "b"])
+    assert drawn.tolist() == [[0.75, 0.25], [0.0, 1.0]]
+    with pytest.raises(ValueError, match="`sample`: .* must have a column for each of"):
+        choose_mixtures(args, np.array([0.5, 0.5]), 0, ["a", "c"])
+    table.write_text("run_id,a,b\n0,0.5,0.6\n")
+    with pytest.raises(ValueError, match="`sample`: the shares of run 0 sum to 1.1"):
+        choose_mixtures(args, np.array([0.5, 0.5]), 0, ["a", "b"])
+
+
 def config(tmp_path, **options) -> MixtureConfig:
     return MixtureConfig(str(tmp_path / "out"), report_to="none", **options)
 

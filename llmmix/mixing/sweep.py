@@ -2,10 +2,13 @@
 
 import csv
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from llmmix.mixing.laws.inputs import check_mixtures
 
 
 @dataclass
@@ -13,7 +16,10 @@ class SweepArguments:
     """Which mixtures."""
 
     mixtures: int = field(default=16, metadata={"help": "How many, of a sample."})
-    sample: str = field(default="dirichlet", metadata={"help": "dirichlet, or grid."})
+    sample: str = field(
+        default="dirichlet",
+        metadata={"help": "dirichlet, grid, or a table of mixtures (.csv), a line a run."},
+    )
     concentration: list[float] = field(
         default_factory=lambda: [0.3, 1.0, 3.0],
         metadata={"help": "Of the Dirichlet draws, in turn, times the --weights scaled to mean 1."},
@@ -22,17 +28,22 @@ class SweepArguments:
     keep_models: bool = field(default=False, metadata={"help": "Keep every trained model."})
 
 
-def choose_mixtures(args: SweepArguments, prior: np.ndarray, seed: int) -> np.ndarray:
+def choose_mixtures(
+    args: SweepArguments, prior: np.ndarray, seed: int, domains: Sequence[str] = ()
+) -> np.ndarray:
     """(runs, m) mixtures to train.
 
     Args:
         args: How many, and of what sample.
         prior: (m,) around which a sample is drawn.
         seed: Of it.
+        domains: m names, for a table's columns.
 
     Raises:
-        ValueError: A sample of another name, or no mixture.
+        ValueError: A sample of another name, no mixture, or a table of other domains.
     """
+    if args.sample.endswith(".csv"):
+        return _listed(Path(args.sample), list(domains))
     if args.sample == "grid":
         steps = range(args.grid_steps + 1)
         every = itertools.product(steps, repeat=len(prior))
@@ -40,7 +51,7 @@ def choose_mixtures(args: SweepArguments, prior: np.ndarray, seed: int) -> np.nd
         return np.array(found) / args.grid_steps
     if args.sample != "dirichlet" or args.mixtures < 1:
         raise ValueError(
-            f"`sample` must be dirichlet, of at least one of `mixtures`, or grid; got "
+            f"`sample` must be dirichlet, of at least one of `mixtures`, grid or a .csv; got "
             f"{args.sample!r}, {args.mixtures}."
         )
     rng = np.random.default_rng(seed)
@@ -48,6 +59,18 @@ def choose_mixtures(args: SweepArguments, prior: np.ndarray, seed: int) -> np.nd
     scaled = prior * len(prior)
     drawn = [rng.dirichlet(next(strengths) * scaled) for _ in range(args.mixtures)]
     return np.round(drawn, 4) / np.round(drawn, 4).sum(1, keepdims=True)
+
+
+def _listed(table: Path, domains: list[str]) -> np.ndarray:
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    known = set(rows[0]) - {"run_id", "name"} if rows else set()
+    if known != set(domains):
+        raise ValueError(
+            f"`sample`: {table} must have a column for each of {domains}, and the names of runs "
+            f"alone beside; got {sorted(known)}."
+        )
+    return check_mixtures([[row[name] for name in domains] for row in rows], domains, "sample")
 
 
 def finished(table: Path, run: str) -> dict | None:

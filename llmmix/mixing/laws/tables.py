@@ -274,6 +274,7 @@ def _read_numbers(table: _Table, id_column: int, notes: list[str]) -> tuple[list
         raise ValueError(
             f"{table.at()} has no column of a {kind}, only {_first(table.header, 6)}. Add them."
         )
+    left_out = [name for name in left_out if name.lower() not in IDS]  # a run's other names
     if left_out:
         notes.append(f"`{table.argument}`: left out as no {kind}: {_first(left_out, 6)}.")
     return names, np.array(values).T
