@@ -15,9 +15,8 @@ method's own law was to the run that it steered (`llmmix.mixing.laws.fidelity`).
 
 import csv
 import json
-import math
 import warnings
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from llmmix.mixing.law_tables import (
     print_transfer,
     print_transfers,
 )
+from llmmix.report import plain
 
 LAWS = ["linear", "log_linear", "exponential", "boosted", "effective"]
 
@@ -51,6 +51,9 @@ class MixtureLawsArguments:
     )
     law: str | None = field(
         default=None, metadata={"help": "Which one proposes. Default: the best on held-out runs."}
+    )
+    max_runs: int | None = field(
+        default=None, metadata={"help": "Use so many runs alone, drawn by `seed`."}
     )
     holdout: float = field(default=0.2, metadata={"help": "Part of the mixtures held out a time."})
     level: float = field(default=0.9, metadata={"help": "Of the intervals."})
@@ -91,7 +94,7 @@ def main(args: MixtureLawsArguments) -> dict:
             document |= _Lab(args, folder).work()
         if args.run:
             document["fidelity"] = _assess(args.run)
-    document = _plain(document)
+    document = plain(document)
     (folder / "mixture_laws.json").write_text(json.dumps(document, indent=1))
     print(f"Results: {folder}")
     return document
@@ -104,7 +107,7 @@ class _Lab:
         from llmmix.mixing.laws.tables import read_runs
 
         self.args, self.folder = args, folder
-        self.runs = read_runs(args.ratios, args.metrics)
+        self.runs = _drawn(read_runs(args.ratios, args.metrics), args.max_runs, args.seed)
         runs, domains = self.runs, ", ".join(self.runs.domains)
         print(f"{len(runs.ids)} runs of {len(runs.domains)} domains: {domains}.")
         for note in runs.notes:
@@ -255,7 +258,7 @@ def _assess(folder: str) -> dict:
 
     found = assess(folder)
     print_fidelity(found, folder)
-    return _plain(found)
+    return plain(found)
 
 
 def _laws(names: list[str]) -> dict:
@@ -272,6 +275,16 @@ def _laws(names: list[str]) -> dict:
     if "boosted" in made:
         made["boosted"].set_params(n_jobs=-1)
     return {name: made[name] for name in names}
+
+
+def _drawn(runs, count: int | None, seed: int):
+    """All runs, or so many of them."""
+    if count is None or count >= len(runs.ids):
+        return runs
+    rows = np.sort(np.random.default_rng(seed).permutation(len(runs.ids))[:count])
+    notes = [*runs.notes, f"`max_runs`: {count} of {len(runs.ids)} runs are used."]
+    ids, mixtures, losses = [runs.ids[i] for i in rows], runs.mixtures[rows], runs.losses[rows]
+    return replace(runs, ids=ids, mixtures=mixtures, losses=losses, notes=notes)
 
 
 def _tables(runs):
@@ -351,6 +364,8 @@ def _check(args: MixtureLawsArguments) -> None:
         raise ValueError(f"`transfer` takes pairs of tables, RATIOS METRICS, got {args.transfer}.")
     if not 0.5 < args.level < 1:
         raise ValueError(f"`level` must lie between 0.5 and 1, got {args.level}.")
+    if args.max_runs is not None and args.max_runs < 3:
+        raise ValueError(f"`max_runs` must be 3 or more, got {args.max_runs}.")
     if args.next < 0:
         raise ValueError(f"`next` must be 0 or more, got {args.next}.")
 
@@ -384,22 +399,6 @@ def _write_ratios(path: Path, domains: list[str], mixtures, name: str) -> None:
         writer.writerow(["run_id", "name", *domains])
         for i, shares in enumerate(mixtures):
             writer.writerow([f"{name}-{i:04d}", f"{name}-{i:04d}", *(f"{p:.6f}" for p in shares)])
-
-
-def _plain(value):
-    """JSON values alone: numbers of Python, and null for what is no finite number."""
-    if is_dataclass(value):
-        value = vars(value)
-    elif hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ nothing is measured twice.
 
 import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from llmmix.forgetting.metrics import (
     privacy_leakage,
     truth_ratio,
 )
+from llmmix.report import plain
 
 __all__ = [
     "UnlearningArguments",
@@ -490,28 +490,18 @@ def _write(folder: Path, result: dict) -> None:
     with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
         for role, records in result["items"].items():
             for record in records:
-                line = _plain({"set": role, **record})
+                line = plain({"set": role, **record})
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     _write_json(folder / "unlearning.json", _without(result, "items"))
 
 
 def _write_json(path: Path, document: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(document), indent=1))
+    path.write_text(json.dumps(plain(document), indent=1))
 
 
 def _without(result: dict, *names: str) -> dict:
     return {key: value for key, value in result.items() if key not in names}
-
-
-def _plain(value):
-    """JSON values alone: numbers of Python, and null for what is no finite number."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ Writes `report.html`, with every picture inside it, and the same pictures as PNG
 import base64
 import html
 import json
+import math
 from collections.abc import Collection
+from dataclasses import is_dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -363,3 +365,17 @@ def png(figure) -> bytes:
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
+
+
+def plain(value):
+    """A document of JSON values alone, with null for what is no finite number."""
+    if is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -124,6 +124,12 @@ def test_large_runs_judge_the_law_of_small_ones(run, tmp_path, capsys):
     assert (tmp_path / "out/transfer_1.png").exists()
 
 
+def test_fewer_runs_may_be_used(run, capsys):
+    first, again, other = (run(max_runs=12, seed=seed)["judged"] for seed in (0, 0, 1))
+    assert "12 of 30 runs are used" in capsys.readouterr().out
+    assert first["effective"]["error"] == again["effective"]["error"] != other["effective"]["error"]
+
+
 def test_a_law_that_cannot_be_fitted_says_why_and_the_others_go_on(tmp_path, capsys):
     mixtures = np.random.default_rng(0).dirichlet(np.ones(6), 5)
     names = list("abcdef")
@@ -194,6 +200,7 @@ def test_what_an_online_run_believed_is_assessed(tmp_path, capsys):
         ({"transfer": ["a.csv"]}, "`transfer` takes pairs of tables"),
         ({"upper": ["web=0.5"]}, "`upper`: no domain web"),
         ({"prior": ["code=0.5"]}, "`prior`"),
+        ({"max_runs": 2}, "`max_runs` must be 3 or more, got 2"),
         ({"next": -1}, "`next` must be 0 or more"),
         ({"tokens": 1e9}, "A limit on epochs takes"),
     ],
