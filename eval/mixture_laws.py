@@ -50,7 +50,8 @@ class MixtureLawsArguments:
         default_factory=lambda: list(LAWS), metadata={"help": f"Which: {', '.join(LAWS)}."}
     )
     law: str | None = field(
-        default=None, metadata={"help": "Which one proposes. Default: the best on held-out runs."}
+        default=None,
+        metadata={"help": "Which proposes. Default: the best held out, effective where it ties."},
     )
     max_runs: int | None = field(
         default=None, metadata={"help": "Use so many runs alone, drawn by `seed`."}

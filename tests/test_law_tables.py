@@ -434,7 +434,9 @@ def test_a_target_is_found_by_either_name(tmp_path):
 @pytest.mark.parametrize("name", ["nope", "", "code", "python_arxiv_loss"])
 def test_a_target_that_is_unknown_or_ambiguous_lists_the_choices(name):
     targets = ["arxiv", "code_loss", "code_bpb"]
-    with pytest.raises(ValueError, match=f"`target`.*arxiv, code_loss, code_bpb; got {name!r}"):
+    with pytest.raises(
+        ValueError, match=f"`objective`: no target {name!r}; .*arxiv, code_loss, code_bpb"
+    ):
         find_target(name, targets)
 
 

@@ -144,7 +144,7 @@ def find_target(name: str, targets) -> int:
         if len(found) == 1:
             return found[0]
     choices = ", ".join(targets)
-    raise ValueError(f"`target` must be one of {choices}; got {name!r}.")
+    raise ValueError(f"`objective`: no target {name!r}; there are {choices}.")
 
 
 def _load(argument: str, path: str | Path) -> _Table:
