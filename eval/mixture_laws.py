@@ -129,12 +129,12 @@ class _Lab:
         self.name = name = self.args.law or _best(judged)
         document["law"] = name
         self.law = _laws([name])[name].fit(self.mixtures, self.losses)
-        self._draw_law(name, judged[name])
-        document["proposal"] = self._propose(name)
+        self._draw_law(judged[name])
+        document["proposal"] = self._propose()
         if self.args.next:
             document["next"] = self._plan()
         if self.args.budget:
-            document["budget"] = self._budget(name)
+            document["budget"] = self._budget()
         if self.large:
             others = [n for n in self.args.laws if n != name and not isinstance(judged[n], str)]
             tables = self.mixtures, self.losses
@@ -156,7 +156,7 @@ class _Lab:
         print_by_target(judged)
         return judged
 
-    def _draw_law(self, name: str, judgement) -> None:
+    def _draw_law(self, judgement) -> None:
         from llmmix.mixing.law_figures import draw_effects, draw_predictions
 
         if not isinstance(judgement, str):
@@ -168,14 +168,14 @@ class _Lab:
                 np.column_stack([part[:, used] @ u[used], part]) for part in parts
             )
             stds[:, 0] = np.sqrt((judgement.stds[:, used] ** 2) @ u[used] ** 2)
-            figure = draw_predictions(observed, predicted, stds, titles, name)
+            figure = draw_predictions(observed, predicted, stds, titles, self.name)
             (self.folder / "predicted.png").write_bytes(figure)
         moved = 0.05
         effects = self.law.effects(self.runs.mixtures.mean(0), moved)
         figure = draw_effects(effects, self.runs.domains, self.runs.targets, moved)
         (self.folder / "effects.png").write_bytes(figure)
 
-    def _propose(self, name: str) -> dict:
+    def _propose(self) -> dict:
         from llmmix.mixing.law_figures import draw_mixtures
         from llmmix.mixing.laws.proposal import propose
 
@@ -189,7 +189,7 @@ class _Lab:
         shown |= {"best run": runs.mixtures[found.best_run], "proposed": found.mixture}
         (self.folder / "proposal.png").write_bytes(draw_mixtures(shown, runs.domains))
         _write_ratios(self.folder / "proposal.csv", runs.domains, found.mixture[None], "proposal")
-        print_proposal(name, found, runs, shown, args.level)
+        print_proposal(self.name, found, runs, shown, args.level)
         document = vars(found) | {
             "mixture": dict(zip(runs.domains, found.mixture, strict=True)),
             "best_run": runs.ids[found.best_run],
@@ -211,18 +211,18 @@ class _Lab:
         mixtures = [dict(zip(self.runs.domains, p, strict=True)) for p in plan.mixtures]
         return {**vars(plan), "mixtures": mixtures}
 
-    def _budget(self, name: str) -> dict:
+    def _budget(self) -> dict:
         from llmmix.mixing.law_figures import draw_budget
         from llmmix.mixing.laws.judge import learning_curve, runs_needed
 
         curves = {}
-        for law in dict.fromkeys([name, "effective", "linear"]):
+        for law in dict.fromkeys([self.name, "effective", "linear"]):
             options = {"objective": self.objective, "seed": self.args.seed}
             curves[law] = learning_curve(_laws([law])[law], self.mixtures, self.losses, **options)
         (self.folder / "budget.png").write_bytes(draw_budget(curves))
         print_curves(curves)
-        needed = runs_needed(curves[name])
-        print(f"{name}: {needed} runs come within 10% of the error of all.")
+        needed = runs_needed(curves[self.name])
+        print(f"{self.name}: {needed} runs come within 10% of the error of all.")
         return {"curves": curves, "runs_needed": needed}
 
     def _transfer(self, number: int, large, laws: dict) -> dict:
@@ -254,12 +254,12 @@ class _Lab:
         return {"metrics": name, "laws": found, "calibration": calibration}
 
 
-def _assess(folder: str) -> dict:
+def _assess(folder: str):
     from llmmix.mixing.laws.fidelity import assess
 
     found = assess(folder)
     print_fidelity(found, folder)
-    return plain(found)
+    return found
 
 
 def _laws(names: list[str]) -> dict:

@@ -21,7 +21,7 @@ import numpy as np
 
 from llmmix.mixing.laws.inputs import canonical_order
 from llmmix.mixing.laws.law import Law
-from llmmix.mixing.laws.simplex import bounds_of, nearest_run, project
+from llmmix.mixing.laws.simplex import nearest_run, project
 
 DRAWS = 400  # laws
 CANDIDATES = 2000
@@ -95,7 +95,8 @@ def next_mixtures(
     u = law.target_weights(objective)
     found = law.propose(objective, lower=lower, upper=upper, prior=prior, seed=seed)
     centre = law.prior_shares(prior)
-    low, high, fixed = _limits(law, lower, upper)
+    low, high = law.bounds(lower=lower, upper=upper)
+    fixed = np.isin(law.domains_, law.unidentified_)
     # Drawn in an order of the domains that does not depend on how they came
     order = canonical_order(law.mixtures_, law.losses_)[1]
     inside = _Simplex(low[order], high[order], fixed[order])
@@ -121,15 +122,6 @@ def next_mixtures(
         after=after,
         notes=tuple(_notes(law, inside.decimals)),
     )
-
-
-def _limits(law: Law, lower, upper) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(k,) bounds, and whether a share is that of all runs and has to stay."""
-    k, names = law.mixtures_.shape[1], [str(name) for name in law.domains_]
-    low, high = bounds_of(k, lower=lower, upper=upper, names=names)
-    fixed = np.array([name in law.unidentified_ for name in law.domains_])
-    low[fixed] = high[fixed] = law.mixtures_[0, fixed]
-    return low, high, fixed
 
 
 def _drawn(centres: np.ndarray, candidates: int, rng: np.random.Generator) -> np.ndarray:

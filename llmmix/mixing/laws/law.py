@@ -84,7 +84,7 @@ class Law(BaseEstimator):
             ordered = np.ix_(runs, self._domains), np.ix_(runs, self._targets)
             self._problem = Problem(X[ordered[0]], Y[ordered[1]])
             self.noise_[self._targets] = self._fit(*self._problem)
-        self.outliers_ = sorted(runs[self._aside].tolist()) if len(targets) else []
+        self.outliers_ = sorted(runs[self._aside].tolist())
         if self.outliers_:
             warnings.warn(
                 f"Set aside as far from any law: runs {_listed(self.outliers_)} (from 0).",
@@ -225,22 +225,32 @@ class Law(BaseEstimator):
             ValueError: An unknown name or method, weights or bounds that nothing meets.
         """
         u = self.target_weights(objective)
-        k = self.mixtures_.shape[1]
-        limits = {"lower": lower, "upper": upper, "available": available}
-        names = [str(name) for name in self.domains_]
-        low, high = bounds_of(k, **limits, tokens=tokens, max_epochs=max_epochs, names=names)
-        fixed = ~np.isin(np.arange(k), self._domains)
-        low[fixed] = high[fixed] = self.mixtures_[0, fixed]
-        if low.sum() > 1 + 1e-9 or high.sum() < 1 - 1e-9:
-            held = [self.domains_[j] for j in np.flatnonzero(fixed)]
-            raise ValueError(
-                f"`lower` and `upper` leave no mixture beside {_listed(held)}, whose share no run "
-                f"varied: widen them."
-            )
+        limits = {"available": available, "tokens": tokens, "max_epochs": max_epochs}
+        low, high = self.bounds(lower=lower, upper=upper, **limits)
         if closeness < 0 or not np.isfinite(closeness):
             raise ValueError(f"`closeness` must be 0 or more, got {closeness}.")
         prior = self.prior_shares(prior)
         return _search(self, u, low, high, prior, closeness, self._method(method), seed)
+
+    def bounds(self, **limits) -> tuple[np.ndarray, np.ndarray]:
+        """(k,) smallest and (k,) largest shares; those that no run varied stay as they were.
+
+        Args:
+            **limits: As `propose` takes them: lower, upper, available, tokens, max_epochs.
+
+        Raises:
+            ValueError: A bound that is no share, or bounds that no mixture meets.
+        """
+        k, names = self.mixtures_.shape[1], [str(name) for name in self.domains_]
+        low, high = bounds_of(k, **limits, names=names)
+        fixed = ~np.isin(np.arange(k), self._domains)
+        low[fixed] = high[fixed] = self.mixtures_[0, fixed]
+        if low.sum() > 1 + 1e-9 or high.sum() < 1 - 1e-9:
+            raise ValueError(
+                f"`lower` and `upper` leave no mixture beside {_listed(self.unidentified_)}, whose "
+                f"share no run varied: widen them."
+            )
+        return low, high
 
     def target_weights(self, objective=None) -> np.ndarray:
         """(m,) weights of sum 1: of the mean, of a single target, or as given.
