@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.mixing.law_tables import (
+from llmmix.files import plain
+from llmmix.laws.printing import (
     print_by_target,
     print_curves,
     print_fidelity,
@@ -31,7 +32,6 @@ from llmmix.mixing.law_tables import (
     print_transfer,
     print_transfers,
 )
-from llmmix.report import plain
 
 LAWS = ["linear", "log_linear", "exponential", "boosted", "effective"]
 
@@ -105,7 +105,7 @@ class _Lab:
     """Runs, the laws judged on them, and the one that proposes."""
 
     def __init__(self, args: MixtureLawsArguments, folder: Path):
-        from llmmix.mixing.laws.tables import read_runs
+        from llmmix.laws.tables import read_runs
 
         self.args, self.folder = args, folder
         self.runs = _drawn(read_runs(args.ratios, args.metrics), args.max_runs, args.seed)
@@ -145,7 +145,7 @@ class _Lab:
         return document
 
     def _judge(self) -> dict:
-        from llmmix.mixing.laws.judge import compare
+        from llmmix.laws.judge import compare
 
         levels = (0.5, self.args.level)
         options = {"objective": self.objective, "holdout": self.args.holdout}
@@ -157,7 +157,7 @@ class _Lab:
         return judged
 
     def _draw_law(self, judgement) -> None:
-        from llmmix.mixing.law_figures import draw_effects, draw_predictions
+        from llmmix.laws.figures import draw_effects, draw_predictions
 
         if not isinstance(judgement, str):
             u = self.law.target_weights(self.objective)
@@ -176,8 +176,8 @@ class _Lab:
         (self.folder / "effects.png").write_bytes(figure)
 
     def _propose(self) -> dict:
-        from llmmix.mixing.law_figures import draw_mixtures
-        from llmmix.mixing.laws.proposal import propose
+        from llmmix.laws.figures import draw_mixtures
+        from llmmix.laws.proposal import propose
 
         args, runs = self.args, self.runs
         options = {"tokens": args.tokens, "max_epochs": args.max_epochs, "seed": args.seed}
@@ -200,7 +200,7 @@ class _Lab:
         return document
 
     def _plan(self) -> dict:
-        from llmmix.mixing.laws.design import next_mixtures
+        from llmmix.laws.design import next_mixtures
 
         options = {name: self.wishes[name] for name in ("lower", "upper", "prior")}
         plan = next_mixtures(
@@ -212,8 +212,8 @@ class _Lab:
         return {**vars(plan), "mixtures": mixtures}
 
     def _budget(self) -> dict:
-        from llmmix.mixing.law_figures import draw_budget
-        from llmmix.mixing.laws.judge import learning_curve, runs_needed
+        from llmmix.laws.figures import draw_budget
+        from llmmix.laws.judge import learning_curve, runs_needed
 
         curves = {}
         for law in dict.fromkeys([self.name, "effective", "linear"]):
@@ -227,9 +227,9 @@ class _Lab:
 
     def _transfer(self, number: int, large, laws: dict) -> dict:
         """Every law on the runs of other models; a figure and the calibration of the best one."""
-        from llmmix.mixing.law_figures import draw_transfer
-        from llmmix.mixing.laws.scores import weighted
-        from llmmix.mixing.laws.transfer import TransferCalibrator, judge_transfer
+        from llmmix.laws.figures import draw_transfer
+        from llmmix.laws.scores import weighted
+        from llmmix.laws.transfer import TransferCalibrator, judge_transfer
 
         mixtures, losses = _tables(large)
         mixtures = mixtures[[str(domain) for domain in self.runs.domains]]
@@ -255,7 +255,7 @@ class _Lab:
 
 
 def _assess(folder: str):
-    from llmmix.mixing.laws.fidelity import assess
+    from llmmix.laws.fidelity import assess
 
     found = assess(folder)
     print_fidelity(found, folder)
@@ -263,7 +263,7 @@ def _assess(folder: str):
 
 
 def _laws(names: list[str]) -> dict:
-    from llmmix.mixing import laws
+    from llmmix import laws
 
     known = [
         laws.LinearLaw,
@@ -298,7 +298,7 @@ def _tables(runs):
 
 def _objective(given: list[str], targets: list[str]):
     """None, a target's name, or weights by name, as `Law.propose` takes them."""
-    from llmmix.mixing.laws.tables import find_target
+    from llmmix.laws.tables import find_target
 
     if given == ["mean"]:
         return None
@@ -337,7 +337,7 @@ def _shares(given: list[str] | None, argument: str, domains: list[str]):
 
 def _large(ratios: str, metrics: str, runs):
     """Runs of other models, of the domains of `runs`."""
-    from llmmix.mixing.laws.tables import read_runs
+    from llmmix.laws.tables import read_runs
 
     large = read_runs(ratios, metrics)
     ours, theirs = set(runs.domains), set(large.domains)
@@ -373,7 +373,7 @@ def _check(args: MixtureLawsArguments) -> None:
 
 def _best(judged: dict) -> str:
     """Name of the law to propose: the best, or the default where nothing speaks against it."""
-    from llmmix.mixing.laws.judge import best_of, paired_difference
+    from llmmix.laws.judge import best_of, paired_difference
 
     best = best_of(judged)
     others = [n for n, j in judged.items() if n not in (best, "mean") and not isinstance(j, str)]

@@ -16,11 +16,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmmix.checkpoints import Checkpoint, Loader, evaluation_state, named_checkpoints
-from llmmix.estimators import pass_at_n
-from llmmix.sample_log import SampleLog
-from llmmix.solving import compare, evaluate, judge_again, summarize
-from llmmix.verify import Verifier
+from llmmix.grading.estimators import pass_at_n
+from llmmix.grading.evaluate import compare, evaluate, judge_again, summarize
+from llmmix.grading.sample_log import SampleLog
+from llmmix.grading.verify import Verifier
+from llmmix.models import Checkpoint, Loader, evaluation_state, named_checkpoints
 
 __all__ = ["PassAtNArguments", "evaluate", "main", "pass_at_n", "reference_loss"]
 
@@ -216,8 +216,8 @@ def _evaluate_one(run: _Run, rows, verifier: Verifier, args: PassAtNArguments, s
 
 
 def _vllm(run: _Run, args: PassAtNArguments):
-    from llmmix.data import resolve_checkpoint
-    from llmmix.vllm_backend import load_vllm
+    from llmmix.models import resolve_checkpoint
+    from llmmix.sampling.vllm_backend import load_vllm
 
     checkpoint = resolve_checkpoint(run.checkpoint.model)
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
@@ -233,7 +233,7 @@ def reference_loss(model, tokenizer, dataset, batch_size: int = 32) -> float | N
     from trl.data_utils import common_prefix_length
 
     from llmmix.head import attach_head
-    from llmmix.sampling import encode
+    from llmmix.models import encode
 
     attach_head(model)
     nll = tokens = 0

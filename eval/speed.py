@@ -191,7 +191,7 @@ def step_call(*, model, device, batch_size, max_length, method, lora) -> Callabl
     """One optimizer step of a trainer at its default settings, AdamW included."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llmmix.data import resolve_checkpoint
+    from llmmix.models import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -260,7 +260,7 @@ def _published_flat():
     import torch
 
     import llmmix
-    from llmmix.flat import flat_loss
+    from llmmix.unlearning.flat import flat_loss
 
     class PublishedFLAT(llmmix.FLATTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -346,7 +346,8 @@ def sampling_call(
     """Completions of problems of all levels, until each stops by itself or is cut."""
     import torch
 
-    from llmmix.sampling import encode, sample
+    from llmmix.models import encode
+    from llmmix.sampling import sample
 
     model, tokenizer = _load(model, device)
     rows = _spread(prompts)
@@ -464,7 +465,7 @@ def _load(name: str, device: str):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llmmix.data import resolve_checkpoint
+    from llmmix.models import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(name)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

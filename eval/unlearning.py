@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from llmmix.forgetting.metrics import (
+from llmmix.files import plain
+from llmmix.unlearning.evaluation.metrics import (
     exact_memorization,
     extraction_strength,
     forget_quality,
@@ -37,7 +38,6 @@ from llmmix.forgetting.metrics import (
     privacy_leakage,
     truth_ratio,
 )
-from llmmix.report import plain
 
 __all__ = [
     "UnlearningArguments",
@@ -143,8 +143,8 @@ def main(args: UnlearningArguments) -> dict[str, dict]:
     """Evaluate each model; print the table and write what the module's docstring lists."""
     from transformers.utils import logging
 
-    from llmmix.checkpoints import Loader, evaluation_state, named_checkpoints
-    from llmmix.forgetting.table import print_table
+    from llmmix.models import Loader, evaluation_state, named_checkpoints
+    from llmmix.unlearning.evaluation.printing import print_table
 
     _check(args)
     runs = named_checkpoints(args.model_name_or_path, args.adapter)
@@ -211,8 +211,8 @@ class _Program:
     """Everything that the evaluations of one call share."""
 
     def __init__(self, args: UnlearningArguments, data: dict, loader, state):
-        from llmmix.forgetting.items import MeasureOptions
-        from llmmix.forgetting.texts import unicode_words
+        from llmmix.unlearning.evaluation.items import MeasureOptions
+        from llmmix.unlearning.evaluation.texts import unicode_words
 
         self.args, self.data, self.loader, self.state = args, data, loader, state
         self.options = MeasureOptions(
@@ -228,8 +228,8 @@ class _Program:
 
     def evaluate(self, checkpoint, retained: dict | None, probed: bool = False) -> dict:
         """The document of one model, with leaks, and with what comes back if it is `probed`."""
-        from llmmix.forgetting.evaluation import as_rows, evaluate_subject
-        from llmmix.forgetting.items import scores_of
+        from llmmix.unlearning.evaluation.evaluation import as_rows, evaluate_subject
+        from llmmix.unlearning.evaluation.items import scores_of
 
         subject = self._subject(checkpoint)
         sets = {role: as_rows(rows, role, subject.tokenizer) for role, rows in self.data.items()}
@@ -273,7 +273,7 @@ class _Program:
 
     def _subject(self, checkpoint, changed: dict | None = None, make: Callable | None = None):
         """A model that is loaded when needed; `changed` says what `make` did to its weights."""
-        from llmmix.forgetting.items import Subject
+        from llmmix.unlearning.evaluation.items import Subject
 
         fingerprint = self.loader.fingerprint(checkpoint) | {"changed": changed}
 
@@ -286,7 +286,7 @@ class _Program:
         return Subject(self.loader.tokenizer(checkpoint), load, self._keeper(fingerprint))
 
     def _original(self):
-        from llmmix.checkpoints import named_checkpoints
+        from llmmix.models import named_checkpoints
 
         if self.args.original is None:
             return None
@@ -296,8 +296,8 @@ class _Program:
         """Keeps measurements of a model in the cache; the main process decides what is there."""
         from accelerate.utils import broadcast_object_list
 
-        from llmmix.cache import cache_dir
-        from llmmix.forgetting.items import METRIC_VERSION
+        from llmmix.files import cache_dir
+        from llmmix.unlearning.evaluation.items import METRIC_VERSION
 
         def keep(kind: str, data: str, options: dict, compute: Callable):
             asked = [METRIC_VERSION, fingerprint, kind, data, options]
@@ -319,7 +319,7 @@ class _Program:
         return keep
 
     def _leaks(self, checkpoint, subject, rows) -> dict[str, dict]:
-        from llmmix.forgetting.summary import metric
+        from llmmix.unlearning.evaluation.summary import metric
 
         if not self.args.leak_samples:
             return {"leak": metric("lower", reason="needs --leak_samples")}
@@ -341,9 +341,9 @@ class _Program:
     def _sampled_leaks(self, checkpoint, subject, rows, n: list[int]) -> dict:
         from accelerate.utils import broadcast_object_list
 
-        from llmmix.forgetting.items import data_digest
-        from llmmix.forgetting.leaks import LeakScorer, sample_leaks, summarize_leaks
-        from llmmix.sample_log import SampleLog
+        from llmmix.grading.sample_log import SampleLog
+        from llmmix.unlearning.evaluation.items import data_digest
+        from llmmix.unlearning.evaluation.leaks import LeakScorer, sample_leaks, summarize_leaks
 
         args, state = self.args, self.state
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
@@ -380,8 +380,8 @@ class _Program:
 
     def _probes(self, checkpoint, subject, rows, result: dict) -> dict[str, dict]:
         """Metrics of the forget set before and after each probe, on the same rows."""
-        from llmmix.forgetting.items import measure_items
-        from llmmix.forgetting.summary import set_metrics
+        from llmmix.unlearning.evaluation.items import measure_items
+        from llmmix.unlearning.evaluation.summary import set_metrics
 
         names = ("question", "prompt", "answer", "secret")
         asked = rows.select_columns([name for name in names if name in rows.column_names])
@@ -401,8 +401,13 @@ class _Program:
 
     def _probe(self, name: str, checkpoint, subject, rows) -> tuple:
         """Rows to measure on, the model to measure, and the questions where they are others."""
-        from llmmix.forgetting.items import data_digest
-        from llmmix.forgetting.probes import paraphrased, quantised, relearn, relearning_parts
+        from llmmix.unlearning.evaluation.items import data_digest
+        from llmmix.unlearning.evaluation.probes import (
+            paraphrased,
+            quantised,
+            relearn,
+            relearning_parts,
+        )
 
         args, everything = self.args, list(range(len(rows)))
         if name == "paraphrase":
@@ -429,7 +434,7 @@ class _Program:
 
 
 def _check(args: UnlearningArguments) -> None:
-    from llmmix.forgetting.probes import PROBES
+    from llmmix.unlearning.evaluation.probes import PROBES
 
     if args.retain_model and args.retain_log:
         raise ValueError("Give `retain_model` or its `retain_log`, not both.")
@@ -450,7 +455,7 @@ def _check(args: UnlearningArguments) -> None:
 
 def _check_probes(args: UnlearningArguments, rows) -> None:
     """Refuse what a probe would refuse after everything else has been measured."""
-    from llmmix.forgetting.probes import check_paraphrases, relearning_parts
+    from llmmix.unlearning.evaluation.probes import check_paraphrases, relearning_parts
 
     if "paraphrase" in (args.probes or ()):
         check_paraphrases(rows)
@@ -474,13 +479,13 @@ def _function(path: str) -> Callable:
 
 
 def _compat(items: dict, scores: dict, retain_logs: dict | None, k: float) -> dict:
-    from llmmix.forgetting.open_unlearning import open_unlearning_document
+    from llmmix.unlearning.evaluation.open_unlearning import open_unlearning_document
 
     return open_unlearning_document(items, scores, retain_logs, k)
 
 
 def _write_compat(folder: Path, result: dict) -> None:
-    from llmmix.forgetting.open_unlearning import write_open_unlearning
+    from llmmix.unlearning.evaluation.open_unlearning import write_open_unlearning
 
     write_open_unlearning(folder / "open_unlearning", result["open_unlearning"])
 

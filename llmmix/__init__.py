@@ -3,44 +3,55 @@
 Public names are imported on first use, so that `import llmmix` and `llmmix ls` stay instant.
 """
 
-import importlib
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "DCOConfig": "dco",
-    "DCOTrainer": "dco",
-    "SFTMixConfig": "sftmix",
-    "SFTMixTrainer": "sftmix",
-    "RPOConfig": "rpo",
-    "RPOTrainer": "rpo",
-    "FLATConfig": "flat",
-    "FLATTrainer": "flat",
-    "UnlearnConfig": "unlearn_trainer",
-    "UnlearnTrainer": "unlearn_trainer",
-    "AioliCallback": "mixing.aioli",
-    "AioliConfig": "mixing.aioli",
-    "MixtureSampler": "mixing.sampler",
-    "attach_head": "head",
-    "attach_mixture": "mixing.attach",
-    "linear_logprobs": "logprobs",
-    "LikelihoodFilter": "filtering",
-    "SolveRates": "solve_rates",
-    "attach_filter": "filtering",
-    "attach_weights": "solve_rates",
-    "split_steps": "steps",
-    "sample": "sampling",
-    "Verifier": "verify",
-    "pass_at_n": "estimators",
-}
+import lazy_loader
 
-__all__ = sorted(_HOMES)
+if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
+    from llmmix.dco import DCOConfig as DCOConfig
+    from llmmix.dco import DCOTrainer as DCOTrainer
+    from llmmix.filtering import LikelihoodFilter as LikelihoodFilter
+    from llmmix.filtering import attach_filter as attach_filter
+    from llmmix.grading.estimators import pass_at_n as pass_at_n
+    from llmmix.grading.verify import Verifier as Verifier
+    from llmmix.head import attach_head as attach_head
+    from llmmix.logprobs import linear_logprobs as linear_logprobs
+    from llmmix.mixing.aioli import AioliCallback as AioliCallback
+    from llmmix.mixing.aioli import AioliConfig as AioliConfig
+    from llmmix.mixing.attach import attach_mixture as attach_mixture
+    from llmmix.mixing.sampler import MixtureSampler as MixtureSampler
+    from llmmix.rpo import RPOConfig as RPOConfig
+    from llmmix.rpo import RPOTrainer as RPOTrainer
+    from llmmix.sampling import sample as sample
+    from llmmix.sftmix import SFTMixConfig as SFTMixConfig
+    from llmmix.sftmix import SFTMixTrainer as SFTMixTrainer
+    from llmmix.solve_rates import SolveRates as SolveRates
+    from llmmix.solve_rates import attach_weights as attach_weights
+    from llmmix.steps import split_steps as split_steps
+    from llmmix.unlearning.flat import FLATConfig as FLATConfig
+    from llmmix.unlearning.flat import FLATTrainer as FLATTrainer
+    from llmmix.unlearning.trainer import UnlearnConfig as UnlearnConfig
+    from llmmix.unlearning.trainer import UnlearnTrainer as UnlearnTrainer
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "dco": ["DCOConfig", "DCOTrainer"],
+        "sftmix": ["SFTMixConfig", "SFTMixTrainer"],
+        "rpo": ["RPOConfig", "RPOTrainer"],
+        "unlearning.flat": ["FLATConfig", "FLATTrainer"],
+        "unlearning.trainer": ["UnlearnConfig", "UnlearnTrainer"],
+        "mixing.aioli": ["AioliCallback", "AioliConfig"],
+        "mixing.sampler": ["MixtureSampler"],
+        "mixing.attach": ["attach_mixture"],
+        "head": ["attach_head"],
+        "logprobs": ["linear_logprobs"],
+        "filtering": ["LikelihoodFilter", "attach_filter"],
+        "solve_rates": ["SolveRates", "attach_weights"],
+        "steps": ["split_steps"],
+        "sampling": ["sample"],
+        "grading.verify": ["Verifier"],
+        "grading.estimators": ["pass_at_n"],
+    },
+)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'llmmix' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"llmmix.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])

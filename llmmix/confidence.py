@@ -25,9 +25,9 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from llmmix.cache import cache_dir, file_digest
-from llmmix.data import resolve_checkpoint
+from llmmix.files import cache_dir, checkpoint_id
 from llmmix.head import attach_head
+from llmmix.models import resolve_checkpoint
 from llmmix.sftmix import CONFIDENCE, SFTMixConfig, SFTMixTrainer, confidence
 
 logger = get_logger(__name__)
@@ -157,7 +157,7 @@ def train_reference(
         key: value for key, value in args.to_dict().items() if not key.startswith(tuple(IRRELEVANT))
     }
     key = _digest(
-        _checkpoint_digest(model, args),
+        checkpoint_id(model, (args.model_init_kwargs or {}).get("revision")),
         rows_digest or _rows_digest(dataset),
         json.dumps(settings, sort_keys=True, default=str),
         _adapter_settings(peft_config),
@@ -222,7 +222,7 @@ def mean_nlls(
         ValueError: A loss that is not finite.
     """
     key = _digest(
-        _checkpoint_digest(checkpoint, args),
+        checkpoint_id(checkpoint, (args.model_init_kwargs or {}).get("revision")),
         rows_digest or _rows_digest(dataset),
         quantization_config,
         *(getattr(args, name) for name in SCORING),
@@ -337,16 +337,6 @@ def _adapter_settings(peft_config) -> str:
         if key != "base_model_name_or_path"
     }
     return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _checkpoint_digest(checkpoint: str, args: SFTMixConfig) -> str:
-    """Of the content of a folder: weights, configuration, tokenizer, template."""
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return f"{checkpoint} {(args.model_init_kwargs or {}).get('revision')}"
-    kinds = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-    files = [file for file in folder.iterdir() if file.suffix in kinds]
-    return file_digest(*sorted(file for file in files if file.name != "trainer_state.json"))
 
 
 def _rows_digest(dataset: Dataset) -> str:

@@ -25,8 +25,16 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.data import check_sft_datasets, default_to_cpu, log_dropped
-from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
+from llmmix.head import attach_head
+from llmmix.trainers import (
+    ForwardRecorder,
+    check_own_loss,
+    check_sft_datasets,
+    check_unsharded,
+    default_to_cpu,
+    keep_outputs_in_fp32,
+    log_dropped,
+)
 
 logger = get_logger(__name__)
 
@@ -254,40 +262,3 @@ class DCOTrainer(SFTTrainer):
                     self.args.n_samples,
                 )
         super().log(logs, start_time)
-
-
-def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
-    """Refuse what merges examples into one row, and what asks TRL for another loss.
-
-    Raises:
-        ValueError: `packing`, `padding_free`, `label_smoothing_factor`, `loss_type` or
-            `compute_loss_func` is set.
-    """
-    for name in ("packing", "eval_packing", "padding_free"):
-        if getattr(args, name):
-            raise ValueError(
-                f"`{name}=True` merges examples into one row, and {method} needs them apart. Set "
-                f"`{name}=False`."
-            )
-    others = {
-        "label_smoothing_factor": args.label_smoothing_factor > 0,
-        "loss_type": args.loss_type != "nll",
-        "compute_loss_func": trainer_arguments.get("compute_loss_func") is not None,
-    }
-    for name, given in others.items():
-        if given:
-            raise ValueError(f"{method} is a loss of its own: leave `{name}` at its default.")
-
-
-def check_unsharded(method: str, accelerator) -> None:
-    """Refuse what splits one example over ranks.
-
-    Raises:
-        ValueError: Context or sequence parallelism is on.
-    """
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            f"Context and sequence parallelism split an example over ranks, and {method} needs it "
-            "whole. Set `cp_size` and `sp_size` to 1."
-        )

@@ -20,12 +20,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerState
 
 from llmmix.dco import DCOTrainer, dco_weight
-from llmmix.sampling import eval_mode
-from llmmix.trainer_log import log_metric
+from llmmix.models import eval_mode
+from llmmix.trainers import ResumedCallback, log_metric
 
 logger = get_logger(__name__)
 
@@ -136,7 +135,7 @@ class FilteredSampler(Sampler[int]):
             self._replay = []
 
 
-class FilterCallback(TrainerCallback, ExportableState):
+class FilterCallback(ResumedCallback):
     """Saves and resumes a `FilteredSampler`, and ends training when nothing is kept."""
 
     def __init__(self, sampler: FilteredSampler):
@@ -155,18 +154,17 @@ class FilterCallback(TrainerCallback, ExportableState):
         """As after a step: rows may end inside an accumulation window."""
         self.on_step_end(args, state, control)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Begin anew, or where the run that is resumed had come."""
-        saved = state.stateful_callbacks.setdefault("FilterCallback", self.state())
-        if state.global_step:
-            ended = float(state.epoch).is_integer()
-            self.sampler.load_state_dict(saved["attributes"], new_epoch=ended)
-        else:
-            self.sampler.reset()
+    def begin(self) -> None:
+        """Begin with the first pass."""
+        self.sampler.reset()
 
-    def state(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": self.sampler.state_dict()}
+    def saved(self) -> dict:
+        """What decides the rows to come."""
+        return self.sampler.state_dict()
+
+    def resume(self, saved: dict, state: TrainerState) -> None:
+        """Go on with the rows of the step after the checkpoint."""
+        self.sampler.load_state_dict(saved, new_epoch=float(state.epoch).is_integer())
 
 
 def attach_filter(

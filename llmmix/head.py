@@ -13,20 +13,18 @@ import functools
 import logging
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput, is_peft_available
 
+from llmmix.fused.sharding import gathered, whole
+from llmmix.fused.tiles import HeadScaling
 from llmmix.logprobs import HeadStatistics, keeps_probabilities, linear_statistics
-from llmmix.sharding import gathered, whole
-from llmmix.tiles import HeadScaling
 
 logger = logging.getLogger(__name__)
 
@@ -117,61 +115,6 @@ def _own_forward(model: PreTrainedModel) -> Callable:
     if isinstance(forward, types.MethodType):
         return forward.__func__
     return lambda _, *args, **kwargs: forward(*args, **kwargs)
-
-
-def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
-    """Keep FSDP2 from rounding log-probabilities to bf16 on their way out of the model.
-
-    Under mixed precision accelerate has FSDP2 cast every output to the compute dtype; the sum of a
-    completion's log-probabilities would then be off by half a nat at 100 nats. Call it before the
-    model is prepared, which `Trainer` does when training starts. The policy is one for all units:
-    hidden states between layers are in fp32 then too.
-    """
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return
-    plugin = accelerator.state.fsdp_plugin
-    policy = plugin.mixed_precision_policy
-    if isinstance(policy, MixedPrecisionPolicy):
-        plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
-
-
-class ForwardRecorder:
-    """Call it like the model: it keeps what the fused head answered.
-
-    TRL's `compute_loss` drops the outputs of its forward, while a loss of ours needs the same ones:
-    a second forward would double the cost, and a stale weight would not be the method.
-
-    Args:
-        model: What to call.
-        head_objective: Added to each call of the fused head.
-        row_weight: Maps (B,) summed log-probabilities to (B,) weights. The caller is answered with
-            log-probabilities times the weight of their row, so that a cross-entropy over them is
-            weighted; `output` keeps the plain ones.
-
-    Attributes:
-        output: The last `FusedHeadOutput`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        head_objective: HeadObjective | None = None,
-        row_weight: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self._model, self._row_weight = model, row_weight
-        self._extra = {} if head_objective is None else {"head_objective": head_objective}
-        self.output: FusedHeadOutput | None = None
-
-    def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
-        """Call the model, with the objective added to a call of its fused head."""
-        if not fused_lm_head:
-            return self._model(*args, **kwargs)
-        self.output = self._model(*args, fused_lm_head=True, **self._extra, **kwargs)
-        if self._row_weight is None:
-            return self.output
-        log_probs = self.output.log_probs
-        weight = self._row_weight(log_probs.sum(1)).unsqueeze(1)
-        return replace(self.output, log_probs=weight * log_probs)
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -29,9 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmmix import tiles
-from llmmix.sharding import gathered
-from llmmix.tiles import (
+from llmmix.fused import tiles
+from llmmix.fused.sharding import gathered
+from llmmix.fused.tiles import (
     HeadScaling,
     RunningSoftmax,
     TiledLogits,
@@ -294,7 +294,7 @@ def _softmax_part(logits, bias, scaling, top, sum_g, of_entropy, kept) -> Iterat
 def _arithmetic(logits: Tensor):
     """The module that takes a tile of logits apart: Triton kernels where they serve it."""
     if has_kernels(logits) and logits.dtype == torch.float32:
-        from llmmix import kernels
+        from llmmix.fused import kernels
 
         return kernels
     return tiles

@@ -9,17 +9,15 @@ Writes `report.html`, with every picture inside it, and the same pictures as PNG
 import base64
 import html
 import json
-import math
 from collections.abc import Collection
-from dataclasses import is_dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+from llmmix.figures import COLOURS, png, pyplot
 
-COLOURS = ["#4269d0", "#ef8636", "#3ca951", "#a463f2", "#ff725c", "#6cc5b0", "#97bbf5", "#9c6b4e"]
+if TYPE_CHECKING:
+    pass
+
 
 # Not curves: bookkeeping, and totals that the Trainer logs once at the end
 SKIPPED = {"step", "epoch", "total_flos", "num_tokens", "learning_rate"}
@@ -77,8 +75,8 @@ def write_report(
 
         figures["mixture"] = draw_mixture(folder)
     (folder / "figures").mkdir(exist_ok=True)
-    for name, png in figures.items():
-        (folder / "figures" / f"{name}.png").write_bytes(png)
+    for name, image in figures.items():
+        (folder / "figures" / f"{name}.png").write_bytes(image)
     page = folder / "report.html"
     page.write_text(_page(title or folder.resolve().name, note, evaluations, figures))
     return page
@@ -158,90 +156,6 @@ def _temperature_figure(evaluations: dict[str, dict], colours: dict[str, str]) -
     return png(figure)
 
 
-def draw_panels(
-    path: str | Path, x: list[float], panels: dict[str, dict[str, "np.ndarray"]], xlabel: str
-) -> Path:
-    """A PNG of curves side by side, each the mean over repeats within their range.
-
-    Args:
-        path: Of the PNG.
-        x: Positions of the points.
-        panels: By title, curves by name, each (repeats, points).
-        xlabel: What x is.
-
-    Returns:
-        The path.
-    """
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, layout="constrained"
-    )
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
-        for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
-            axis.plot(x, values.mean(0), marker="o", markersize=4, color=colour, label=name)
-            axis.fill_between(
-                x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0
-            )
-        axis.set_title(title)
-        axis.set_xlabel(xlabel)
-        axis.set_ylim(bottom=0)
-    axes.flat[0].legend(frameon=False)
-    Path(path).write_bytes(png(figure))
-    return Path(path)
-
-
-def draw_scatter(
-    path: str | Path,
-    points: dict[str, tuple["np.ndarray", "np.ndarray"]],
-    *,
-    xlabel: str,
-    ylabel: str,
-    marks: dict[str, tuple[float, float]] | None = None,
-) -> Path:
-    """A PNG of points by name: the mean over repeats, and a bar to each end of their range.
-
-    Args:
-        path: Of the PNG.
-        points: By name, x and y of the repeats; names that differ in their last word alone share a
-            colour, and the first of them is hollow.
-        xlabel: What x is.
-        ylabel: What y is.
-        marks: Single points by name, drawn as stars.
-
-    Returns:
-        The path.
-    """
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
-    families: dict[str, list[str]] = {}
-    for name in points:
-        families.setdefault(name.rpartition(" ")[0] or name, []).append(name)
-    for number, (family, names) in enumerate(families.items()):
-        marker, colour = "os^Dv"[number // len(COLOURS) % 5], COLOURS[number % len(COLOURS)]
-        for name in names:
-            x, y = points[name]
-            # The mean of equal numbers may be off by a rounding
-            ends = [(v.mean() - v.min(), v.max() - v.mean()) for v in (x, y)]
-            spread = [[[max(0.0, low)], [max(0.0, high)]] for low, high in ends]
-            style = {"marker": marker, "color": colour, "elinewidth": 0.8, "linestyle": "none"}
-            style["markerfacecolor"] = "white" if name == names[0] != names[-1] else colour
-            style["label"] = family if name == names[-1] else None
-            axis.errorbar(x.mean(), y.mean(), spread[1], spread[0], **style)
-    grid = max(families.values(), key=len)
-    first, last = (name.rpartition(" ")[2] for name in (grid[0], grid[-1]))
-    title = f"hollow: {first}, filled: {last}" if len(grid) > 1 else None
-    figure.legend(
-        loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8
-    )
-    for name, (x, y) in (marks or {}).items():
-        axis.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")
-        axis.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize=9)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
-    Path(path).write_bytes(png(figure))
-    return Path(path)
-
-
 def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:
     """The documents of each model that was sampled at several temperatures."""
     models: dict[str, list[dict]] = {}
@@ -308,8 +222,8 @@ def _page(title: str, note: str, evaluations: dict[str, dict], figures: dict[str
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(note)}</p>']
     if evaluations:
         parts.append(_table(evaluations))
-    for name, png in figures.items():
-        data = base64.b64encode(png).decode()
+    for name, image in figures.items():
+        data = base64.b64encode(image).decode()
         parts.append(f"<h2>{captions[name]}</h2>")
         parts.append(f'<img alt="{captions[name]}" src="data:image/png;base64,{data}">')
     return (
@@ -337,45 +251,3 @@ def _table(evaluations: dict[str, dict]) -> str:
             cells += f"<td{mark}>{'' if value is None else f'{value:.3f}'}</td>"
         body += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
-
-
-def pyplot():
-    """Matplotlib without a screen, in our style."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-        }
-    )
-    return plt
-
-
-def png(figure) -> bytes:
-    """A figure as a PNG; it is closed."""
-    import matplotlib.pyplot as plt
-
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def plain(value):
-    """A document of JSON values alone, with null for what is no finite number."""
-    if is_dataclass(value):
-        value = vars(value)
-    elif hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,8 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from llmmix.data import check_preference_datasets, default_to_cpu, log_dropped
-from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
+from llmmix.head import attach_head
+from llmmix.trainers import (
+    ForwardRecorder,
+    check_preference_datasets,
+    default_to_cpu,
+    keep_outputs_in_fp32,
+    log_dropped,
+)
 
 
 def rpo_loss(

@@ -28,10 +28,18 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.data import check_sft_datasets, default_to_cpu, log_dropped
-from llmmix.dco import check_own_loss, check_unsharded, dco_weight
-from llmmix.head import ForwardRecorder, attach_head, keep_outputs_in_fp32
+from llmmix.dco import dco_weight
+from llmmix.head import attach_head
 from llmmix.logprobs import linear_logprobs
+from llmmix.trainers import (
+    ForwardRecorder,
+    check_own_loss,
+    check_sft_datasets,
+    check_unsharded,
+    default_to_cpu,
+    keep_outputs_in_fp32,
+    log_dropped,
+)
 
 CONFIDENCE = "confidence"  # the column that stage 1 writes and stage 2 reads
 

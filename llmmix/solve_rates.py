@@ -26,20 +26,21 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerState
 
 from llmmix.dco import DCOTrainer, dco_weight
 from llmmix.filtering import check_share, check_trainer
-from llmmix.sampling import check_room, encode, sample
-from llmmix.solving import reference_answers
-from llmmix.trainer_log import log_metric
-from llmmix.verify import Verifier, judge
+from llmmix.grading.evaluate import reference_answers
+from llmmix.grading.verify import Verifier, judge
+from llmmix.models import encode
+from llmmix.sampling import sample
+from llmmix.sampling.requests import check_room
+from llmmix.trainers import ResumedCallback, log_metric
 
 logger = get_logger(__name__)
 
 
-class SolveRates(TrainerCallback, ExportableState):
+class SolveRates(ResumedCallback):
     """p^, how often the model in training solves each of its rows, estimated by sampling and kept.
 
     Rows need a `prompt` and an `answer`. During the first `warmup_steps` every p^ is 0, so that
@@ -164,15 +165,17 @@ class SolveRates(TrainerCallback, ExportableState):
         known = [row for row in rows if judged[row] >= self.min_samples]
         return dict.fromkeys(rows, 0.0) | {row: right[row] / judged[row] for row in known}
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Forget the estimates of another run, or take up those of the one that is resumed."""
-        saved = state.stateful_callbacks.setdefault("SolveRates", self.state())
-        known = saved["attributes"]["known"] if state.global_step else ()
-        self._known = {int(row): tuple(kept) for row, kept in known}
+    def begin(self) -> None:
+        """Forget the estimates of another run."""
+        self._known = {}
 
-    def state(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"known": list(self._known.items())}}
+    def saved(self) -> dict:
+        """The estimates that a checkpoint keeps."""
+        return {"known": list(self._known.items())}
+
+    def resume(self, saved: dict, state: TrainerState) -> None:
+        """Take up the estimates of the run that is resumed."""
+        self._known = {int(row): tuple(kept) for row, kept in saved["known"]}
 
 
 def attach_weights(trainer: DCOTrainer, weights: Callable[[Sequence[int]], Tensor]) -> None:

@@ -17,13 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
-from llmmix.data import checkpoint_to_resume, load_tokenizer, prepare_model_args
 from llmmix.mixing import AioliCallback, AioliConfig, MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.bandit import BanditCallback, BanditConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.online import SkillItCallback, SkillItConfig
 from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback, DoReMiConfig
+from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
+from llmmix.trainers import checkpoint_to_resume
 
 CONFIGS = {"skillit": SkillItConfig, "doremi": DoReMiConfig}
 CONFIGS |= {"doge": DoGEConfig, "odm": BanditConfig}

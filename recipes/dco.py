@@ -16,15 +16,12 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
-from llmmix.data import (
-    checkpoint_to_resume,
-    load_tokenizer,
-    load_train_and_eval,
-    prepare_model_args,
-)
+from llmmix.data import load_train_and_eval
 from llmmix.filtering import LikelihoodFilter, attach_filter
+from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
 from llmmix.steps import split_steps
+from llmmix.trainers import checkpoint_to_resume
 
 
 @dataclass

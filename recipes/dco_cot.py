@@ -15,16 +15,13 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
-from llmmix.data import (
-    checkpoint_to_resume,
-    load_tokenizer,
-    load_train_and_eval,
-    prepare_model_args,
-)
+from llmmix.data import load_train_and_eval
 from llmmix.filtering import attach_filter
+from llmmix.grading.verify import Verifier
+from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
 from llmmix.solve_rates import SolveRates, attach_weights
-from llmmix.verify import Verifier
+from llmmix.trainers import checkpoint_to_resume
 
 
 @dataclass

@@ -21,11 +21,12 @@ from transformers.utils import logging
 
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
-from llmmix.data import load_splits, resolve_checkpoint
-from llmmix.estimators import pass_at_n
-from llmmix.report import draw_panels
+from llmmix.data import load_splits
+from llmmix.figures import draw_panels
+from llmmix.grading.estimators import pass_at_n
+from llmmix.grading.verify import Verifier, judge
+from llmmix.models import resolve_checkpoint
 from llmmix.sampling import sample
-from llmmix.verify import Verifier, judge
 
 
 @dataclass

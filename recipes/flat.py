@@ -4,23 +4,20 @@
 
 Rows are questions and the answers to forget: `question` and `answer`, or `prompt` and `completion`;
 a `template` column holds what to answer instead, else refusals are drawn from a list. Add
-`--use_peft` for LoRA. The method is described in llmmix/flat.py; measure with `llmmix eval
-unlearning`.
+`--use_peft` for LoRA. The method is described in llmmix/unlearning/flat.py; measure with
+`llmmix eval unlearning`.
 """
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import FLATConfig, FLATTrainer
 from llmmix.cli import parse_args
-from llmmix.data import (
-    checkpoint_to_resume,
-    load_role,
-    load_tokenizer,
-    prepare_model_args,
-)
-from llmmix.flat import check_retain
-from llmmix.forget_rows import RetainArguments
+from llmmix.data import load_role
+from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
+from llmmix.trainers import checkpoint_to_resume
+from llmmix.unlearning.flat import check_retain
+from llmmix.unlearning.rows import RetainArguments
 
 
 def main(

@@ -27,15 +27,15 @@ from transformers import default_data_collator as collate
 from transformers.utils import logging
 
 from llmmix import builtin
+from llmmix.builtin.corpora import windows
 from llmmix.cli import parse_args
-from llmmix.domains import windows
+from llmmix.figures import draw_panels
 from llmmix.mixing import AioliCallback, AioliConfig, MixtureSampler, attach_mixture
 from llmmix.mixing.bandit import BanditCallback
 from llmmix.mixing.online import SkillItCallback, SkillItConfig, skillit_graph
 from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback
 from llmmix.mixing.record import drawn_shares, read_record
 from llmmix.mixing.rows import by_target
-from llmmix.report import draw_panels
 
 EQUAL = "equal shares"
 BEST = "best fixed shares"

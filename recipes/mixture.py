@@ -11,10 +11,11 @@ each are set aside for its validation loss. OUTPUT_DIR/mixture.jsonl holds what 
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
-from llmmix.data import checkpoint_to_resume, load_tokenizer, prepare_model_args
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
+from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
+from llmmix.trainers import checkpoint_to_resume
 
 
 def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
-from llmmix.data import load_tokenizer, prepare_model_args
+from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, finished
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.record import read_record
-from llmmix.mixing.sweep import SweepArguments, add, check_same, choose_mixtures, finished
+from llmmix.models import load_tokenizer, prepare_model_args
 
 
 def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: SweepArguments) -> None:

@@ -20,7 +20,8 @@ from trl import SFTConfig, SFTTrainer
 from llmmix import DCOConfig, DCOTrainer, SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.confidence import add_confidence
-from llmmix.data import load_splits, resolve_checkpoint
+from llmmix.data import load_splits
+from llmmix.models import resolve_checkpoint
 
 METHODS = ("SFT", "SFTMix", "DCO")
 

@@ -15,14 +15,11 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.confidence import ReferenceArguments, add_confidence
-from llmmix.data import (
-    checkpoint_to_resume,
-    load_tokenizer,
-    load_train_and_eval,
-    prepare_model_args,
-)
+from llmmix.data import load_train_and_eval
+from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
 from llmmix.sftmix import CONFIDENCE
+from llmmix.trainers import checkpoint_to_resume
 
 
 def main(

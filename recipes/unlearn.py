@@ -6,22 +6,19 @@
 Rows to forget and rows to retain are `question` and `answer`, `prompt` and `completion`, or `text`.
 A loss that lacks what it needs says so before the model is loaded. Add `--use_peft` for LoRA, whose
 adapter switched off then serves as the reference. The losses are described in
-llmmix/unlearning.py; measure with `llmmix eval unlearning`.
+llmmix/unlearning/losses.py; measure with `llmmix eval unlearning`.
 """
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
-from llmmix.data import (
-    checkpoint_to_resume,
-    load_role,
-    load_tokenizer,
-    prepare_model_args,
-)
-from llmmix.forget_rows import RetainArguments
+from llmmix.data import load_role
+from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
-from llmmix.unlearn_trainer import check_needs
+from llmmix.trainers import checkpoint_to_resume
+from llmmix.unlearning.rows import RetainArguments
+from llmmix.unlearning.trainer import check_needs
 
 
 def main(

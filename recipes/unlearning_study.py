@@ -29,11 +29,12 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix import FLATConfig, FLATTrainer, UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
-from llmmix.data import load_splits, resolve_checkpoint
-from llmmix.forgetting.evaluation import evaluate_unlearning
-from llmmix.forgetting.summary import quality_metric
-from llmmix.report import draw_scatter
-from llmmix.unlearn_trainer import LOSSES
+from llmmix.data import load_splits
+from llmmix.figures import draw_scatter
+from llmmix.models import resolve_checkpoint
+from llmmix.unlearning.evaluation.evaluation import evaluate_unlearning
+from llmmix.unlearning.evaluation.summary import quality_metric
+from llmmix.unlearning.trainer import LOSSES
 
 OWN = {  # what a contender has beside the loss of its name and the learning rate
     "flat+retain": {"retain_weight": 5.0},

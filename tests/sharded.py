@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmmix import attach_head
-from llmmix.sharding import gathered, whole
+from llmmix.fused.sharding import gathered, whole
 
 ADAPTERS = {
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},

@@ -101,7 +101,7 @@ def test_cp_copies_a_recipe_that_runs_from_anywhere(tmp_path, capsys):
 )
 def test_mistakes_are_one_line_and_status_2(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llmmix.builtin.tiny_checkpoint", lambda name: "unused")
+    monkeypatch.setattr("llmmix.models.tiny_checkpoint", lambda name: "unused")
     assert cli.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -16,8 +16,8 @@ from llmmix.filtering import (
     LikelihoodFilter,
     attach_filter,
 )
+from llmmix.grading.verify import Verifier
 from llmmix.solve_rates import SolveRates, attach_weights
-from llmmix.verify import Verifier
 
 SETTINGS = {
     "max_steps": 6,
@@ -302,7 +302,7 @@ def test_two_processes_train_as_one(make, checkpoint, math_rows, tmp_path):
     losses, weights = finish(chain_of_thought(make("one")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, __file__, checkpoint, str(tmp_path)],
+        [*command, "-m", "tests.test_filtering", checkpoint, str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,8 +30,8 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from llmmix import attach_head, head
-from llmmix.head import keep_outputs_in_fp32
 from llmmix.logprobs import STATISTICS
+from llmmix.trainers import keep_outputs_in_fp32
 
 SMALL = {
     "vocab_size": 61,
@@ -289,7 +288,7 @@ def test_on_two_ranks_that_share_its_weight_it_trains_as_one_process_does(kind):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("sharded.py")), kind],
+        [*command, "-m", "tests.sharded", kind],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

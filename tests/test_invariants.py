@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -319,11 +318,10 @@ def test_two_processes_are_one(run, checkpoint, math_rows, preference_rows, tmp_
     """Torchrun over gloo, two ranks of 2 rows and 2 micro-batches, against one of 8 rows."""
     math_rows.to_json(tmp_path / "math.jsonl")
     preference_rows.to_json(tmp_path / "preferences.jsonl")
-    script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(script), checkpoint, str(tmp_path)],
+        [*command, "-m", "tests.two_processes", checkpoint, str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

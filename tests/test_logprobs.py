@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from llmmix import logprobs, tiles
+from llmmix import logprobs
+from llmmix.fused import tiles
+from llmmix.fused.tiles import HeadScaling
 from llmmix.logprobs import keeps_probabilities, linear_logprobs, linear_statistics
-from llmmix.tiles import HeadScaling
 
 
 def naive(hidden, weight, targets, *, bias=None, logit_scale=1.0, softcap=None, temperature=1.0):

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from llmmix.report import draw_scatter, read_runs, write_report
+from llmmix.figures import draw_scatter
+from llmmix.report import read_runs, write_report
 
 HISTORY = [
     {"loss": 2.0, "dco/weight": 0.9, "learning_rate": 1e-3, "step": 1, "epoch": 0.1},

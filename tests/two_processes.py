@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from test_invariants import METHODS, SETTINGS
+
+from tests.test_invariants import METHODS, SETTINGS
 
 
 def main(checkpoint: str, folder: Path) -> None:

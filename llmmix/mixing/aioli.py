@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.control import check_weights
+from llmmix.mixing.controllers import check_weights
 from llmmix.mixing.estimators import OneHotAioli, RegressionAioli
 from llmmix.mixing.influence import (
     InfluenceMatrix,

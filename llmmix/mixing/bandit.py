@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.control import Observation
+from llmmix.mixing.controllers import Observation
 from llmmix.mixing.online import (
     OnlineController,
     log_normalize,

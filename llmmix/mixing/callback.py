@@ -13,13 +13,13 @@ from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from llmmix.mixing.control import SIGNALS, Controller, Observation, Segment
+from llmmix.mixing.controllers import SIGNALS, Controller, Observation, Segment
 from llmmix.mixing.loader import MixtureLoader
 from llmmix.mixing.record import MixtureRecord
 from llmmix.mixing.rows import by_target, locate_rows, mean_scored_tokens
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.signals import Signals, rows_of
-from llmmix.trainer_log import log_metric
+from llmmix.trainers import log_metric
 
 logger = get_logger(__name__)
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.data import check_sft_dataset, default_to_cpu, load_splits
-from llmmix.mixing.control import check_weights
+from llmmix.data import load_splits
+from llmmix.mixing.controllers import check_weights
 from llmmix.mixing.sampler import EXHAUSTED, METHODS, UNITS, MixtureSampler
+from llmmix.trainers import check_sft_dataset, default_to_cpu
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmmix.mixing.control import Observation, Segment, check_weights
+from llmmix.mixing.controllers import Observation, Segment, check_weights
 from llmmix.mixing.draws import shuffles
 from llmmix.mixing.influence import (
     InfluenceMatrix,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llmmix.figures import COLOURS, png, pyplot
 from llmmix.mixing.record import read_record
-from llmmix.report import COLOURS, png, pyplot
 
 
 def draw_mixture(folder: str | Path) -> bytes:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.control import Observation, Segment, check_weights
+from llmmix.mixing.controllers import Observation, Segment, check_weights
 from llmmix.mixing.sampler import MixtureSampler
 
 logger = logging.getLogger(__name__)

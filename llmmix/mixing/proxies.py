@@ -33,9 +33,8 @@ import numpy as np
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
-from llmmix.data import resolve_checkpoint
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.control import Observation
+from llmmix.mixing.controllers import Observation
 from llmmix.mixing.online import (
     OnlineController,
     log_normalize,
@@ -45,6 +44,7 @@ from llmmix.mixing.online import (
     require_whole,
 )
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.models import resolve_checkpoint
 
 
 def reweigh(log_weights: np.ndarray, gains: np.ndarray, smoothing: float = 0.0) -> np.ndarray:

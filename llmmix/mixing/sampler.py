@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 import numpy as np
 from torch.utils.data import Sampler
 
-from llmmix.mixing.control import check_weights
+from llmmix.mixing.controllers import check_weights
 from llmmix.mixing.draws import Block, Cursor, choose, choose_evenly, shuffles, uniforms
 
 CHUNK = 1024  # draws made at once when they are asked for one by one

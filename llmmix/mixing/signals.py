@@ -16,16 +16,17 @@ from accelerate.utils import DistributedType, broadcast
 from torch import Tensor
 from transformers import Trainer
 
+from llmmix.data import batches_of_tokens
 from llmmix.head import attach_head
 from llmmix.mixing.draws import uniforms
-from llmmix.sampling import eval_mode
+from llmmix.models import eval_mode
 
 BATCH_TOKENS = 8192  # padded, of a forward pass that measures
 MEASURES = ("auto", "nll", "loss")
 
 
 class Signals:
-    """Measures a trainer's model; `SIGNALS` of llmmix/mixing/control.py says what.
+    """Measures a trainer's model; `SIGNALS` of llmmix/mixing/controllers.py says what.
 
     Args:
         trainer: Whose model, collator and precision it takes.
@@ -108,7 +109,8 @@ class Signals:
     def _losses(self, kept, domains) -> Tensor:
         if self.measure == "loss":
             return self._trainer_losses()
-        groups = self._share(_batches([row for _, row in self._rows], BATCH_TOKENS))
+        lengths = [len(row["input_ids"]) for _, row in self._rows]
+        groups = self._share(batches_of_tokens(lengths, BATCH_TOKENS))
         sums = self._zeros(2, len(self.targets))
         for group, counts in groups:
             batch = self._to_device(self._collate([self._rows[i][1] for i in group]))
@@ -246,16 +248,3 @@ def _token_logps(model, batch: dict) -> tuple[Tensor, Tensor]:
     """(B, T-1) log-probabilities and where they count."""
     output = model(**batch, fused_lm_head=True)
     return output.log_probs, output.label_mask
-
-
-def _batches(rows: list[dict], tokens: int) -> list[list[int]]:
-    """Rows by falling length, in groups of at most so many tokens with their padding."""
-    lengths = [len(row["input_ids"]) for row in rows]
-    groups: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

@@ -26,10 +26,10 @@ from llmmix import (
     UnlearnTrainer,
     sample,
 )
-from llmmix.cache import built_once
 from llmmix.confidence import add_confidence
-from llmmix.data import load_splits, resolve_checkpoint
-from llmmix.sampling import encode
+from llmmix.data import load_splits
+from llmmix.files import built_once
+from llmmix.models import encode, resolve_checkpoint
 
 pytestmark = pytest.mark.real
 

@@ -1,0 +1,34 @@
+"""The built-in datasets by name."""
+
+from collections.abc import Callable
+
+from datasets import Dataset, DatasetDict
+
+from llmmix.builtin import authors, corpora, problems
+
+# By name, what makes the rows of each split from a configuration
+SPLITS: dict[str, Callable[[str | None], dict[str, list[dict]]]] = {
+    "builtin:math": problems.math_splits,
+    "builtin:preferences": problems.preference_splits,
+    "builtin:authors": authors.splits,
+    "builtin:domains": corpora.splits,
+}
+
+
+def dataset(name: str, config: str | None = None) -> DatasetDict:
+    """A built-in dataset.
+
+    Args:
+        name: A key of `SPLITS`; each has splits of its own.
+        config: Levels to keep of `builtin:math` and `builtin:preferences`, such as "1" or "1,3";
+            the size of `builtin:authors`; the domains of `builtin:domains`. All levels, the
+            smallest size and the four real domains by default.
+
+    Raises:
+        ValueError: An unknown name, level, size or domain.
+        FileNotFoundError: The machine lacks the text of a domain.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"`dataset_name`: no built-in {name!r}; there are {', '.join(SPLITS)}.")
+    splits = SPLITS[name](config)
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})

@@ -1,0 +1,123 @@
+"""Figures in one style: matplotlib without a screen, curves side by side, scatter plots."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+COLOURS = ["#4269d0", "#ef8636", "#3ca951", "#a463f2", "#ff725c", "#6cc5b0", "#97bbf5", "#9c6b4e"]
+
+
+def draw_panels(
+    path: str | Path, x: list[float], panels: dict[str, dict[str, "np.ndarray"]], xlabel: str
+) -> Path:
+    """A PNG of curves side by side, each the mean over repeats within their range.
+
+    Args:
+        path: Of the PNG.
+        x: Positions of the points.
+        panels: By title, curves by name, each (repeats, points).
+        xlabel: What x is.
+
+    Returns:
+        The path.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
+            axis.plot(x, values.mean(0), marker="o", markersize=4, color=colour, label=name)
+            axis.fill_between(
+                x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0
+            )
+        axis.set_title(title)
+        axis.set_xlabel(xlabel)
+        axis.set_ylim(bottom=0)
+    axes.flat[0].legend(frameon=False)
+    Path(path).write_bytes(png(figure))
+    return Path(path)
+
+
+def draw_scatter(
+    path: str | Path,
+    points: dict[str, tuple["np.ndarray", "np.ndarray"]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    marks: dict[str, tuple[float, float]] | None = None,
+) -> Path:
+    """A PNG of points by name: the mean over repeats, and a bar to each end of their range.
+
+    Args:
+        path: Of the PNG.
+        points: By name, x and y of the repeats; names that differ in their last word alone share a
+            colour, and the first of them is hollow.
+        xlabel: What x is.
+        ylabel: What y is.
+        marks: Single points by name, drawn as stars.
+
+    Returns:
+        The path.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
+    families: dict[str, list[str]] = {}
+    for name in points:
+        families.setdefault(name.rpartition(" ")[0] or name, []).append(name)
+    for number, (family, names) in enumerate(families.items()):
+        marker, colour = "os^Dv"[number // len(COLOURS) % 5], COLOURS[number % len(COLOURS)]
+        for name in names:
+            x, y = points[name]
+            # The mean of equal numbers may be off by a rounding
+            ends = [(v.mean() - v.min(), v.max() - v.mean()) for v in (x, y)]
+            spread = [[[max(0.0, low)], [max(0.0, high)]] for low, high in ends]
+            style = {"marker": marker, "color": colour, "elinewidth": 0.8, "linestyle": "none"}
+            style["markerfacecolor"] = "white" if name == names[0] != names[-1] else colour
+            style["label"] = family if name == names[-1] else None
+            axis.errorbar(x.mean(), y.mean(), spread[1], spread[0], **style)
+    grid = max(families.values(), key=len)
+    first, last = (name.rpartition(" ")[2] for name in (grid[0], grid[-1]))
+    title = f"hollow: {first}, filled: {last}" if len(grid) > 1 else None
+    figure.legend(
+        loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8
+    )
+    for name, (x, y) in (marks or {}).items():
+        axis.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")
+        axis.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize=9)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    Path(path).write_bytes(png(figure))
+    return Path(path)
+
+
+def pyplot():
+    """Matplotlib without a screen, in our style."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
+    )
+    return plt
+
+
+def png(figure) -> bytes:
+    """A figure as a PNG; it is closed."""
+    import matplotlib.pyplot as plt
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()

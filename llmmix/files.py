@@ -1,0 +1,97 @@
+"""Files that are ours: what is built once and kept, what tells a file from another, plain JSON.
+
+What is kept stands in `$LLMMIX_CACHE`, else in `~/.cache/llmmix`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from filelock import FileLock
+
+# What a checkpoint folder holds of the model itself: no optimizer, no arguments of its training
+CHECKPOINT_FILES = (
+    *("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.gguf"),
+    *("config.json", "generation_config.json", "adapter_config.json", "*.index.json"),
+    *("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "*.jinja"),
+)
+
+
+def cache_dir() -> Path:
+    """The cache folder, which may not exist yet."""
+    return Path(os.environ.get("LLMMIX_CACHE", "~/.cache/llmmix")).expanduser()
+
+
+def built_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, built by the first process that asks, while others wait.
+
+    Args:
+        name: Folder name, which must say everything that the content depends on.
+        build: Fills the empty folder it is given. If it fails, nothing is kept.
+
+    Returns:
+        The complete folder.
+    """
+    folder = cache_dir() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            partial.rename(folder)
+    return folder
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, the first 16 hex digits."""
+    stat = path.stat()
+    return _digest_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: str, size: int, changed: int) -> str:
+    """Read once a process: the size and the time only tell that the file was written anew."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def checkpoint_id(checkpoint: str, revision: str | None = None) -> str:
+    """What tells a checkpoint from any other, one trained anew under its name included.
+
+    Args:
+        checkpoint: Folder or hub id.
+        revision: Commit of a hub id.
+
+    Returns:
+        For a folder, a digest of the names and contents of weights, configuration, tokenizer and
+        chat template: a copy has the same. Else the name and the commit.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return f"{checkpoint}@{revision}" if revision else checkpoint
+    files = sorted({path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)})
+    parts = [(path.name, file_digest(path)) for path in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def plain(value):
+    """A document of JSON values alone, with null for what is no finite number."""
+    if is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

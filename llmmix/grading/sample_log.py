@@ -1,0 +1,106 @@
+"""Samples and verdicts on disk, a line each, appended as they come: a killed run goes on from them.
+
+    samples.jsonl    {"problem": 3, "sample": 0, "completion": "...", "verdict": "right", ...}
+    settings.json    what they were drawn with; samples of other settings are never mixed in
+
+Several processes append to one file, each under a lock.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+
+class SampleLog:
+    """The samples of one model under one setting.
+
+    Args:
+        folder: Where the two files are, or will be.
+        settings: What decides the samples. Those found must have been drawn with the same.
+
+    Raises:
+        ValueError: The folder holds samples drawn otherwise, with the settings that differ.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict):
+        self.path = Path(folder) / "samples.jsonl"
+        self._lock = FileLock(str(self.path) + ".lock")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        document = self.path.with_name("settings.json")
+        settings = json.loads(json.dumps(settings))  # as it will be read back
+        with self._lock:
+            if not self.path.exists():
+                document.write_text(json.dumps(settings, indent=1))
+                self.path.touch()
+            self._check(json.loads(document.read_text()), settings)
+            self._drop_half_a_line()
+
+    def _check(self, found: dict, settings: dict) -> None:
+        differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
+        if differing:
+            was = ", ".join(f"{key} {found.get(key)!r}" for key in differing)
+            now = ", ".join(f"{key} {settings.get(key)!r}" for key in differing)
+            raise ValueError(
+                f"{self.path} holds samples drawn with {was}, not {now}. Name another "
+                "`output_dir`, or remove that folder."
+            )
+
+    def _drop_half_a_line(self) -> None:
+        """A process killed while it wrote leaves a line without an end."""
+        with self.path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            step, end = 2**16, size
+            while end > 0:
+                start = max(0, end - step)
+                file.seek(start)
+                if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+                    end = start + newline + 1
+                    break
+                end = start
+            if end < size:
+                file.truncate(end)
+
+    def read(self) -> Iterator[dict]:
+        """Every sample; of two of one number, the first."""
+        with self._lock:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+        seen = set()
+        for line in filter(None, lines):
+            record = json.loads(line)
+            key = record["problem"], record["sample"]
+            if key not in seen:
+                seen.add(key)
+                yield record
+
+    def append(self, records: list[dict]) -> None:
+        """Write samples, and let them reach the disk."""
+        if not records:
+            return
+        with self._lock:
+            self._drop_half_a_line()  # as a full disk leaves it
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_lines(records))
+
+    def replace(self, records: list[dict]) -> None:
+        """Write all samples anew, as when they have been judged again."""
+        beside = self.path.with_suffix(".tmp")
+        with self._lock:
+            beside.write_text(_lines(records), encoding="utf-8")
+            beside.replace(self.path)
+
+    def locked(self):
+        """A context in which no other process writes."""
+        return self._lock
+
+
+def _lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def prompt_id(prompt: str | list[dict]) -> str:
+    """A short digest of a prompt, by which a sample knows its problem."""
+    return hashlib.blake2b(json.dumps(prompt).encode(), digest_size=6).hexdigest()

@@ -1,0 +1,219 @@
+"""The effective-data law: what a mixture is worth to a target, as data with diminishing returns.
+
+    L_i(r) = E_i + sum_q A_iq (1 + sum_j v_iqj r_j^a_qj)^-b_iq
+
+    symbol   meaning                                              in `EffectiveDataLaw`
+    E_i      loss that no mixture gets below                      (m,)
+    A_iq     what component q adds at most, A > 0                 (m, K)
+    v_iqj    what domain j is worth to target i, v > 0            (m, K, k)
+    a_qj     returns of domain j: below 1, more of it helps less  (K, k), one for all targets
+    b_iq     power of the whole, b > 0                            (m, K)
+
+A power law of data (Kaplan et al., 2020) in which the amount is the mixture's, as each target sees
+it through weights of its own. Dividing the floor s out of B (s + sum_j w_j r_j^a)^-b leaves
+A = B s^-b and v = w / s. All but E are exponentials or softplus of free numbers, so no fit leaves
+its range, and a loss stays between E and E + sum_q A whatever the mixture.
+
+Fit: maximum a posteriori from one deterministic start, losses in units of their target's deviation.
+The prior says what is known of such curves before any run, so that a fit to fewer runs than
+parameters still predicts. How much the runs weigh against it is their noise, which is read off the
+errors at runs left out (to first order, from the leverages), and fitted anew, `ROUNDS` times.
+Runs that a robust fit leaves far off in most targets, as one that diverged, are set aside first,
+and counted.
+"""
+
+import numpy as np
+from scipy.linalg import block_diag
+from scipy.special import expit
+
+from llmmix.laws.law import Law
+from llmmix.laws.least_squares import Arrow, Posterior, Prior, Residuals, levenberg_marquardt
+
+ROUNDS = 4  # of fitting, and estimating the noise
+NOISE, NOISE_RUNS = 0.1, 8  # its prior, in deviations of the losses, and what that is worth in runs
+LEAST, MOST = 0.01, 0.6  # bounds of it
+HUBER, OUTLIER = 4.0, 10.0  # of the robust fit, times the noise
+ROUGH = 25  # steps of it, in each of two rounds
+REACH = 2.5  # interquartile ranges over which a target's losses spread
+GROSS = 8.0  # times that reach, beyond which a loss says that its run diverged
+
+# The prior's means and deviations, losses in units of their deviation
+FLOOR, FLOOR_SD = -1.0, 1.5  # E, from the smallest loss
+TOP, TOP_SD = np.log(1.5), 0.7  # log of sum A, from the largest loss less E
+POWER, POWER_SD = -0.5, 1.0  # softplus^-1 b
+WORTH, WORTH_SD, WORTH_APART = -1.5, 1.5, 2.0  # log v: mean, its deviation, and that of the domains
+RETURNS = {1: (0.0,), 2: (-1.0, 1.0), 3: (-1.0, 0.0, 1.0)}  # softplus^-1 a, by component
+RETURNS_SD, RETURNS_APART = 1.0, 0.75
+
+
+def _softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, x)
+
+
+def _together(k: int, mean_sd: float, apart: float) -> np.ndarray:
+    """(k, k) precision of numbers with a common mean of deviation `mean_sd`, and `apart` off it."""
+    return np.linalg.inv(apart**2 * np.eye(k) + mean_sd**2)
+
+
+def _sparing(far: np.ndarray, Y: np.ndarray) -> np.ndarray:
+    """(n,) without runs that have the only losses of a target: they are all that is known of it."""
+    alone = np.isnan(np.where(far[:, None], np.nan, Y)).all(0)
+    return far & np.isnan(Y[:, alone]).all(1)
+
+
+class EffectiveDataLaw(Law):
+    """The effective-data law; see the module's equation.
+
+    Args:
+        components: K, 1 to 3. Two describe a target that has a domain of its own, whose first
+            percent helps most, beside many that help a little.
+        max_iter: Steps of a fit, in each round.
+        tol: Relative fall of the objective at which a fit has converged.
+
+    After `fit`, beside what `Law` lists, by target and domain as fitted: floor_ (m,), top_ (m, K),
+    power_ (m, K), worth_ (m, K, k), returns_ (K, k), NaN for what was not fitted.
+    """
+
+    def __init__(self, components: int = 2, max_iter: int = 100, tol: float = 1e-6):
+        self.components = components
+        self.max_iter = max_iter
+        self.tol = tol
+
+    def _fit(self, X, Y):
+        if not isinstance(self.components, int) or self.components not in RETURNS:
+            raise ValueError(f"`components` must be 1, 2 or 3, got {self.components!r}.")
+        far = self._far_off(X, Y)
+        self._aside = far
+        Y = np.where(far[:, None], np.nan, Y)
+        self._mean, self._sd = np.nanmean(Y, 0), np.nanstd(Y, 0)
+        self._sd = np.where(self._sd > 0, self._sd, 1.0)  # a resampled target may not move
+        Z = (Y - self._mean) / self._sd
+        self._map(X, Z, self._prior_of(Z, X.shape[1]), ROUNDS, None, self.max_iter)
+        self._publish()
+        return self._noise * self._sd
+
+    def _far_off(self, X: np.ndarray, Y: np.ndarray) -> np.ndarray:
+        """Which runs (n,) a fit that they hardly bend leaves far off, in most of their targets.
+
+        A run without a target's own domain is far off in that target, and rightly: it counts.
+        """
+        quarters = np.nanquantile(Y, [0.25, 0.75], axis=0)
+        low, reach = quarters[0], REACH * np.ptp(quarters, axis=0)
+        reach = np.where(reach > 0, reach, np.nanmax(Y, 0) - np.nanmin(Y, 0))
+        Z = (Y - low) / np.where(reach > 0, reach, 1.0)
+        gross = _sparing(np.nanmedian(Z, 1) > GROSS, Y)
+        Z[gross] = np.nan
+        self._map(X, Z, self._prior_of(Z.clip(-1, 2), X.shape[1]), 2, HUBER, ROUGH)
+        errors = np.abs(self._values - Z)
+        far = np.minimum(errors / (OUTLIER * self._sigma), errors / 0.5)
+        far = gross | (np.nanmedian(np.where(np.isnan(far), 0, far), 1) > 1)
+        return _sparing(far, Y)
+
+    def _map(self, X, Z, prior: Prior, rounds: int, huber: float | None, steps: int):
+        """Maximum a posteriori, with the noise from the errors left out."""
+
+        def curve(theta, shared, derivatives):
+            return self._curve(theta, shared, X, derivatives)
+
+        theta, shared = prior.theta, prior.shared
+        self._sigma = np.full(Z.shape[1], NOISE)
+        for turn in range(rounds):
+            residuals = Residuals(Z, self._sigma, huber)
+            theta, shared, _, self.converged_ = levenberg_marquardt(
+                curve, theta, shared, residuals, prior, max_iter=steps, tol=self.tol
+            )
+            values, J, Js = curve(theta, shared, True)
+            _, r, weights = residuals(values)
+            self._posterior = Posterior(Arrow(J, Js, weights, residuals.scale, prior))
+            used = self._posterior.variance(J, Js) * weights * residuals.scale**2
+            kept = 1 - np.minimum(used, 0.95)
+            errors = (r * weights * self._sigma[:, None]) ** 2  # no larger than Huber's bend
+            known = NOISE_RUNS * NOISE**2, NOISE_RUNS + (residuals.scale > 0).sum(1)
+            self._noise = np.sqrt((known[0] + (errors / kept).sum(1)) / known[1])
+            left_out = np.sqrt((known[0] + (errors / kept**2).sum(1)) / known[1])
+            if turn < rounds - 1:
+                self._sigma = left_out.clip(LEAST, MOST)
+        self._theta, self._shared, self._values = theta, shared, values.T
+
+    def _prior_of(self, Z: np.ndarray, k: int) -> Prior:
+        m, K = Z.shape[1], self.components
+        low, high = np.nanmin(Z, 0), np.nanmax(Z, 0)
+        theta = np.empty((m, 1 + 2 * K + K * k))
+        theta[:, 0] = low + FLOOR
+        theta[:, 1 : 1 + K] = (np.log(high - theta[:, 0]) + TOP - np.log(K))[:, None]
+        theta[:, 1 + K : 1 + 2 * K] = POWER
+        theta[:, 1 + 2 * K :] = WORTH
+        own = np.diag(np.array([FLOOR_SD] + K * [TOP_SD] + K * [POWER_SD]) ** -2.0)
+        worth = np.kron(np.eye(K), _together(k, WORTH_SD, WORTH_APART))
+        precision = block_diag(own, worth)
+        returns = np.kron(np.eye(K), _together(k, RETURNS_SD, RETURNS_APART))
+        return Prior(theta, precision, np.repeat(RETURNS[K], k).astype(float), returns)
+
+    def _parts(self, theta, shared):
+        m, K = len(theta), self.components
+        worth = np.exp(theta[:, 1 + 2 * K :].reshape(m, K, -1))
+        returns = shared.reshape(K, -1)
+        return theta[:, 0], theta[:, 1 : 1 + K], theta[:, 1 + K : 1 + 2 * K], worth, returns
+
+    def _terms(self, theta, shared, X):
+        """What the value and all its derivatives are made of."""
+        floor, log_top, power, worth, returns = self._parts(theta, shared)
+        a, b = _softplus(returns), _softplus(power)
+        log_x = np.log(np.where(X > 0, X, 1.0))
+        amounts = np.where(X > 0, np.exp(a[:, None] * log_x), 0.0)  # (K, n, k)
+        u = 1 + worth.transpose(1, 0, 2) @ amounts.transpose(0, 2, 1)  # (K, m, n)
+        log_u = np.log(u)
+        term = np.exp(log_top.T[:, :, None] - b.T[:, :, None] * log_u)
+        pull = -b.T[:, :, None] * term / u  # d term / d u
+        return floor[:, None] + term.sum(0), log_x, amounts, log_u, term, pull
+
+    def _curve(self, theta, shared, X, derivatives: bool):
+        values, log_x, amounts, log_u, term, pull = self._terms(theta, shared, X)
+        if not derivatives:
+            return values
+        _, _, power, worth, returns = self._parts(theta, shared)
+        (m, n), K = values.shape, self.components
+        J = np.empty((m, n, theta.shape[1]))
+        J[:, :, 0] = 1
+        J[:, :, 1 : 1 + K] = term.transpose(1, 2, 0)
+        slope = -term * log_u * expit(power).T[:, :, None]
+        J[:, :, 1 + K : 1 + 2 * K] = slope.transpose(1, 2, 0)
+        by_worth = (pull[..., None] * amounts[:, None]) * worth.transpose(1, 0, 2)[:, :, None]
+        J[:, :, 1 + 2 * K :] = by_worth.transpose(1, 2, 0, 3).reshape(m, n, -1)
+        by_returns = by_worth * log_x * expit(returns)[:, None, None]
+        return values, J, by_returns.transpose(1, 2, 0, 3).reshape(m, n, -1)
+
+    def _publish(self) -> None:
+        """The law's numbers in losses' units, by the order of the caller's names."""
+        floor, log_top, power, worth, returns = self._parts(self._theta, self._shared)
+        m, k, K = len(self.targets_), len(self.domains_), self.components
+        rows, columns = self._targets, self._domains
+        self.floor_, self.top_ = np.full(m, np.nan), np.full((m, K), np.nan)
+        self.power_, self.worth_ = np.full((m, K), np.nan), np.full((m, K, k), np.nan)
+        self.returns_ = np.full((K, k), np.nan)
+        self.floor_[rows] = self._mean + self._sd * floor
+        self.top_[rows] = np.exp(log_top) * self._sd[:, None]
+        self.power_[rows] = _softplus(power)
+        self.worth_[np.ix_(rows, range(K), columns)] = worth
+        self.returns_[:, columns] = _softplus(returns)
+
+    def _predict(self, X):
+        return self._mean + self._sd * self._curve(self._theta, self._shared, X, False).T
+
+    def _spread(self, X):
+        _, J, Js = self._curve(self._theta, self._shared, X, True)
+        return np.sqrt(self._posterior.variance(J, Js)).T * self._sd
+
+    def _draws(self, X, count, rng):
+        values, J, Js = self._curve(self._theta, self._shared, X, True)
+        drawn = values + self._posterior.draws(J, Js, count, rng)
+        return self._mean + self._sd * drawn.transpose(0, 2, 1)
+
+    def _gradient(self, X):
+        X = np.maximum(X, 1e-12)  # where a < 1 the slope at 0 is infinite
+        _, _, amounts, _, _, pull = self._terms(self._theta, self._shared, X)
+        worth, a = self._parts(self._theta, self._shared)[3], _softplus(self._shared)
+        a = a.reshape(self.components, -1)
+        slope = a[:, None] * amounts / X  # (K, n, k)
+        found = np.einsum("qmn,mqk,qnk->nmk", pull, worth, slope, optimize=True)
+        return found * self._sd[:, None]

@@ -1,0 +1,265 @@
+"""The exponential law, Data Mixing Laws (Ye et al., 2024).
+
+    L_i(r) = c_i + exp(log k_i + sum_j t_ij r_j)
+
+The shares sum to one, so a number added to all t_i is a factor of k_i: k + 1 parameters for each
+target. c_i >= 0, as the paper has it, where all losses of the target are positive; it is free for
+quantities that are no such losses, as differences are.
+
+Fit, for each target by itself: Huber's loss of the residuals, linear beyond `huber`, and two things
+that the paper has not, without which few runs are met by a t of hundreds, and the law explodes away
+from them: a ridge on t, and a penalty where a domain alone would be worse than a ceiling, as far
+above the worst run as that is above the best. The ridge alone does not do: strong enough to prevent
+that, it forbids the steep falls that a domain's own loss has in its first percents.
+
+The problem has several minima, so it is solved from several c, with the linear fit of log(L - c) as
+the start for t; the two best are solved to the end.
+"""
+
+import numpy as np
+from scipy.stats import norm
+
+from llmmix.laws.law import Law
+from llmmix.laws.least_squares import Arrow, Posterior, Prior, Residuals, levenberg_marquardt
+from llmmix.laws.linear import require_runs
+
+LEAST_RIDGE = 1e-10  # keeps the normal matrix invertible where the paper's fit has no answer
+NEAREST, FARTHEST = 0.05, 20.0  # starts of c below the least loss, in spreads of the losses
+FIRST, FINAL = 30, 2  # steps from each start, and starts that are solved to the end
+UNIT = 1e-3  # of the objective, in spreads: far below any residual, so that `tol` is relative
+FAR = 10.0  # spreads from the median at which a loss says nothing of the ceiling
+CAPPED = 4.0  # deviations at which a residual counts in the noise, as after a run that diverged
+NO_SHARED, NO_PRECISION = np.zeros(0), np.zeros((0, 0))
+
+
+class ExponentialLaw(Law):
+    """L_i(r) = c_i + exp(log k_i + sum_j t_ij r_j), the law of Data Mixing Laws.
+
+    min  sum_n Huber(L_i(r_n) - y_ni) / s_i^2 + ridge |t_i|^2 + 1/2 sum_j max(0, over_ij)^2
+
+    s_i is the losses' spread, over_ij the logarithm of what domain j alone is above c_i over what
+    the ceiling is.
+
+    Args:
+        huber: Size of a residual, in the losses' units, beyond which it counts linearly. None:
+            least squares.
+        ridge: On t. 0: the paper's fit, with neither ridge nor ceiling.
+        starts: Values of c to start from.
+        max_iter: Steps of the last fits.
+        tol: Relative fall of the objective at which a fit has converged.
+
+    After `fit`, beside what `Law` lists, by the caller's targets and domains, NaN where not fitted:
+    floor_ (m,), c; log_scale_ (m,), log k; exponents_ (m, k), t.
+
+    Source: Ye et al., Data mixing laws: optimizing data mixtures by predicting language modeling
+    performance, ICLR 2025.
+    """
+
+    def __init__(
+        self,
+        huber: float | None = 0.02,
+        ridge: float = 1e-5,
+        starts: int = 8,
+        max_iter: int = 200,
+        tol: float = 1e-6,
+    ):
+        self.huber = huber
+        self.ridge = ridge
+        self.starts = starts
+        self.max_iter = max_iter
+        self.tol = tol
+
+    def _fit(self, X, Y):
+        if self.huber is not None and not self.huber > 0:
+            raise ValueError(f"`huber` must be above 0, or None, got {self.huber!r}.")
+        if not (np.isfinite(self.ridge) and self.ridge >= 0):
+            raise ValueError(f"`ridge` must be 0 or more, got {self.ridge!r}.")
+        if self.starts < 1:
+            raise ValueError(f"`starts` must be 1 or more, got {self.starts!r}.")
+        require_runs(self, Y, X.shape[1] + 2, X.shape[1] + 1)
+        self._centre = X.mean(0)
+        vertices = np.eye(X.shape[1]) * X[0].sum() - self._centre
+        fits = []
+        for y in Y.T:
+            rows = np.isfinite(y)
+            fits.append(_Target(X[rows] - self._centre, y[rows], vertices, self))
+        found = [fit.solve(self.starts, self.max_iter) for fit in fits]
+        self._theta = np.array([theta for theta, _, _ in found])
+        self._free = np.array([free for _, free, _ in found])
+        self.converged_ = all(converged for _, _, converged in found)
+        self._room = np.array([fit.ceiling - fit.least for fit in fits])
+        noise = self._weigh(X, Y, np.array([fit.precision for fit in fits]))
+        self._publish()
+        return noise
+
+    def _weigh(self, X: np.ndarray, Y: np.ndarray, precision: np.ndarray) -> np.ndarray:
+        """What the runs leave open, and their noise (m,)."""
+        values, J, Js = self._curve(X, True)
+        known = np.isfinite(Y.T)
+        r = np.where(known, np.nan_to_num(Y.T) - values, 0.0)
+        typical = (
+            np.array([np.median(np.abs(a[b])) for a, b in zip(r, known, strict=True)]) / 0.6745
+        )
+        cap = np.where(typical > 0, CAPPED * typical, np.inf)[:, None]
+        squares = (np.minimum(np.abs(r), cap) ** 2).sum(1)
+        blocks = (J * known[:, :, None]).transpose(0, 2, 1) @ J
+        used = np.trace(np.linalg.solve(blocks + precision, blocks), axis1=1, axis2=2)
+        # A run more than parameters leaves at least a part of a degree of freedom
+        noise = np.sqrt(squares / np.maximum(known.sum(1) - used, 0.5))
+        sigma = np.maximum(noise, 1e-9 * self._room)
+        curvature, square = _huber_moments(sigma, self.huber)
+        weigh = (curvature / square)[:, None, None]
+        prior = Prior(self._theta, precision * weigh, NO_SHARED, NO_PRECISION)
+        scale = known * (curvature / np.sqrt(square))[:, None]
+        self._posterior = Posterior(Arrow(J, Js, np.ones_like(scale), scale, prior))
+        return noise
+
+    def _curve(self, X: np.ndarray, derivatives: bool):
+        return _curve(self._theta, (X - self._centre)[None], self._free, derivatives)
+
+    def _publish(self) -> None:
+        """The law's numbers by the order of the caller's names."""
+        m, k = len(self.targets_), len(self.domains_)
+        self.floor_, self.log_scale_ = np.full(m, np.nan), np.full(m, np.nan)
+        self.exponents_ = np.full((m, k), np.nan)
+        t = self._theta[:, 2:]
+        self.floor_[self._targets] = self._theta[:, 0]
+        self.log_scale_[self._targets] = self._theta[:, 1] - t @ self._centre
+        self.exponents_[np.ix_(self._targets, self._domains)] = t
+
+    def _predict(self, X):
+        return self._curve(X, False).T
+
+    def _shrunk(self, J: np.ndarray, Js: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Deviations (m, n), and what to take them by: none is wider than the ceiling is high."""
+        std = np.sqrt(self._posterior.variance(J, Js))
+        by = 1 / np.hypot(1, std / self._room[:, None])
+        return std * by, by
+
+    def _spread(self, X):
+        _, J, Js = self._curve(X, True)
+        return self._shrunk(J, Js)[0].T
+
+    def _draws(self, X, count, rng):
+        values, J, Js = self._curve(X, True)
+        drawn = self._posterior.draws(J, Js, count, rng) * self._shrunk(J, Js)[1]
+        return (values + drawn).transpose(0, 2, 1)
+
+    def _gradient(self, X):
+        e = self._curve(X, False) - self._theta[:, :1]
+        return e.T[:, :, None] * self._theta[:, 2:]
+
+
+class _Target:
+    """The fit to x (n, k) about the centre and y (n,) of one target; `vertices` (k, k) likewise."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, vertices: np.ndarray, law: ExponentialLaw):
+        n, k = x.shape
+        self.x, self.y, self.tol = x, y, law.tol
+        self.bounded = y.min() > 0
+        self.spread = _spread_of(y)
+        self.unit = UNIT * self.spread
+        self.least = np.quantile(y, 0.02)
+        top = min(y.max(), np.median(y) + FAR * self.spread)
+        self.ceiling = top + (top - self.least)
+        ridge = np.array([LEAST_RIDGE] * 2 + [max(law.ridge, LEAST_RIDGE)] * k)
+        self.precision = np.diag(2 * self.spread**2 * ridge)
+        self.vertices = vertices if law.ridge else vertices[:0]
+        above = np.zeros(len(self.vertices))
+        self.residuals = Residuals(np.append(y, above)[:, None], np.array([self.unit]), None)
+        if law.huber is not None:
+            self.residuals.huber = np.append(np.full(n, law.huber / self.unit), above + np.inf)
+
+    def solve(self, starts: int, steps: int) -> tuple[np.ndarray, bool, bool]:
+        """The parameters (2 + k,), whether c is free, and whether the fit converged."""
+        tried = [self._descend(theta, FIRST) for theta in self._starts(starts)]
+        tried.sort(key=lambda found: found[0])
+        tried = [self._descend(found[1], steps) for found in tried[:FINAL]]
+        return min(tried, key=lambda found: found[0])[1:]
+
+    def _starts(self, count: int) -> list[np.ndarray]:
+        """Start c from near the least loss down; log k and t from the fit of log(y - c)."""
+        gaps = self.spread * np.geomspace(NEAREST, FARTHEST, count)
+        gaps = np.unique(np.minimum(gaps, self.least) if self.bounded else gaps)
+        root = np.diag(np.sqrt(self.precision.diagonal()[1:]))
+        starts = []
+        for gap in gaps:
+            e = np.maximum(self.y - self.least + gap, gap / 2)
+            w = np.minimum(e, 10 * np.median(e))  # an error of y is one of e log e
+            A = np.column_stack([np.ones_like(e), self.x]) * w[:, None]
+            b = np.append(w * np.log(e), np.zeros(len(root)))
+            t = np.linalg.lstsq(np.vstack([A, root]), b, rcond=None)[0]
+            starts.append(np.append(self.least - gap, t))
+        return starts
+
+    def _descend(self, theta: np.ndarray, steps: int) -> tuple[float, np.ndarray, bool, bool]:
+        """The objective, the parameters, whether c is free, and whether it converged."""
+        value, theta, converged = self._free_descend(theta, True, steps)
+        if not self.bounded or theta[0] >= 0:
+            return value, theta, True, converged
+        # The bound holds: c = 0 is the best that it allows
+        theta[:2] = 0.0, np.log(max(np.exp(theta[1]) + theta[0], self.spread))
+        value, theta, converged = self._free_descend(theta, False, steps)
+        return value, theta, False, converged
+
+    def _free_descend(self, theta, free, steps):
+        mean = np.append(theta[:2], np.zeros(len(theta) - 2))[None]
+        prior = Prior(mean, self.precision / self.unit**2, NO_SHARED, NO_PRECISION)
+        found, _, value, converged = levenberg_marquardt(
+            lambda theta, shared, derivatives: self._curve(theta, free, derivatives),
+            theta[None],
+            NO_SHARED,
+            self.residuals,
+            prior,
+            max_iter=steps,
+            tol=self.tol,
+        )
+        return value, found[0], converged
+
+    def _curve(self, theta: np.ndarray, free: bool, derivatives: bool):
+        """The law at the runs and then, by how much the vertices are above the ceiling."""
+        room = max(self.ceiling - theta[0, 0], 1e-3 * self.spread)
+        over = theta[0, 1] + self.vertices @ theta[0, 2:] - np.log(room)
+        above = self.spread * np.maximum(over, 0)[None]
+        runs = _curve(theta, self.x[None], np.array([free]), derivatives)
+        if not derivatives:
+            return np.hstack([runs, above])
+        J = np.empty((1, len(over), theta.shape[1]))
+        J[0, :, 0], J[0, :, 1], J[0, :, 2:] = free / room, 1, self.vertices
+        J *= self.spread * (over > 0)[None, :, None]
+        values = np.hstack([runs[0], above])
+        return values, np.hstack([runs[1], J]), np.zeros((*values.shape, 0))
+
+
+def _curve(theta: np.ndarray, x: np.ndarray, free: np.ndarray, derivatives: bool):
+    """Values (m, n) of theta (m, 2 + k), c, log k and t, at x (1, n, k) about the centre.
+
+    With derivatives: also those (m, n, 2 + k), 0 for a c that is not `free` (m,), and (m, n, 0).
+    """
+    e = np.exp(theta[:, 1:2] + (x @ theta[:, 2:, None])[:, :, 0])
+    values = theta[:, :1] + e
+    if not derivatives:
+        return values
+    J = np.empty((*e.shape, theta.shape[1]))
+    J[:, :, 0] = free[:, None]
+    J[:, :, 1] = e
+    J[:, :, 2:] = e[:, :, None] * x
+    return values, J, np.zeros((*e.shape, 0))
+
+
+def _spread_of(y: np.ndarray) -> float:
+    """Deviation of losses of which a few may be anything."""
+    low, high = np.quantile(y, norm.cdf([-1, 1]))
+    return (high - low) / 2 if high - low > 1e-3 * np.ptp(y) else float(np.std(y))
+
+
+def _huber_moments(sigma: np.ndarray, huber: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean curvature of Huber's loss, and mean square of its slope, under noise of sigma (m,).
+
+    An M-estimator's covariance is square / curvature^2 (J'J)^-1.
+    """
+    if huber is None:
+        return np.ones_like(sigma), sigma**2
+    u = huber / sigma
+    inside = 2 * norm.cdf(u) - 1
+    return inside, sigma**2 * (inside - 2 * u * norm.pdf(u) + u**2 * (1 - inside))

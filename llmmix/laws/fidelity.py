@@ -1,0 +1,232 @@
+"""How true a method's law is to the run that it steered: its matrix beside one fitted to the run.
+
+    similarity = 1/2 cos(a, b) + 1/2 Spearman(a, b)       column sums of the fitted, the implied A
+
+The similarity of Chen et al. (arXiv:2411.05735). The fitted matrix is that of `trajectory`; rows
+are targets and columns domains.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import rankdata
+
+from llmmix.laws.trajectory import Dynamics, Trajectory, fit_dynamics, mean_r2, read_trajectory
+
+RESAMPLES = 2000  # of the fitted column sums, for the similarity's interval
+
+
+def similarity(implied, fitted, target_weights=None) -> float:
+    """How alike two matrices' column sums are: 1/2 cosine + 1/2 Spearman.
+
+    Of 2 domains the Spearman part is 1 or -1; positive sums have a cosine near 1 whatever they are,
+    so compare it with what shuffled domains have (`Fidelity.chance`).
+
+    Args:
+        implied: (m, k) of a method.
+        fitted: (m, k) of the run.
+        target_weights: (m,) weights of the rows; ones by default.
+
+    Returns:
+        Between -1 and 1; NaN where either has the same sum in every column, which ranks nothing.
+
+    Raises:
+        ValueError: Shapes that differ, or entries that are not finite.
+    """
+    implied, fitted = np.asarray(implied, dtype=float), np.asarray(fitted, dtype=float)
+    if implied.ndim != 2 or implied.shape != fitted.shape:
+        raise ValueError(
+            f"`implied` and `fitted` must both be targets by domains, got shapes {implied.shape} "
+            f"and {fitted.shape}."
+        )
+    if not (np.isfinite(implied).all() and np.isfinite(fitted).all()):
+        raise ValueError("`implied` and `fitted` must be finite: leave out what is not identified.")
+    u = _weights(target_weights, len(fitted))
+    return _alike(u @ fitted, u @ implied)
+
+
+def _weights(given, m: int) -> np.ndarray:
+    u = np.ones(m) if given is None else np.asarray(given, dtype=float)
+    if u.shape != (m,) or not np.isfinite(u).all() or (u < 0).any() or not u.any():
+        raise ValueError(f"`target_weights` must be {m} numbers, not negative, got {given}.")
+    return u
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> float:
+    return float(_all_alike(a[None], b)[0])
+
+
+def _all_alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(n,) similarities of sums a (n, k) to b (k,), NaN where either is constant."""
+    constant = [np.ptp(c, -1) <= 1e-9 * np.abs(c).max(-1, initial=0.0) for c in (a, b)]
+    ranks, other = (rankdata(c, axis=-1) - (a.shape[1] + 1) / 2 for c in (a, b))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = [
+            x @ y / (np.linalg.norm(x, axis=1) * np.linalg.norm(y))
+            for x, y in ((a, b), (ranks, other))
+        ]
+    return np.where(constant[0] | constant[1], np.nan, sum(cosines) / 2)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well a method's law fits the run that it steered.
+
+    The matrix is read off the same losses as the fitted one, so that likeness comes in part by
+    itself; what the method foretold of intervals after its decisions (`implied_r2`) does not.
+
+    Args:
+        method: Its class.
+        intervals: Between two measurements.
+        decisions: Matrices that differ from the one before.
+        fitted: The law fitted to the run.
+        similarity: Mean over the decisions; this and what follows: NaN without a matrix.
+        similarity_of_mean: Of the mean of the matrices, each of size 1.
+        similarity_of_last: Of the last one.
+        interval: Between which 90 % of `similarity_of_mean` lie, as the fitted errors go.
+        chance: Mean of `similarity_of_mean` over all permutations of the domains.
+        scale: b of drop / g = b (A x) / |A|, A the last matrix known, over the `foretold`
+            intervals. |A|, its size, is the root of the sum of squares.
+        foretold: Intervals that began with a matrix known.
+        implied_r2: Of b A x there, b from the other intervals, against no mixture.
+        fitted_r2: Of the fitted law on the same intervals, each left out.
+        implied_mse: As `Dynamics.mse_out`.
+        fitted_mse: Likewise.
+        unidentified: Domains of which the run says nothing; no similarity counts them.
+        notes: What to mind.
+    """
+
+    method: str
+    intervals: int
+    decisions: int
+    fitted: Dynamics
+    similarity: float
+    similarity_of_mean: float
+    similarity_of_last: float
+    interval: tuple[float, float]
+    chance: float
+    scale: float
+    foretold: int
+    implied_r2: float
+    fitted_r2: float
+    implied_mse: float
+    fitted_mse: float
+    unidentified: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def assess(
+    folder: str | Path, *, first_step: int | None = None, target_weights=None, ridge: float = 0.0
+) -> Fidelity:
+    """The fidelity of a mixture run's method.
+
+    Args:
+        folder: With the `mixture.jsonl` of the run.
+        first_step: As of `read_trajectory`.
+        target_weights: (m,) weights of the targets in the similarities; ones by default.
+        ridge: As of `fit_dynamics`.
+
+    Raises:
+        FileNotFoundError: No record.
+        ValueError: Too little of it, or shares that never vary.
+    """
+    t = read_trajectory(folder, first_step)
+    u = _weights(target_weights, len(t.targets))
+    fitted = fit_dynamics(t, ridge=ridge)
+    finite = np.isfinite(t.matrices).all((1, 2))
+    decided, matrices = t.decided[finite], t.matrices[finite]
+    # Methods scale theirs as they like, and the first ones are large as the first drops are
+    size = np.sqrt((matrices**2).sum((1, 2), keepdims=True))
+    matrices = matrices / np.where(size > 0, size, 1.0)
+    known = ~np.isnan(fitted.spread.diagonal())
+    a, sums = (u @ fitted.matrix.values)[known], (u @ matrices)[:, known]
+    each = np.array([_alike(a, b) for b in sums])
+    mean = sums.mean(0) if len(sums) else np.full(known.sum(), np.nan)
+    told = _foretell(t, fitted, decided, matrices)
+    of_mean = _alike(a, mean)
+    interval = _interval(a, mean, u @ fitted.noise @ u * fitted.spread[np.ix_(known, known)])
+    # The cosine's mean over permutations has this closed form, Spearman's is 0
+    chance = float(a.sum() * mean.sum() / len(a) / 2 / np.sqrt(a @ a * (mean @ mean)))
+    chance = chance if np.isfinite(of_mean) else np.nan
+    return Fidelity(
+        method=t.method,
+        intervals=len(t.steps),
+        decisions=len(matrices),
+        fitted=fitted,
+        similarity=float(np.mean(each[np.isfinite(each)])) if np.isfinite(each).any() else np.nan,
+        similarity_of_mean=of_mean,
+        similarity_of_last=float(each[-1]) if len(each) else np.nan,
+        interval=interval,
+        chance=chance,
+        **told,
+        unidentified=fitted.unidentified,
+        notes=(*t.notes, *_notes(t, fitted, each, told), *_doubts(interval, chance)),
+    )
+
+
+def _interval(a: np.ndarray, b: np.ndarray, covariance: np.ndarray) -> tuple[float, float]:
+    """5th and 95th percentile of the similarity of b (k,) to sums about a (k,)."""
+    if not (np.isfinite(covariance).all() and np.isfinite(_alike(a, b))):
+        return np.nan, np.nan
+    drawn = np.random.default_rng(0).multivariate_normal(a, covariance, RESAMPLES, method="eigh")
+    low, high = np.nanpercentile(_all_alike(drawn, b), [5, 95])
+    return float(low), float(high)
+
+
+def _foretell(t: Trajectory, fitted: Dynamics, decided: np.ndarray, matrices: np.ndarray) -> dict:
+    """What the matrix last known said of each interval that began after a decision."""
+    last = np.searchsorted(decided, t.start, side="right") - 1
+    rows = np.flatnonzero(last >= 0)
+    found = dict.fromkeys(
+        ("scale", "implied_r2", "fitted_r2", "implied_mse", "fitted_mse"), float("nan")
+    )
+    found["foretold"] = len(rows)
+    if len(rows) < 2:
+        return found
+    x, shed = (t.shares * t.steps[:, None])[rows], (t.drops / fitted.speed[:, None])[rows]
+    said = np.einsum("rmk,rk->rm", matrices[last[rows]], x)
+    cross, square = (said * shed).sum(1), (said**2).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found["scale"] = float(cross.sum() / square.sum())
+        others = (cross.sum() - cross) / (square.sum() - square)
+    implied, best = shed - others[:, None] * said, fitted.residuals[rows]
+    null = fitted.null_residuals[rows]
+    found |= {"implied_r2": mean_r2(implied, null), "fitted_r2": mean_r2(best, null)}
+    return found | {
+        "implied_mse": float((implied**2).mean()),
+        "fitted_mse": float((best**2).mean()),
+    }
+
+
+def _doubts(interval: tuple[float, float], chance: float):
+    if interval[0] <= chance:
+        yield (
+            f"As uncertain as the fitted matrix is, the similarity lies between {interval[0]:.2f} "
+            f"and {interval[1]:.2f}, and shuffled domains have {chance:.2f}: it shows nothing."
+        )
+
+
+def _notes(t: Trajectory, fitted: Dynamics, each: np.ndarray, told: dict):
+    """What to mind, in words."""
+    if fitted.unidentified:
+        shown = ", ".join(fitted.unidentified)
+        yield (
+            f"The run says nothing of {shown}, whose shares hardly varied: "
+            "what they do is counted with the others', and they have no part in a similarity."
+        )
+    if not fitted.r2_out > 0:
+        yield (
+            f"The fitted law foretells intervals left out no better than one without a mixture "
+            f"(R2 {fitted.r2_out:.2f}): what is like it, or unlike, says nothing of the method."
+        )
+    if not len(each):
+        yield f"{t.method} recorded no matrix: there is the fitted one alone."
+    if broken := len(t.matrices) - len(each):
+        yield f"{broken} of its matrices were not finite, and are passed over."
+    if constant := int(np.isnan(each).sum()):
+        yield f"{constant} of {len(each)} matrices rank no domain: their similarity is not defined."
+    if len(t.domains) - len(fitted.unidentified) == 2 and len(each):
+        yield "Of two domains the Spearman half of a similarity is 1 or -1, nothing between."
+    if len(each) and told["foretold"] < 2:
+        yield "Fewer than two intervals followed a matrix: it foretold nothing to compare."

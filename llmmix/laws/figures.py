@@ -1,0 +1,127 @@
+"""Pictures of a mixture law: how it predicts, what moves what, and what it proposes."""
+
+import numpy as np
+from scipy.stats import norm
+
+from llmmix.figures import COLOURS, png, pyplot
+
+PANELS = 12  # of predicted against observed
+
+
+def draw_predictions(observed, predicted, std, titles: list[str], law: str) -> bytes:
+    """A PNG of held-out predictions against what was observed, a panel a target.
+
+    Args:
+        observed: (n, p) losses.
+        predicted: (n, p).
+        std: (n, p) standard deviations, drawn as bars of 90 %.
+        titles: p, of which the first 12 are drawn.
+        law: Its name.
+    """
+    shown = min(len(titles), PANELS)
+    columns = min(shown, 4)
+    rows = -(-shown // columns)
+    plt = pyplot()
+    size = (3.0 * columns + 0.4, 2.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[shown:]:
+        axis.set_axis_off()
+    for i, axis in enumerate(axes.flat[:shown]):
+        x, y = observed[:, i], predicted[:, i]
+        ends = [np.nanmin([x, y]), np.nanmax([x, y])]
+        axis.plot(ends, ends, color="#5f6670", linewidth=0.8)
+        bars = norm.ppf(0.95) * std[:, i]
+        style = {"markersize": 3, "elinewidth": 0.5, "alpha": 0.6}
+        axis.errorbar(x, y, bars, fmt="o", color=COLOURS[i > 0], **style)
+        axis.set_title(titles[i], fontsize=9)
+    figure.supxlabel("observed loss (nats)", fontsize=9)
+    figure.supylabel(f"predicted by {law}, run held out", fontsize=9)
+    return png(figure)
+
+
+def draw_effects(changes, domains: list[str], targets: list[str], moved: float) -> bytes:
+    """A PNG of a matrix: what moving a part of the mixture to a domain does to each loss.
+
+    Args:
+        changes: (m, k) nats, NaN where unknown.
+        domains: k.
+        targets: m.
+        moved: The part.
+    """
+    m, k = changes.shape
+    plt = pyplot()
+    size = (2.6 + 0.42 * k, 1.7 + 0.34 * m)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    most = np.nanmax(np.abs(changes)) or 1.0
+    image = axis.imshow(changes, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    if m * k <= 400:
+        for i, j in np.ndindex(m, k):
+            shade = "white" if abs(changes[i, j]) > 0.6 * most else "black"
+            text = "?" if np.isnan(changes[i, j]) else f"{100 * changes[i, j]:.0f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=shade)
+    axis.set_xticks(range(k), domains, rotation=60, ha="right", fontsize=8)
+    axis.set_yticks(range(m), targets, fontsize=8)
+    axis.grid(False)
+    axis.set_title(f"change of loss (0.01 nats) if {moved:.0%} goes to the domain", fontsize=9)
+    figure.colorbar(image, ax=axis, label="nats")
+    return png(figure)
+
+
+def draw_mixtures(mixtures: dict[str, np.ndarray], domains: list[str]) -> bytes:
+    """A PNG of mixtures side by side, a group of bars a domain, the first mixture's largest first.
+
+    Args:
+        mixtures: (k,) by name.
+        domains: k.
+    """
+    order = np.argsort(-next(iter(mixtures.values())), kind="stable")
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(2.5 + 0.5 * len(domains), 3.4), layout="constrained")
+    width = 0.8 / len(mixtures)
+    for number, ((name, shares), colour) in enumerate(zip(mixtures.items(), COLOURS, strict=False)):
+        x = np.arange(len(domains)) + (number - (len(mixtures) - 1) / 2) * width
+        axis.bar(x, shares[order], width, label=name, color=colour)
+    labels = [domains[j] for j in order]
+    axis.set_xticks(range(len(domains)), labels, rotation=60, ha="right", fontsize=8)
+    axis.set_ylabel("share")
+    axis.grid(False, axis="x")
+    axis.legend(frameon=False)
+    return png(figure)
+
+
+def draw_budget(curves: dict[str, list[dict]]) -> bytes:
+    """A PNG of held-out error against runs, by law, as `learning_curve` gives them."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        points = [p for p in curve if np.isfinite(p.get("error", np.nan))]
+        if points:
+            x, y = [p["runs"] for p in points], [p["error"] for p in points]
+            axis.plot(x, y, marker="o", markersize=4, color=colour, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    ticks = sorted({p["runs"] for curve in curves.values() for p in curve})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xlabel("runs the law was fitted to")
+    axis.set_ylabel("error on held-out runs\n(1: as the mean)")
+    axis.legend(frameon=False)
+    return png(figure)
+
+
+def draw_transfer(predicted, observed, title: str) -> bytes:
+    """A PNG of other models' objective against the law's, calibrated to them.
+
+    Args:
+        predicted: (n,) after the calibration.
+        observed: (n,).
+        title: Of the picture.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")
+    ends = [np.nanmin([predicted, observed]), np.nanmax([predicted, observed])]
+    axis.plot(ends, ends, color="#5f6670", linewidth=0.8)
+    axis.plot(predicted, observed, "o", markersize=4, color=COLOURS[0], alpha=0.7)
+    axis.set_xlabel("predicted, an offset and a slope a target fitted (nats)")
+    axis.set_ylabel("observed (nats)")
+    axis.set_title(title, fontsize=9)
+    return png(figure)

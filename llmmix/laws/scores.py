@@ -1,0 +1,109 @@
+"""Scores of predicted losses against observed ones, and how sure they are.
+
+    bootstrap(lambda counts: spearman(observed, predicted, counts), same_mixture(mixtures))
+
+Runs of one mixture are no independent evidence: intervals are of 95 %, over mixtures drawn with
+replacement. Runs with a NaN are left out of a score.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import norm
+from sklearn.cluster import DBSCAN
+
+from llmmix.laws.inputs import check_mixtures
+
+SAME = 1e-9  # by which shares of the same mixture may differ
+RESAMPLES = 1000
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def same_mixture(mixtures) -> np.ndarray:
+    """(n,) number of each run's mixture, whatever the order of runs and domains."""
+    X = check_mixtures(mixtures)
+    domains = np.lexsort(np.sort(X, 0)[::-1])
+    order = np.lexsort(X[:, domains].T[::-1])
+    labels = DBSCAN(eps=SAME, min_samples=1, metric="chebyshev").fit_predict(X[order])
+    return labels[np.argsort(order)]
+
+
+def bootstrap(statistic, mixture: np.ndarray, resamples: int = RESAMPLES) -> Interval:
+    """A statistic of all runs, and its interval over mixtures drawn with replacement.
+
+    Args:
+        statistic: Of (resamples, n) times that each run counts; gives (resamples,).
+        mixture: (n,) as from `same_mixture`.
+        resamples: How many draws. None: no bounds.
+    """
+    groups = mixture.max() + 1
+    drawn = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), resamples)
+    found = statistic(np.vstack([np.ones(len(mixture)), drawn[:, mixture]]))
+    drawn = found[1:][~np.isnan(found[1:])]  # a draw of runs without a loss says nothing
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    return Interval(float(found[0]), float(low), float(high))
+
+
+def r2(*, observed, predicted, baseline):
+    """1 - sum (observed - predicted)^2 / sum (observed - baseline)^2, over the runs (axis 0).
+
+    Out of sample if both `predicted` and `baseline` are: then the mean of what was fitted to has 0.
+    Runs with a NaN are left out; NaN where nothing differs from the baseline.
+    """
+    left = np.subtract(observed, predicted) ** 2
+    base = np.subtract(observed, baseline) ** 2
+    total = np.nansum(base + 0 * left, 0)
+    return 1 - np.nansum(left + 0 * base, 0) / np.where(total > 0, total, np.nan)
+
+
+def spearman(observed: np.ndarray, predicted: np.ndarray, counts=None) -> np.ndarray:
+    """Rank correlation of (n,) and (n,), runs with a NaN left out; NaN of fewer than 3 runs.
+
+    As scipy's spearmanr, but for all of a bootstrap's draws at once: (draws,) of `counts` (draws,
+    n), the times that each run counts. Without, of every run once.
+    """
+    kept = ~np.isnan(observed + predicted)
+    counts = np.ones((1, len(kept))) if counts is None else counts
+    if kept.sum() < 3:
+        return np.full(len(counts), np.nan)
+    counts = counts[:, kept]
+    x, y = (_ranks(values[kept], counts) for values in (observed, predicted))
+    both, xx, yy = ((counts * product).sum(1) for product in (x * y, x * x, y * y))
+    return both / np.where(xx * yy > 0, np.sqrt(xx * yy), np.nan)
+
+
+def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(draws, n) ranks, their mean where values tie, less their mean over all runs."""
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(np.hstack([np.zeros((len(counts), 1)), counts[:, order]]), 1)
+    first, last = (np.searchsorted(values[order], values, side) for side in ("left", "right"))
+    ranks = (below[:, first] + below[:, last]) / 2
+    total = np.maximum(counts.sum(1), 1)
+    return ranks - ((counts * ranks).sum(1) / total)[:, None]
+
+
+def weighted(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n,) objective of (n, m) losses; NaN of a run that lacks a target with a weight."""
+    return losses[:, weights > 0] @ weights[weights > 0]
+
+
+def regret_of(observed: np.ndarray, predicted: np.ndarray) -> float:
+    """Loss of the run predicted best, less that of the best; the mean of runs predicted alike."""
+    kept = ~np.isnan(observed + predicted)
+    observed, predicted = observed[kept], predicted[kept]
+    if not len(observed):
+        return np.nan
+    return float(observed[predicted == predicted.min()].mean() - observed.min())
+
+
+def coverage_of(errors: np.ndarray, stds: np.ndarray, level: float) -> float:
+    """Part of the errors within the central interval of that level of a normal law of `stds`."""
+    kept = ~np.isnan(errors + stds)
+    return float(np.mean(np.abs(errors[kept]) <= norm.ppf(0.5 + level / 2) * stds[kept]))

@@ -1,0 +1,289 @@
+"""Whether a law of small models ranks large ones, and how few of these put it on their scale.
+
+    transfer = judge_transfer(law, large_mixtures, large_losses, objective="code")
+    calibrator = TransferCalibrator().fit(law.predict(few), their_losses)
+    calibrator.predict(law.predict(others))
+
+Losses fall as models grow, by some nats, and mixtures come to differ less: an offset and a slope by
+target. Two numbers, which a few large runs tell; more could not be told from so few.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import kendalltau
+from sklearn.base import BaseEstimator
+
+from llmmix.laws.inputs import canonical_order, check_losses
+from llmmix.laws.law import Law
+from llmmix.laws.scores import bootstrap, regret_of, same_mixture, spearman, weighted
+
+
+class TransferCalibrator(BaseEstimator):
+    """observed = intercept + slope * predicted, by target, by least squares.
+
+    Plain least squares and not the median of slopes (Theil-Sen): with 2 to 16 runs there is little
+    to be robust with, and where no run diverged the median costs accuracy.
+
+    A single run, or runs predicted alike, tell an offset alone: the slope is taken as 1. So it is
+    where the slope comes out at 0 or below: a map that turns the law's ranking round says that the
+    law does not carry over, or that the runs are too few, and not what the others lose.
+
+    After `fit`: slope_, intercept_ (m,) and monotone_ (m,), False where the slope was not positive.
+    """
+
+    def fit(self, predicted, observed) -> "TransferCalibrator":
+        """Fit to runs at the size to predict.
+
+        Args:
+            predicted: (n, m) by the law, or (n,) of a single target.
+            observed: (n, m) losses; NaN where a run has none.
+
+        Raises:
+            ValueError: Other shapes, no numbers, or a target without a loss.
+        """
+        self._flat = np.ndim(predicted) == 1
+        x = _columns(predicted)
+        y = check_losses(observed, len(x))
+        if x.shape != y.shape:
+            raise ValueError(
+                f"`predicted` and `observed` must be runs by targets, both; got {x.shape} and "
+                f"{y.shape}."
+            )
+        x = np.where(np.isnan(y), np.nan, x)
+        x_mean, y_mean = np.nanmean(x, 0), np.nanmean(y, 0)
+        spread = np.nansum((x - x_mean) ** 2, 0)
+        known = spread > 1e-18 * np.nansum(x**2, 0)
+        slope = np.nansum((x - x_mean) * (y - y_mean), 0) / np.where(known, spread, 1)
+        self.monotone_ = ~known | (slope > 0)
+        self.slope_ = np.where(known & self.monotone_, slope, 1.0)
+        self.intercept_ = y_mean - self.slope_ * x_mean
+        if not self.monotone_.all():
+            warnings.warn(
+                f"{(~self.monotone_).sum()} of {len(slope)} targets fall where the law has them "
+                f"rise, in {len(x)} runs: only an offset was fitted there (`monotone_`).",
+                stacklevel=2,
+            )
+        return self
+
+    def predict(self, predicted) -> np.ndarray:
+        """Losses on the scale of `observed`, shaped as what `fit` was given.
+
+        Raises:
+            ValueError: Not fitted, or another number of targets.
+        """
+        if not hasattr(self, "slope_"):
+            raise ValueError("TransferCalibrator is not fitted: call `fit` first.")
+        x = _columns(predicted)
+        if x.shape[1] != len(self.slope_):
+            raise ValueError(f"`predicted` must have {len(self.slope_)} targets, got {x.shape[1]}.")
+        found = self.intercept_ + self.slope_ * x
+        return found[:, 0] if self._flat else found
+
+
+def _columns(predicted) -> np.ndarray:
+    x = np.asarray(predicted, dtype=np.float64)
+    x = x[:, None] if x.ndim == 1 else x
+    if x.ndim != 2 or not np.isfinite(x).all():
+        raise ValueError(f"`predicted` must be finite, runs by targets; got shape {x.shape}.")
+    return x
+
+
+class Agreement(NamedTuple):
+    """What was predicted beside what was observed: by target (m,), or of the objective."""
+
+    spearman: np.ndarray | float
+    spearman_low: np.ndarray | float  # the bounds of its 95 % interval
+    spearman_high: np.ndarray | float
+    kendall: np.ndarray | float
+    mae: np.ndarray | float  # as predicted, at the small models' scale
+    mae_in_sample: np.ndarray | float  # each target calibrated to these very runs: what is left
+
+
+class Calibrated(NamedTuple):
+    """After calibration on some large runs, on the others: medians over draws."""
+
+    mae: np.ndarray  # (m,)
+    mean_mae: float  # of the mean over targets
+    objective_mae: float
+    regret: float  # observed objective of the run predicted best less that of the best
+    overlap: float  # part of the best `top` runs that are among the `top` predicted best
+    top: int
+    not_monotone: float  # part of the fits, over targets and draws, whose slope was not positive
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """A law of small models against runs of a large one.
+
+    Attributes:
+        targets: The m names that both have.
+        runs: Large ones.
+        by_target: Agreement, each field (m,).
+        objective: Agreement on the weighted sum of the targets.
+        regret: Observed objective of the run predicted best less that of the best, uncalibrated.
+        overlap: Part of the best 10 (`top`) runs that are among those predicted best.
+        top: Runs that the overlap is of: fewer than 10 where there are fewer than 20.
+        calibrated: By number of runs calibrated on.
+        notes: What was left out, and why.
+    """
+
+    targets: list
+    runs: int
+    by_target: Agreement
+    objective: Agreement
+    regret: float
+    overlap: float
+    top: int
+    calibrated: dict[int, Calibrated]
+    notes: list[str]
+
+
+def judge_transfer(
+    law: Law,
+    mixtures,
+    losses,
+    *,
+    targets=None,
+    objective=None,
+    counts=(2, 4, 8, 16),
+    draws: int = 200,
+    seed: int = 0,
+) -> Transfer:
+    """A law fitted to small models judged on runs of large ones.
+
+    Args:
+        law: Fitted.
+        mixtures: (n, k) of the large runs.
+        losses: (n, m'), NaN where a run has none.
+        targets: Names of the columns of `losses`, matched with `law.targets_`. Default: a data
+            frame's own; else those of the law, of which there must be as many.
+        objective: As in `Law.propose`; what its other targets weigh is spread over those in common.
+        counts: Numbers of large runs to calibrate on. The others judge, so 2 must be left.
+        draws: Choices of those runs.
+        seed: Of the choices.
+
+    Raises:
+        ValueError: No target in common, fewer than 3 runs, or an objective of none of the targets.
+    """
+    names = _names_of(law, losses, targets)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        predicted = _columns(law.predict(mixtures))
+    notes = [str(warning.message) for warning in said]
+    observed = check_losses(losses, len(predicted), names)
+    common = _common(law, names, notes)
+    weights = _weights(law, common, objective, notes)
+    predicted = predicted[:, [law.targets_.index(name) for name in common]]
+    observed = observed[:, [names.index(name) for name in common]]
+    if len(observed) < 3:
+        raise ValueError(f"`mixtures`: 3 large runs can be ranked, {len(observed)} cannot.")
+    X = np.array(mixtures, dtype=np.float64)
+    order = canonical_order(X, observed)[0]  # the draws are of runs, however these came
+    X, predicted, observed = X[order], predicted[order], observed[order]
+    agreement = _agreement(predicted, observed, weights, same_mixture(X))
+    whole = ~np.isnan(observed).any(1)
+    if not whole.all():
+        notes.append(f"{(~whole).sum()} runs without all losses take no part in calibration.")
+    feasible = _feasible(counts, whole.sum(), notes)
+    few = predicted[whole], observed[whole], weights
+    calibrated = {count: _calibrated(*few, count, draws, seed) for count in feasible}
+    best = _best(weighted(observed, weights), predicted @ weights)
+    return Transfer(common, len(X), *agreement, *best, calibrated, notes)
+
+
+def _feasible(counts, runs: int, notes: list[str]) -> list[int]:
+    feasible = [count for count in sorted(counts) if 1 <= count <= runs - 2]
+    for count in sorted(set(counts) - set(feasible)):
+        notes.append(f"{count} of {runs} runs cannot calibrate: at least 1, and 2 must be left.")
+    return feasible
+
+
+def _names_of(law: Law, losses, targets) -> list:
+    columns = getattr(losses, "columns", None)
+    if targets is not None or columns is not None:
+        names = list(targets) if targets is not None else [str(name) for name in columns]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`targets` has a name twice: {names}.")
+        return names
+    count = 1 if np.ndim(losses) == 1 else np.shape(losses)[-1]
+    if count != len(law.targets_):
+        raise ValueError(
+            f"`losses` has {count} targets and the law {len(law.targets_)}: name them in `targets`."
+        )
+    return list(law.targets_)
+
+
+def _common(law: Law, names: list, notes: list[str]) -> list:
+    common = [name for name in law.targets_ if name in names]
+    if not common:
+        raise ValueError(
+            f"`losses` has no target of the law: it has {names}, the law {law.targets_}."
+        )
+    for name in law.targets_:
+        if name not in names:
+            notes.append(f"The large runs have no loss of {name}: it is not judged.")
+    for name in names:
+        if name not in common:
+            notes.append(f"The law has no target {name}: it is not judged.")
+    return common
+
+
+def _weights(law: Law, common: list, objective, notes: list[str]) -> np.ndarray:
+    by_name = dict(zip(law.targets_, law.target_weights(objective), strict=True))
+    weights = np.array([by_name[name] for name in common])
+    if not weights.sum():
+        raise ValueError(f"`objective`: the large runs have none of its targets, only {common}.")
+    if weights.sum() < 1 - 1e-9:
+        notes.append(f"The targets in common are {weights.sum():.0%} of the objective's weight.")
+    return weights / weights.sum()
+
+
+def _agreement(predicted, observed, weights, mixture) -> tuple[Agreement, Agreement]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # slopes that are not positive: Spearman shows them
+        fitted = TransferCalibrator().fit(predicted, observed).predict(predicted)
+        predicted, observed, fitted = (
+            np.column_stack([losses, weighted(losses, weights)])
+            for losses in (predicted, observed, fitted)
+        )
+        rows = [
+            [
+                *bootstrap(lambda counts, x=x, y=y: spearman(y, x, counts), mixture),
+                kendalltau(x, y, nan_policy="omit").statistic,
+                np.nanmean(np.abs(x - y)),
+                np.nanmean(np.abs(z - y)),
+            ]
+            for x, y, z in zip(predicted.T, observed.T, fitted.T, strict=True)
+        ]
+    scores = np.array(rows, dtype=np.float64).T
+    return Agreement(*scores[:, :-1]), Agreement(*map(float, scores[:, -1]))
+
+
+def _calibrated(predicted, observed, weights, count: int, draws: int, seed: int) -> Calibrated:
+    rng, results, monotone = np.random.default_rng(seed), [], []
+    for _ in range(draws):
+        rows = rng.permutation(len(observed))
+        few, others = rows[:count], rows[count:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # counted
+            calibrator = TransferCalibrator().fit(predicted[few], observed[few])
+        found, true = calibrator.predict(predicted[others]), observed[others]
+        mae = np.abs(found - true).mean(0)
+        regret, overlap, top = _best(true @ weights, found @ weights)
+        total = np.abs((found - true) @ weights).mean()
+        results.append([*mae, mae.mean(), total, regret, overlap])
+        monotone.append(calibrator.monotone_.mean())
+    medians = np.median(results, 0)
+    return Calibrated(medians[:-4], *map(float, medians[-4:]), top, float(1 - np.mean(monotone)))
+
+
+def _best(observed: np.ndarray, predicted: np.ndarray, most: int = 10) -> tuple[float, float, int]:
+    """Regret of the run predicted best, overlap of the best `top`, and `top`: at most half."""
+    kept = ~np.isnan(observed)
+    observed, predicted = observed[kept], predicted[kept]
+    top = min(most, len(observed) // 2)
+    best = [set(np.argsort(losses, kind="stable")[:top]) for losses in (observed, predicted)]
+    return regret_of(observed, predicted), len(best[0] & best[1]) / max(top, 1), top

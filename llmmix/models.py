@@ -1,0 +1,282 @@
+"""Checkpoints and their tokenizers: found by name, told apart, loaded once, and put to use.
+
+A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`.
+"""
+
+import gc
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from llmmix.builtin.tiny import tiny_checkpoint
+from llmmix.files import built_once, checkpoint_id, file_digest
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_checkpoint(name: str) -> str:
+    """A name that `from_pretrained` takes: built-ins are built, GGUF files dequantised.
+
+    Args:
+        name: Hub id, folder, `.gguf` file or `builtin:tiny`.
+
+    Returns:
+        `name` itself, or a folder in the cache.
+
+    Raises:
+        ValueError: An unknown built-in.
+        FileNotFoundError: A `.gguf` file that is not there.
+    """
+    if name.startswith("builtin:"):
+        return str(tiny_checkpoint(name))
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"`model_name_or_path`: no file {name}.")
+        return str(built_once(f"gguf/{file_digest(path)}", lambda out: _dequantise(path, out)))
+    return name
+
+
+def _dequantise(path: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.warning("Dequantising %s to fp32; this is done once.", path.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    # The weights are dequantised on load, but the model still calls itself quantised and refuses
+    # to be saved or trained
+    del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+
+
+def prepare_model_args(model_args: "ModelConfig", training_args: "TrainingArguments") -> str:
+    """Resolve the model's name and fill `training_args.model_init_kwargs`, as TRL's scripts do.
+
+    Weights load from safetensors alone unless `model_init_kwargs` says otherwise.
+
+    Returns:
+        The checkpoint to hand to a trainer.
+
+    Raises:
+        ValueError: No model was named.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "`model_name_or_path` is missing: a hub id, a folder, a .gguf file or builtin:tiny."
+        )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "use_safetensors": True,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return resolve_checkpoint(model_args.model_name_or_path)
+
+
+def load_tokenizer(
+    checkpoint: str, model_args: "ModelConfig", training_args: "TrainingArguments"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint that `prepare_model_args` returned."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        checkpoint,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to evaluate.
+
+    Attributes:
+        name: Of its folder of results.
+        model: As it was given.
+        adapter: A PEFT folder, or None.
+    """
+
+    name: str
+    model: str
+    adapter: str | None = None
+
+
+def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> list[Checkpoint]:
+    """One a model, or one an adapter of the only model; 'none' is the model alone.
+
+    A folder that holds an adapter alone stands for it on the model that it names.
+
+    Raises:
+        ValueError: Adapters of several models, or a name twice.
+    """
+    if adapters and len(models) > 1:
+        raise ValueError("`adapter` goes with one `model_name_or_path`, got several.")
+    found = []
+    given = adapters or models
+    for source, name in zip(given, _folder_names(given), strict=True):
+        if not adapters:
+            found.append(Checkpoint(name, *_base_and_adapter(source)))
+        elif source == "none":
+            found.append(Checkpoint(_folder_names(models)[0], models[0]))
+        else:
+            found.append(Checkpoint(name, models[0], source))
+    if len({checkpoint.name for checkpoint in found}) < len(found):
+        raise ValueError(
+            f"Two runs would share a folder: {', '.join(c.name for c in found)}. Rename one."
+        )
+    return found
+
+
+def _base_and_adapter(source: str) -> tuple[str, str | None]:
+    """A model, or the model below the adapter that a folder holds in place of one."""
+    folder = Path(source)
+    told = folder / "adapter_config.json"
+    if not told.is_file() or (folder / "config.json").exists():
+        return source, None
+    return json.loads(told.read_text())["base_model_name_or_path"], source
+
+
+def _folder_names(names: list[str]) -> list[str]:
+    """The last part of each name, or all of it where two would share a folder."""
+    short = [
+        Path(name).resolve().name if Path(name).exists() else Path(name).name for name in names
+    ]
+    short = short if len(set(short)) == len(short) else names
+    if len(set(short)) < len(short):
+        raise ValueError(f"`model_name_or_path` or `adapter` names one twice: {', '.join(names)}.")
+    return [name.strip("./").replace("/", "-").replace(":", "-") for name in short]
+
+
+def evaluation_state() -> PartialState:
+    """The processes of an evaluation: on a GPU where there is one, with all patience.
+
+    Apple's GPUs are passed over: the sampling engine draws in fp64, which they lack.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Shards finish at different times: nobody is to give up waiting
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    patience = {"timeout": timedelta(days=30)} if several else {}
+    return PartialState(cpu=accelerator is None or accelerator.type == "mps", **patience)
+
+
+class Loader:
+    """Loads checkpoints, and holds one model at a time.
+
+    Args:
+        device: Where models go.
+        dtype: Of the weights; "auto" for the checkpoint's own, and fp32 on a CPU.
+        trust_remote_code: Run code of the checkpoint.
+    """
+
+    def __init__(self, device, dtype: str = "auto", trust_remote_code: bool = False):
+        # bf16 is several times slower than fp32 on most processors
+        self.dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+        self.device, self.trust_remote_code = device, trust_remote_code
+        self._held: tuple = (None, None)
+
+    def fingerprint(self, checkpoint: Checkpoint) -> dict:
+        """What tells its weights, as they are loaded, from any others."""
+        from transformers import AutoConfig
+
+        path = resolve_checkpoint(checkpoint.model)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        adapter = checkpoint.adapter
+        return {
+            "model": checkpoint_id(path, getattr(config, "_commit_hash", None)),
+            "adapter": checkpoint_id(adapter) if adapter else None,
+            "dtype": self.dtype,
+        }
+
+    def tokenizer(self, checkpoint: Checkpoint):
+        """The tokenizer of the model."""
+        from transformers import AutoTokenizer
+
+        path = resolve_checkpoint(checkpoint.model)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+
+    def model(self, checkpoint: Checkpoint):
+        """The model with its adapter; any other that was held is let go."""
+        return self.held(checkpoint, lambda: self._load(checkpoint))
+
+    def held(self, key, make: Callable):
+        """What is held under a key, or is made now and held in place of what was."""
+        if self._held[0] != key:
+            self.let_go()
+            self._held = (key, make())
+        return self._held[1]
+
+    def let_go(self) -> None:
+        """Hold nothing."""
+        self._held = (None, None)
+        gc.collect()  # a model with the fused head refers to itself
+
+    def _load(self, checkpoint: Checkpoint):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_checkpoint(checkpoint.model),
+            dtype=self.dtype,
+            use_safetensors=True,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if checkpoint.adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, checkpoint.adapter)
+        return model.to(self.device)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str | list[dict], *, generation: bool = True
+) -> list[int]:
+    """Token ids of text, or of messages under the chat template.
+
+    Args:
+        tokenizer: With a chat template where `text` is messages.
+        text: Plain text or messages.
+        generation: Whether the assistant's turn is opened at the end of messages.
+    """
+    if isinstance(text, str):
+        return tokenizer(text)["input_ids"]
+    return tokenizer.apply_chat_template(
+        text, add_generation_prompt=generation, tokenize=True, return_dict=True
+    )["input_ids"]
+
+
+def context_length(model) -> int | None:
+    """Tokens that a model, or a `vllm.LLM`, reads at once, if it says so."""
+    if not isinstance(model, torch.nn.Module):
+        return model.llm_engine.model_config.max_model_len
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module):
+    """Every module in eval mode, and each as it was afterwards; `model.train()` would lose that."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,6 @@
+"""N completions a prompt, on transformers or vLLM."""
+
+from llmmix.sampling.completions import sample
+from llmmix.sampling.requests import Completion
+
+__all__ = ["Completion", "sample"]

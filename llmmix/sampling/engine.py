@@ -1,0 +1,246 @@
+"""The decoding loop on transformers: rows start, decode side by side and make way when they end."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmmix.models import eval_mode
+from llmmix.sampling.draws import draw, probabilities, uniforms
+from llmmix.sampling.kv_cache import ATTENTION, SharedPromptCache
+from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
+
+
+@dataclass
+class _Row:
+    prompt: PromptRequest
+    place: int
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+
+
+ROWS_STARTED_AT_ONCE = 1024
+
+
+class Engine:
+    """The decoding loop: rows [0, len(rows)) of the cache are alive."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        wanted: list[PromptRequest],
+        options: SamplingOptions,
+    ):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            raise self._refusal("its layers stand on several devices")
+        if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+            raise self._refusal("it attends in chunks")
+        self.stop = _stop_tokens(model, tokenizer)
+        configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+        self.configs = list({id(config): config for config in configs}.values())
+        self.waiting = deque(wanted)
+        longest = max(len(prompt.ids) for prompt in wanted)
+        self.capacity, places = _capacity(options, [len(p.samples) for p in wanted], longest)
+        # The last token of a completion is never read, so it needs no key
+        own = max(1, options.max_new_tokens - 1)
+        self.cache = SharedPromptCache(self.capacity, places, longest, own)
+        self.free = list(range(places))[::-1]
+        self.rows: list[_Row] = []
+        self.open: tuple[PromptRequest, int] | None = (
+            None  # the prompt whose samples are being started
+        )
+        device = model.device
+        self.places = torch.zeros(self.capacity, dtype=torch.long, device=device)
+        self.inputs = torch.zeros_like(self.places)  # last token of each row
+        self.lengths = torch.zeros_like(self.places)  # keys of each row, its prompt's aside
+        self.starts = torch.zeros_like(self.places)  # tokens of each row's prompt
+        self.uniforms = torch.zeros(
+            self.capacity, options.max_new_tokens, dtype=torch.float64, device=device
+        )
+
+    def run(self) -> Iterator[Completion]:
+        """Start rows, decode, retire rows, until none is left."""
+        checked = False
+        while True:
+            with eval_mode(self.model), torch.inference_mode():
+                finished = self._admit()
+                if self.rows and not checked:
+                    self._check_decoding()
+                    checked = True
+                if self.rows:
+                    finished += self._step()
+            yield from finished
+            if not (self.rows or self.open or self.waiting):
+                return
+
+    def _admit(self) -> list[Completion]:
+        """Fill the free rows; what stops or is cut at its first token is finished here."""
+        finished = []
+        # Where all stop at their first token, what is finished is handed over before more starts
+        while len(self.rows) < self.capacity and len(finished) < ROWS_STARTED_AT_ONCE:
+            if self.open is None:
+                if not (self.waiting and self.free):
+                    break
+                self.open = self._prefill(self.waiting.popleft(), self.free.pop())
+            prompt, place = self.open
+            room = min(self.capacity - len(self.rows), ROWS_STARTED_AT_ONCE)
+            samples, prompt.samples = prompt.samples[:room], prompt.samples[room:]
+            streams = torch.from_numpy(
+                np.stack(
+                    [
+                        uniforms(self.options.seed, prompt.number, s, self.options.max_new_tokens)
+                        for s in samples
+                    ]
+                )
+            ).to(self.uniforms.device)
+            tokens = draw(
+                prompt.probabilities.expand(len(samples), -1), streams[:, 0].contiguous()
+            ).tolist()
+            for sample_number, stream, token in zip(samples, streams, tokens, strict=True):
+                row = _Row(prompt, place, sample_number)
+                prompt.running += 1
+                if (completion := self._take(row, token)) is not None:
+                    finished.append(completion)
+                    continue
+                at = len(self.rows)
+                self.rows.append(row)
+                self.places[at], self.inputs[at], self.lengths[at] = place, token, 0
+                self.starts[at], self.uniforms[at] = len(prompt.ids), stream
+            if not prompt.samples:
+                prompt.probabilities = self.open = None
+                self._release(prompt, place)
+        return finished
+
+    def _prefill(self, prompt: PromptRequest, place: int) -> tuple[PromptRequest, int]:
+        computed = DynamicCache()
+        ids = torch.tensor([prompt.ids], device=self.model.device)
+        logits = self.model(input_ids=ids, past_key_values=computed, logits_to_keep=1).logits
+        prompt.probabilities = probabilities(logits[:, -1], self.options)
+        layers = computed.layers  # none, or without keys, where the model's state is another one
+        if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+            raise self._refusal("it keeps no keys and values")
+        self.cache.put_prompt(place, computed)
+        return prompt, place
+
+    def _step(self) -> list[Completion]:
+        """One token of every row."""
+        count = len(self.rows)
+        weights = probabilities(self._logits(), self.options)
+        self.lengths[:count] += 1
+        u = self.uniforms[:count].gather(1, self.lengths[:count, None]).squeeze(1)
+        drawn = draw(weights, u)
+        self.inputs[:count] = drawn
+        finished, left = [], []
+        for at, (row, token) in enumerate(zip(self.rows, drawn.tolist(), strict=True)):
+            if (completion := self._take(row, token)) is not None:
+                finished.append(completion)
+                left.append(at)
+        for at in reversed(left):
+            self._leave(at)
+        return finished
+
+    def _logits(self) -> Tensor:
+        count = len(self.rows)
+        self.cache.begin_step(self.places[:count], self.lengths[:count])
+        with _attention(self.configs, ATTENTION):
+            return self.model(
+                input_ids=self.inputs[:count, None],
+                position_ids=(self.starts[:count] + self.lengths[:count])[:, None],
+                use_cache=False,
+                shared_prompt_cache=self.cache,
+            ).logits[:, -1]
+
+    def _take(self, row: _Row, token: int) -> Completion | None:
+        """Add a drawn token to a row; the completion, where this ends it."""
+        stopped = token in self.stop
+        if not stopped:
+            row.tokens.append(token)
+            if len(row.tokens) < self.options.max_new_tokens:
+                return None
+        row.prompt.running -= 1
+        self._release(row.prompt, row.place)
+        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        return Completion(row.prompt.number, row.sample, text, len(row.tokens), stopped)
+
+    def _release(self, prompt: PromptRequest, place: int) -> None:
+        """Give a prompt's place back once nothing reads it any more."""
+        if not prompt.running and not prompt.samples and (self.open or (None,))[0] is not prompt:
+            self.free.append(place)
+
+    def _leave(self, at: int) -> None:
+        """The last row takes the place of a finished one."""
+        last = len(self.rows) - 1
+        if at != last:
+            self.rows[at] = self.rows[last]
+            self.cache.move(last, at)
+            for state in (self.places, self.inputs, self.lengths, self.starts, self.uniforms):
+                state[at] = state[last]
+        self.rows.pop()
+
+    def _check_decoding(self) -> None:
+        """Refuse a model whose state is more than what its attention layers are given."""
+        row = self.rows[0]
+        ids = torch.tensor([[*row.prompt.ids, *row.tokens]], device=self.model.device)
+        truth = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+        ours = self._logits()[:1]
+        distance = (truth.float().softmax(-1) - ours.float().softmax(-1)).abs().sum().item() / 2
+        # Half precision rounds logits of 32 and above to a quarter; NaN is refused too
+        if not distance < (0.05 if ours.dtype == torch.float32 else 0.25):
+            raise self._refusal(
+                f"its next-token distribution comes out wrong by {distance:.2f} in total variation"
+            )
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"{type(self.model).__name__} cannot be decoded by llmmix's engine, which needs "
+            f"plain attention in every layer: {why}. Sample it with vLLM (`backend` 'vllm')."
+        )
+
+
+def _capacity(options: SamplingOptions, samples: list[int], longest: int) -> tuple[int, int]:
+    """Rows, and places for prompts, that fit into the budget.
+
+    Args:
+        options: With the budget.
+        samples: Wanted of each prompt.
+        longest: Tokens of the longest prompt.
+    """
+    own, each = options.max_new_tokens, -(-sum(samples) // len(samples))
+
+    def places(rows: int) -> int:
+        # Twice the prompts that the rows fill, for stragglers, and two more
+        return min(len(samples), rows, 2 * -(-rows // each) + 2)
+
+    def fits(rows: int) -> bool:
+        return rows * own + places(rows) * longest <= options.token_budget
+
+    rows = 1
+    while rows < sum(samples) and fits(rows + 1):
+        rows += 1
+    return rows, places(rows)
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    stop = model.generation_config.eos_token_id
+    stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+    return {*stop, tokenizer.eos_token_id} - {None}
+
+
+@contextmanager
+def _attention(configs: list, name: str):
+    """The attention that these configurations of a model name, replaced and put back."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name

@@ -1,0 +1,316 @@
+"""How probable a model finds given answers, token by token; nothing is generated here.
+
+    NLL = -1/|y| sum_t ln p(y_t | x, y_<t)      the end-of-sequence token is part of y
+
+Answers are batched by tokens, longest first, and the head runs on the scored positions alone. An
+item that cannot be scored is None in the result and counted in the log, never left out.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from llmmix.data import batches_of_tokens, warn_once
+from llmmix.models import context_length, eval_mode
+from llmmix.unlearning.qa import Encoded, cut, encode_answer, pad
+
+logger = logging.getLogger(__name__)
+
+TOKEN_BUDGET = 16384  # tokens of a batch, padding included
+LOGIT_BYTES = 2**28  # of fp32 logits that a forward may leave behind
+CHUNK = 2**24  # logits that are normalised at once
+
+Job, Result = TypeVar("Job"), TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerScore:
+    """The tokens of one answer under teacher forcing.
+
+    Attributes:
+        labels: (n,) ids of the scored tokens.
+        token_logps: (n,) natural logs of their probabilities.
+        predictions: (n,) most probable ids at their places.
+        means: (n,) mean of ln p over the vocabulary, under p; None where not asked for.
+        variances: (n,) its variance.
+    """
+
+    labels: np.ndarray
+    token_logps: np.ndarray
+    predictions: np.ndarray
+    means: np.ndarray | None = None
+    variances: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were scored."""
+        return len(self.labels)
+
+    @property
+    def nll_sum(self) -> float:
+        """Minus the log-probability of the whole answer."""
+        return -float(self.token_logps.sum())
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, in nats a token."""
+        return self.nll_sum / self.tokens
+
+    def without_last(self, token: int | None) -> "AnswerScore":
+        """The same less its last token, if that is `token`."""
+        if token is None or not self.tokens or self.labels[-1] != token:
+            return self
+        parts = (self.labels, self.token_logps, self.predictions, self.means, self.variances)
+        return AnswerScore(*(None if part is None else part[:-1] for part in parts))
+
+
+def score_answers(
+    model,
+    tokenizer,
+    rows,
+    *,
+    include_eos: bool = True,
+    moments: bool = True,
+    token_budget: int = TOKEN_BUDGET,
+    shared: bool = False,
+) -> list[AnswerScore | None]:
+    """Score the answer of each row.
+
+    Args:
+        model: A causal language model of transformers, whose mode is put back at the end.
+        tokenizer: Its tokenizer.
+        rows: Rows with `prompt` and `answer`, as `llmmix.unlearning.qa.read_rows` gives them.
+        include_eos: Whether to score the end-of-sequence token.
+        moments: Whether to give mean and variance of ln p over the vocabulary.
+        token_budget: Tokens of a batch.
+        shared: Deal the batches out over the processes; every process gets all results.
+
+    Returns:
+        One a row. None where prompt and answer exceed the context, or nothing is to be scored; text
+        without a prompt that exceeds the context is scored in pieces.
+    """
+    sequences = [
+        encode_answer(tokenizer, prompt, answer, include_eos=include_eos)
+        for prompt, answer in zip(rows["prompt"], rows["answer"], strict=True)
+    ]
+    options = {"moments": moments, "token_budget": token_budget, "shared": shared}
+    return score_sequences(model, sequences, **options)
+
+
+def alternative_nlls(
+    model,
+    tokenizer,
+    prompts: Sequence,
+    alternatives: Sequence[Sequence[str] | None],
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    shared: bool = False,
+) -> list[list[float | None]]:
+    """Mean NLL of each of several answers to each prompt.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        prompts: Text or messages.
+        alternatives: The answers to each: any number of them, or None; blank ones are passed over.
+        token_budget: Tokens of a batch.
+        shared: Deal the batches out over the processes.
+
+    Returns:
+        As many numbers a prompt as it has answers; None where one exceeds the context.
+    """
+    given = [[text for text in texts or () if text and text.strip()] for texts in alternatives]
+    sequences = [
+        encode_answer(tokenizer, prompt, text)
+        for prompt, texts in zip(prompts, given, strict=True)
+        for text in texts
+    ]
+    options = {"moments": False, "token_budget": token_budget, "shared": shared}
+    scores = iter(score_sequences(model, sequences, **options))
+    nlls = (None if score is None else score.nll for score in scores)
+    return [[next(nlls) for _ in texts] for texts in given]
+
+
+def score_sequences(
+    model,
+    sequences: Sequence[Encoded],
+    *,
+    moments: bool = True,
+    token_budget: int = TOKEN_BUDGET,
+    shared: bool = False,
+) -> list[AnswerScore | None]:
+    """Score what follows each prompt; see `score_answers`."""
+    context = context_length(model)
+    pieces: list[Encoded] = []
+    owners: list[int] = []
+    for number, sequence in enumerate(sequences):
+        parts = [sequence] if context is None else cut(sequence, context)  # text alone is cut
+        parts = [part for part in parts if len(part.ids) > part.prompt_length]
+        if context is None or all(len(part.ids) <= context for part in parts):
+            pieces += parts
+            owners += [number] * len(parts)
+    limit = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
+    batches = batches_of_tokens(
+        [len(piece.ids) for piece in pieces],
+        token_budget,
+        scored=[len(piece.ids) - piece.prompt_length for piece in pieces],
+        scored_budget=limit,
+    )
+
+    def work(batch: list[int]) -> list[AnswerScore]:
+        return _score_batch(model, [pieces[place] for place in batch], moments, limit)
+
+    with eval_mode(model), torch.inference_mode():
+        scored = deal_out(batches, work, shared)
+    found: dict[int, list[AnswerScore]] = {}
+    places = [place for batch in batches for place in batch]
+    flat = dict(zip(places, (score for batch in scored for score in batch), strict=True))
+    for place, owner in enumerate(owners):
+        found.setdefault(owner, []).append(flat[place])
+    if missing := len(sequences) - len(found):
+        warn_once(
+            f"{missing} of {len(sequences)} answers are not scored: with their prompts they exceed "
+            f"the context of {context} tokens, or they have no token."
+        )
+    return [_joined(found.get(number)) for number in range(len(sequences))]
+
+
+def deal_out(
+    jobs: Sequence[Job], work: Callable[[Job], Result], shared: bool = False
+) -> list[Result]:
+    """Do jobs in order, with `shared` each process every so-manieth; all get all results."""
+    if not shared or PartialState().num_processes == 1:
+        return [work(job) for job in jobs]
+    state = PartialState()
+    mine = range(state.process_index, len(jobs), state.num_processes)
+    results = dict(gather_object([(number, work(jobs[number])) for number in mine]))
+    return [results[number] for number in range(len(jobs))]
+
+
+def gradient_norms(
+    model, tokenizer, rows, *, p: float = 2, shared: bool = False
+) -> list[float | None]:
+    """How far an answer would move the weights: mean over weight tensors of ||d NLL / d W||_p.
+
+    One answer at a time. The weights of a LoRA adapter do not count: the gradient of the weight
+    below is that of the merged one. Gradients that are there, and what requires one, stay as found.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        rows: Rows with `prompt` and `answer`.
+        p: Of the norm: 1, 2 or infinity.
+        shared: Deal the answers out over the processes.
+
+    Returns:
+        One a row; None where an answer exceeds the context or has no token.
+
+    Raises:
+        ValueError: Another p, or a model without weights that can have a gradient.
+    """
+    if p not in (1, 2, float("inf")):
+        raise ValueError(f"`p` must be 1, 2 or infinity, got {p}.")
+    parameters = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and "lora_" not in name
+    ]
+    if not parameters:
+        raise ValueError("`model` has no floating-point weights: its gradients cannot be taken.")
+    context = context_length(model)
+
+    def norm(row: dict) -> float | None:
+        ids, start = encode_answer(tokenizer, row["prompt"], row["answer"])
+        if len(ids) <= start or (context is not None and len(ids) > context):
+            return None
+        with torch.enable_grad():
+            input_ids = torch.tensor([ids], device=model.device)
+            logits = model(input_ids=input_ids, use_cache=False).logits[0, start - 1 : -1].float()
+            loss = torch.nn.functional.cross_entropy(logits, input_ids[0, start:].to(logits.device))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        norms = [g.float().norm(p) for g in gradients if g is not None]
+        return float(sum(n.item() for n in norms) / len(norms))
+
+    frozen = [weight for weight in parameters if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        with eval_mode(model):
+            return deal_out(rows.select_columns(["prompt", "answer"]).to_list(), norm, shared)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def _vocabulary(model) -> int:
+    head = model.get_output_embeddings()
+    return model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+
+
+def _score_batch(model, batch: list[Encoded], moments: bool, limit: int) -> list[AnswerScore]:
+    """The scores of a batch; an answer of more than `limit` tokens takes several forwards."""
+    tensors = {name: x.to(model.device) for name, x in pad(batch).items()}
+    labels = tensors.pop("labels")[:, 1:]
+    scored = (labels != -100).nonzero()
+    parts: list[tuple[Tensor, ...]] = []
+    for at in scored.split(limit):
+        logits = _logits_at(model, tensors, at[:, 0], at[:, 1])
+        targets = labels[at[:, 0], at[:, 1]].to(logits.device)
+        step = max(1, CHUNK // logits.size(1))
+        for chunk, wanted in zip(logits.split(step), targets.split(step), strict=True):
+            parts.append(_statistics(chunk, wanted, moments))
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    ends = np.cumsum([len(ids) - start for ids, start in batch])[:-1]
+    split = [np.split(column, ends) for column in columns]
+    return [AnswerScore(*values) for values in zip(*split, strict=True)]
+
+
+def _logits_at(model, tensors: dict[str, Tensor], rows: Tensor, places: Tensor) -> Tensor:
+    """(n, V) logits at positions alone: the head is handed no others, and scales as ever."""
+    reached = []
+
+    def select(_, inputs: tuple) -> tuple:
+        reached.append(True)
+        hidden = inputs[0]
+        picked = hidden[rows.to(hidden.device), places.to(hidden.device)]
+        return (picked.unsqueeze(0), *inputs[1:])
+
+    head = model.get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        logits = model(**tensors, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits[0] if reached else logits[rows.to(logits.device), places.to(logits.device)]
+
+
+def _statistics(logits: Tensor, targets: Tensor, moments: bool) -> tuple[Tensor, ...]:
+    """What `AnswerScore` holds, from (n, V) logits; an entry of probability 0 adds nothing."""
+    log_probs = logits.float().log_softmax(-1)
+    token_logps = log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    columns = (targets, token_logps, logits.argmax(-1))
+    if not moments:
+        return columns
+    probs = log_probs.exp()
+    finite = log_probs.masked_fill_(probs == 0, 0)
+    means = (probs * finite).sum(-1, keepdim=True)
+    variances = (probs * finite.sub_(means).square_()).sum(-1)
+    return *columns, means.squeeze(1), variances
+
+
+def _joined(pieces: list[AnswerScore] | None) -> AnswerScore | None:
+    if pieces is None or len(pieces) == 1:
+        return pieces[0] if pieces else None
+    columns = zip(
+        *((s.labels, s.token_logps, s.predictions, s.means, s.variances) for s in pieces),
+        strict=True,
+    )
+    return AnswerScore(*(None if c[0] is None else np.concatenate(c) for c in columns))

@@ -1,0 +1,176 @@
+"""What a model says when asked: greedy answers, and their likeness to a reference, and fluency."""
+
+import logging
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+
+from llmmix.data import warn_once
+from llmmix.models import encode
+from llmmix.sampling import sample
+from llmmix.sampling.requests import too_long
+from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET, deal_out, score_answers
+
+Tokenize = Callable[[str], list[str]]
+
+# A gap of one fp32 step between two logits, divided by it, is far more than the largest exponent
+GREEDY_TEMPERATURE = 1e-12
+ROUGE_SCORES = ("rouge1_recall", "rougeL_f1", "rougeL_recall")
+
+
+def generate_greedily(
+    model,
+    tokenizer,
+    prompts: Sequence,
+    *,
+    max_new_tokens: int = 200,
+    stop: Sequence[str] = (),
+    token_budget: int = TOKEN_BUDGET,
+    shared: bool = False,
+) -> list[str | None]:
+    """The most probable token at every step, for each prompt.
+
+    Args:
+        model: A causal language model of transformers, or a `vllm.LLM`.
+        tokenizer: Its tokenizer.
+        prompts: Text or messages.
+        max_new_tokens: Tokens after which a text is cut.
+        stop: Strings before which a finished text is cut.
+        token_budget: Tokens held at once; see `llmmix.sampling.sample`.
+        shared: Deal the prompts out over the processes.
+
+    Returns:
+        Texts without blanks around them; None where a prompt is empty or leaves no room.
+    """
+    ids = [encode(tokenizer, prompt) if prompt else [] for prompt in prompts]
+    full = set(too_long(ids, model, max_new_tokens))
+    asked = [row for row in range(len(ids)) if ids[row] and row not in full]
+    if full:
+        warn_once(
+            f"{len(full)} of {len(ids)} prompts are not answered: they leave no room for "
+            f"max_new_tokens={max_new_tokens} in the context."
+        )
+
+    def work(rows: list[int]) -> list[tuple[int, str]]:
+        texts = sample(
+            model,
+            tokenizer,
+            [prompts[row] for row in rows],
+            1,
+            temperature=GREEDY_TEMPERATURE,
+            max_new_tokens=max_new_tokens,
+            token_budget=token_budget,
+            numbers=rows,
+        )
+        return [(done.prompt, _cut_at(done.text, stop)) for done in texts]
+
+    parts = PartialState().num_processes if shared else 1
+    jobs = [asked[part::parts] for part in range(parts)]
+    said = dict(pair for done in deal_out(jobs, work, shared) for pair in done)
+    return [said.get(row) for row in range(len(ids))]
+
+
+def _cut_at(text: str, stop: Sequence[str]) -> str:
+    found = [place for string in stop if (place := text.find(string)) >= 0]
+    return text[: min(found, default=len(text))].strip()
+
+
+def unicode_words(text: str) -> list[str]:
+    """Words of any script, in lower case; a character of double width is a word of its own."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(map(_letter, text)).split()
+
+
+def _letter(c: str) -> str:
+    if unicodedata.category(c)[0] not in "LMN":  # letters, marks on them, digits
+        return " "
+    return f" {c} " if unicodedata.east_asian_width(c) in "WF" else c
+
+
+def rouge(generation: str, reference: str, tokenize: Tokenize | None = None) -> dict[str, float]:
+    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words brought to their stems.
+
+    Args:
+        generation: What was said.
+        reference: What should have been said.
+        tokenize: A function of text to words; by default those of `rouge_score`, which knows a-z
+            and 0-9 alone. `unicode_words` knows all scripts.
+
+    Returns:
+        Zeros where either has no word.
+    """
+    scores = _scorer(tokenize).score(reference, generation)
+    one, longest = scores["rouge1"], scores["rougeL"]
+    return dict(zip(ROUGE_SCORES, (one.recall, longest.fmeasure, longest.recall), strict=True))
+
+
+def has_words(text: str, tokenize: Tokenize | None = None) -> bool:
+    """Whether ROUGE finds a word in a text; it scores one without as 0, identical or not."""
+    return bool(tokenize(text)) if tokenize else bool(re.search("[a-z0-9]", text.lower()))
+
+
+class _Words:
+    def __init__(self, tokenize: Tokenize):
+        self.tokenize = tokenize
+
+
+@cache
+def _scorer(tokenize: Tokenize | None):
+    # It announces at level INFO that it uses the default tokenizer
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    words = None if tokenize is None else _Words(tokenize)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=words)
+
+
+def says(text: str, secret: str) -> bool:
+    """Whether a text holds a secret, word for word; case and punctuation do not count."""
+    wanted, said = unicode_words(secret), unicode_words(text)
+    return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(said)} "
+
+
+def repetition(text: str, n: int = 4) -> float | None:
+    """Share of the n-grams of words that occurred before; None for fewer than n words."""
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else None
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float | None:
+    """Share of distinct n-grams of words among those of all texts; None without any."""
+    split = [text.split() for text in texts]
+    grams = [tuple(words[i : i + n]) for words in split for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def perplexities(
+    model, tokenizer, prompts: Sequence, texts: Sequence[str | None], *, shared: bool = False
+) -> list[float | None]:
+    """exp(NLL) of generated texts under another model, as after their prompts; None for no text.
+
+    Args:
+        model: A fluent model, such as the one before unlearning.
+        tokenizer: Its tokenizer.
+        prompts: Text or messages.
+        texts: What was said; None or blank is passed over.
+        shared: Deal the texts out over the processes.
+    """
+    said = [row for row, text in enumerate(texts) if text and text.strip()]
+    if not said:
+        return [None] * len(texts)
+    rows = {"prompt": [prompts[row] for row in said], "answer": [texts[row] for row in said]}
+    # How a text that was cut ends is not its own doing
+    options = {"include_eos": False, "moments": False, "shared": shared}
+    scores = score_answers(model, tokenizer, Dataset.from_dict(rows), **options)
+    with np.errstate(over="ignore"):
+        found = {
+            row: None if score is None else float(np.exp(score.nll))
+            for row, score in zip(said, scores, strict=True)
+        }
+    return [found.get(row) for row in range(len(texts))]

@@ -1,0 +1,184 @@
+"""Questions and answers as token sequences whose answer is scored, to train on or to evaluate.
+
+A sequence is the prompt's tokens and the answer's, the end-of-sequence token among the latter.
+Which tokens count is known from lengths, never from token ids: a pad token that is the
+end-of-sequence token too does no harm.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.data_utils import common_prefix_length
+
+from llmmix.data import warn_once
+from llmmix.models import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = (
+    "`question` and `answer`, `prompt` and `completion` (text or lists of messages), `prompt` and "
+    "`gt`, or `text`"
+)
+
+
+class Encoded(NamedTuple):
+    """A prompt and an answer in one sequence.
+
+    Attributes:
+        ids: Token ids of the prompt and of the answer.
+        prompt_length: How many of them are the prompt's, which are not scored.
+    """
+
+    ids: list[int]
+    prompt_length: int
+
+
+def read_rows(dataset: Dataset | None, argument: str, tokenizer: "PreTrainedTokenizerBase"):
+    """Rows with a `prompt` (text or messages) and an `answer` (text), from any of `FORMATS`.
+
+    A `question` is asked as `question_prompt` does. A `text` has an empty prompt. Other columns are
+    kept. Rows without an answer are dropped and counted.
+
+    Args:
+        dataset: The rows.
+        argument: What to call them in an error.
+        tokenizer: Whose chat template asks the question.
+
+    Raises:
+        ValueError: No rows, columns of no accepted format, or no row with an answer.
+    """
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        given = "no rows" if isinstance(dataset, Dataset) else type(dataset).__name__
+        raise ValueError(f"`{argument}` must be a map-style `Dataset` of {FORMATS}, got {given}.")
+    columns = set(dataset.column_names)
+    known = (("question", "answer"), ("prompt", "completion"), ("prompt", "gt"), (None, "text"))
+    for prompt, answer in known:
+        if answer in columns and (prompt is None or prompt in columns):
+            break
+    else:
+        raise ValueError(
+            f"`{argument}` has the columns {sorted(columns)}; accepted are {FORMATS}. Rename the "
+            "columns to these."
+        )
+    answers = [_text_of(given) for given in dataset[answer]]
+    if prompt is None:
+        prompts = [""] * len(answers)
+    elif prompt == "question":
+        prompts = [question_prompt(tokenizer, question) for question in dataset[prompt]]
+    else:
+        prompts = list(dataset[prompt])
+    asked = [True] * len(answers) if prompt is None else map(_is_asked, dataset[prompt])
+    kept = [row for row, given in enumerate(asked) if given and answers[row].strip()]
+    what = f"`{answer}`" if prompt is None else f"`{prompt}` or `{answer}`"
+    if not kept:
+        raise ValueError(f"`{argument}`: {what} is empty in every one of {len(dataset)} rows.")
+    if len(kept) < len(dataset):
+        dropped = len(dataset) - len(kept)
+        warn_once(f"Dropped {dropped} of {len(dataset)} rows of `{argument}`: empty {what}.")
+    rest = dataset.remove_columns(list({"prompt", "answer"} & columns)).select(kept)
+    rest = rest.add_column("prompt", [prompts[row] for row in kept])
+    return rest.add_column("answer", [answers[row] for row in kept])
+
+
+def _is_asked(prompt) -> bool:
+    return bool(prompt.strip() if isinstance(prompt, str) else prompt)
+
+
+def _text_of(answer) -> str:
+    """Text itself, a number as text, or what the last message says."""
+    if answer is None or isinstance(answer, str | int | float):
+        return "" if answer is None else str(answer)
+    return (answer[-1].get("content") or "") if answer else ""
+
+
+def question_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> str | list[dict]:
+    """How a question is put to a model: a user's message, or text where there is no template."""
+    if tokenizer.chat_template is None:
+        return f"Question: {question}\nAnswer:"
+    return [{"role": "user", "content": question}]
+
+
+def encode_answer(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str | list[dict],
+    answer: str,
+    *,
+    include_eos: bool = True,
+) -> Encoded:
+    """Token ids of a prompt and its answer, closed by one end-of-sequence token.
+
+    Text that does not end in white space is parted from its answer by a blank. What a chat template
+    writes after the answer's end-of-sequence token is left out. Where the prompt is empty, the
+    first token counts as the prompt, since nothing predicts it.
+
+    Args:
+        tokenizer: With a chat template where `prompt` is messages.
+        prompt: Text or messages.
+        answer: Text.
+        include_eos: Whether to score the end-of-sequence token.
+    """
+    eos = tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        parted = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+        start = _open(tokenizer(prompt)["input_ids"], prompt, tokenizer) if prompt else []
+        text = answer if parted else " " + answer
+        ids = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
+        ids = start + _open(ids, text, tokenizer)
+    else:
+        start = encode(tokenizer, prompt)
+        said = [*prompt, {"role": "assistant", "content": answer}]
+        ids = encode(tokenizer, said, generation=False)
+        start = start[: common_prefix_length(start, ids)]
+        ends = [place for place in range(len(start), len(ids)) if ids[place] == eos]
+        ids = ids[: ends[-1]] if ends else ids
+    if include_eos and eos is not None:
+        ids = [*ids, eos]
+    return Encoded(ids, max(len(start), 1))
+
+
+def _open(ids: list[int], text: str, tokenizer) -> list[int]:
+    """Tokens of a text without the end that some tokenizers put to every one."""
+    closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
+
+
+def cut(encoded: Encoded, max_length: int) -> list[Encoded]:
+    """Text in pieces of at most `max_length` tokens, the first of each not scored."""
+    if encoded.prompt_length > 1 or len(encoded.ids) <= max_length:
+        return [encoded]
+    starts = range(0, len(encoded.ids), max_length)
+    pieces = [Encoded(encoded.ids[start : start + max_length], 1) for start in starts]
+    return [piece for piece in pieces if len(piece.ids) > 1]
+
+
+def pad(sequences: Sequence[Encoded], pad_id: int | None = None) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels` (-100 where not scored), padded on the right.
+
+    Args:
+        sequences: One a row.
+        pad_id: What stands in the padding, which nothing reads; 0 by default.
+    """
+    width = max(len(sequence.ids) for sequence in sequences)
+    input_ids = torch.full((len(sequences), width), pad_id or 0)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for row, (ids, start) in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        labels[row, start : len(ids)] = input_ids[row, start : len(ids)]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def overlap(a: Sequence, b: Sequence) -> list:
+    """Prompts, or texts, that stand in both, in the order of `a`."""
+    known = {_key(prompt) for prompt in b}
+    return [prompt for prompt in a if _key(prompt) in known]
+
+
+def _key(prompt) -> str:
+    text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    return " ".join(text.split()).casefold()

@@ -1,0 +1,401 @@
+import sys
+from collections import Counter
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from llmmix.sampling import engine as sampling
+from llmmix.sampling import sample
+from llmmix.sampling.draws import uniforms
+from llmmix.sampling.requests import Completion
+
+
+@pytest.fixture
+def loaded(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    return model, AutoTokenizer.from_pretrained(checkpoint)
+
+
+def by_key(completions) -> dict[tuple[int, int], Completion]:
+    found = {(c.prompt, c.sample): c for c in completions}
+    return dict(sorted(found.items()))
+
+
+def texts(model, tokenizer, prompts, n, **options) -> list[list[str]]:
+    found = by_key(sample(model, tokenizer, prompts, n, **options))
+    assert list(found) == [(p, s) for p in range(len(prompts)) for s in range(n)]
+    return [[found[p, s].text for s in range(n)] for p in range(len(prompts))]
+
+
+PROMPTS = ["1+1=", "123-45=", "7", [{"role": "user", "content": "What is 3*4?"}]]
+
+
+def test_draws_follow_the_models_distribution(loaded):
+    """First tokens of 4,000 draws against their probabilities, by a chi-square."""
+    model, tokenizer = loaded
+    prompt = "12+7="
+    with torch.no_grad():
+        logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+    p = logits.double().softmax(-1)
+    (draws,) = texts(model, tokenizer, [prompt], 4000, max_new_tokens=1, seed=3)
+    counts = Counter(draws)
+    names = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    shared = Counter(names)  # bytes that are no character alone all decode to the same mark
+    common = [i for i in p.argsort(descending=True).tolist() if shared[names[i]] == 1 and i > 3][
+        :20
+    ]
+    observed = torch.tensor([counts[names[i]] for i in common]).double()
+    expected = 4000 * p[common]
+    assert ((observed - expected) ** 2 / expected).sum() < 60  # 20 degrees of freedom
+
+
+def test_second_tokens_follow_the_models_distribution_too(loaded):
+    """The shared prompt and a row's own keys, both in the chi-square."""
+    model, tokenizer = loaded
+    prompt = tokenizer("12+7=")["input_ids"]
+    drawn = Counter()
+    engine = sampling.Engine
+    tokens = []
+    take = engine._take
+    try:
+        engine._take = lambda self, row, token: (
+            tokens.append((row, token)),
+            take(self, row, token),
+        )[1]
+        list(sample(model, tokenizer, ["12+7="], 6000, max_new_tokens=2, seed=5))
+    finally:
+        engine._take = take
+    pairs: dict[int, list[int]] = {}
+    for row, token in tokens:
+        pairs.setdefault(id(row), []).append(token)
+    drawn = Counter(tuple(pair) for pair in pairs.values() if len(pair) == 2)
+    first = Counter(pair[0] for pair in drawn.elements()).most_common(1)[0][0]
+    with torch.no_grad():
+        p = model(torch.tensor([[*prompt, first]])).logits[0, -1].double().softmax(-1)
+    total = sum(count for pair, count in drawn.items() if pair[0] == first)
+    common = p.argsort(descending=True)[:10].tolist()
+    observed = torch.tensor([drawn[first, i] for i in common]).double()
+    expected = total * p[common]
+    assert total > 300 and ((observed - expected) ** 2 / expected).sum() < 40
+
+
+def test_same_seed_same_draws_and_the_callers_state_is_left_alone(loaded):
+    model, tokenizer = loaded
+    model.train()
+    model.model.layers[0].eval()  # a mode of its own, which must come back too
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = texts(model, tokenizer, PROMPTS, 3, max_new_tokens=5, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and not model.model.layers[0].training
+    assert model.config._attn_implementation == "sdpa"
+    assert first == texts(model, tokenizer, PROMPTS, 3, max_new_tokens=5, seed=1)
+    assert first != texts(model, tokenizer, PROMPTS, 3, max_new_tokens=5, seed=2)
+
+
+def test_left_half_way_the_model_is_as_it_was(loaded):
+    model, tokenizer = loaded
+    model.train()
+    next(sample(model, tokenizer, PROMPTS, 3, max_new_tokens=5))
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_draws_do_not_depend_on_what_runs_beside_them(loaded):
+    """One row at a time, a few, all; alone, in a shard, or after a resume: the same completions."""
+    model, tokenizer = loaded
+    options = {"max_new_tokens": 12, "seed": 4}
+    longest = len(sampling.encode(tokenizer, PROMPTS[3]))
+    whole = by_key(sample(model, tokenizer, PROMPTS, 5, **options))
+    for budget in (longest + 12, 3 * (longest + 12), 5 * (longest + 12)):
+        assert whole == by_key(sample(model, tokenizer, PROMPTS, 5, token_budget=budget, **options))
+    shards = [
+        by_key(sample(model, tokenizer, PROMPTS[r::2], 5, numbers=range(r, 4, 2), **options))
+        for r in (0, 1)
+    ]
+    assert whole == dict(sorted({**shards[0], **shards[1]}.items()))
+    done = [key for key in whole if sum(key) % 2]
+    rest = by_key(sample(model, tokenizer, PROMPTS, 5, done=done, **options))
+    assert rest == {key: value for key, value in whole.items() if key not in done}
+    more = by_key(sample(model, tokenizer, PROMPTS, 7, **options))
+    assert whole == {key: value for key, value in more.items() if key[1] < 5}
+
+
+def test_streams_are_apart_and_uniform():
+    streams = np.stack([uniforms(1, p, s, 100) for p in range(20) for s in range(20)])
+    assert len(np.unique(streams)) == streams.size
+    assert abs(streams.mean() - 0.5) < 0.005 and np.abs(np.corrcoef(streams)).mean() < 0.09
+    np.testing.assert_array_equal(uniforms(1, 2, 3, 10), uniforms(1, 2, 3, 50)[:10])
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000])
+def test_inverse_of_the_cumulative_distribution(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(40, vocabulary, generator=generator) ** 4
+    p[:, ::3] = 0
+    p = torch.nn.functional.pad(p, (0, -vocabulary % sampling.BLOCK))
+    u = torch.rand(40, generator=generator, dtype=torch.float64)
+    u[0], u[1] = 0, 1 - 2**-53
+    exact = (p.double() / p.double().sum(1, keepdim=True)).cumsum(1)
+    expected = (exact > u[:, None]).int().argmax(1)
+    tokens = sampling._draw(p, u)
+    assert torch.equal(tokens[2:], expected[2:])
+    assert (p.gather(1, tokens[:, None]) > 0).all()  # never what has no probability
+
+
+def families(tokenizer):
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(0)
+    yield MistralForCausalLM(MistralConfig(**shared, sliding_window=6))
+    yield Gemma2ForCausalLM(
+        Gemma2Config(
+            **shared, sliding_window=6, attn_logit_softcapping=5.0, query_pre_attn_scalar=8
+        )
+    )
+    yield GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.3,
+        )
+    )
+
+
+class Ids:
+    """A tokenizer without a stop token, which gives token ids for text."""
+
+    pad_token_id, eos_token_id = 0, None
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text):
+        return self.tokenizer(text)
+
+    def decode(self, ids, skip_special_tokens):
+        return list(ids)
+
+
+@pytest.mark.parametrize("family", [0, 1, 2], ids=["window", "softcap", "learned-positions"])
+def test_greedy_limit_is_the_models_own_argmax(tokenizer, family):
+    """At a temperature near zero each token is the argmax of a plain forward over all before it."""
+    model = list(families(tokenizer))[family].eval()
+    model.generation_config.eos_token_id = None
+    draws = texts(model, Ids(tokenizer), PROMPTS[:3], 2, max_new_tokens=14, temperature=1e-5)
+    for prompt, (first, second) in zip(PROMPTS, draws, strict=False):
+        assert first == second and len(first) == 14
+        ids = tokenizer(prompt)["input_ids"]
+        for count in range(14):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + first[:count]])).logits[0, -1]
+            assert logits[first[count]] >= logits.max() - 1e-4
+
+
+def test_a_model_with_other_state_is_refused(tokenizer):
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, state_size=4, num_hidden_layers=2
+    )
+    config.initializer_range = 0.5
+    model = MambaForCausalLM(config)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot be decoded"):
+        list(sample(model, tokenizer, ["1+1="], 2, max_new_tokens=4))
+
+
+def test_lora_is_sampled_with_its_adapter(loaded):
+    model, tokenizer = loaded
+    plain = texts(model, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=1e-4)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert plain == texts(adapted, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=1e-4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    moved = texts(adapted, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=1e-4)
+    merged = adapted.merge_and_unload()
+    assert (
+        plain != moved == texts(merged, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=1e-4)
+    )
+
+
+def test_finished_rows_leave_and_the_others_go_on(loaded):
+    """With half of the vocabulary stopping, lengths are geometric and no text follows a stop."""
+    model, tokenizer = loaded
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 2))
+    draws = list(sample(model, tokenizer, ["12+7="], 300, max_new_tokens=20, seed=1))
+    lengths = [c.tokens for c in draws]
+    odd = {tokenizer.decode([i], skip_special_tokens=True) for i in range(1, len(tokenizer), 2)}
+    assert {c.text for c in draws if c.tokens == 1} <= odd  # what stops is not in the text
+    assert len(draws) == 300 and min(lengths) == 0 and 2 < max(lengths) < 20
+    assert all(c.finished for c in draws)
+
+
+def test_what_is_cut_is_not_finished(loaded):
+    model, tokenizer = loaded
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    draws = list(sample(model, tokenizer, PROMPTS, 6, max_new_tokens=4, seed=1))
+    assert {(c.tokens == 4) for c in draws if not c.finished} == {True}
+    assert any(not c.finished for c in draws)
+
+
+def test_rows_never_exceed_the_budget(loaded, monkeypatch):
+    model, tokenizer = loaded
+    seen = []
+    init = sampling.SharedPromptCache.__init__
+
+    def record(self, rows, prompts, prompt_length, completion_length):
+        seen.append(rows * completion_length + prompts * prompt_length)
+        init(self, rows, prompts, prompt_length, completion_length)
+
+    monkeypatch.setattr(sampling.SharedPromptCache, "__init__", record)
+    for budget in (100, 300, 1000):
+        list(sample(model, tokenizer, PROMPTS, 4, max_new_tokens=8, token_budget=budget))
+        assert seen[-1] <= budget
+    with pytest.raises(ValueError, match="`token_budget` of 10 is less than one prompt of"):
+        list(sample(model, tokenizer, PROMPTS, 4, max_new_tokens=8, token_budget=10))
+
+
+def test_nucleus_leaves_out_the_tail(loaded):
+    model, tokenizer = loaded
+    with torch.no_grad():
+        logits = model(**tokenizer("12+7=", return_tensors="pt")).logits[0, -1]
+    p, order = logits.softmax(-1).sort(descending=True)
+    nucleus = order[: int((p.cumsum(0) - p < 0.5).sum())].tolist()
+    (draws,) = texts(model, tokenizer, ["12+7="], 500, max_new_tokens=1, top_p=0.5)
+    assert set(draws) == {tokenizer.decode([i], skip_special_tokens=True) for i in nucleus}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["1"], {"top_p": 0.0}, "`top_p` must lie"),
+        (["1"], {"temperature": 0.0}, "`temperature` must be positive"),
+        (["1"], {"seed": -1}, "`seed` must be 0 or above"),
+        (["1"], {"max_new_tokens": 0}, "`max_new_tokens` must be 1 or more"),
+        (["1", ""], {}, r"1 prompts have no token \(first: prompt 1\)"),
+        (["1", "1" * 300], {"max_new_tokens": 8}, r"first: prompt 1, 300 tokens\) leave no room"),
+    ],
+)
+def test_refusals(loaded, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        list(sample(*loaded, prompts, 1, **options))
+
+
+def test_nan_is_refused(loaded):
+    model, tokenizer = loaded
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        list(sample(model, tokenizer, ["1"], 1, max_new_tokens=8))
+
+
+def test_no_pad_token_is_needed(loaded):
+    model, tokenizer = loaded
+    whole = list(sample(model, tokenizer, PROMPTS, 2, max_new_tokens=4))
+    tokenizer.pad_token = None
+    assert whole == list(sample(model, tokenizer, PROMPTS, 2, max_new_tokens=4))
+
+
+def test_completions_of_one_token_come_as_they_are_drawn(loaded, monkeypatch):
+    """Prompts are read as they are needed, not all before the first completion."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(sampling, "ROWS_STARTED_AT_ONCE", 4)
+    read = []
+    prefill = sampling.Engine._prefill
+    monkeypatch.setattr(
+        sampling.Engine,
+        "_prefill",
+        lambda self, *given: (read.append(1), prefill(self, *given))[1],
+    )
+    draws = sample(model, tokenizer, ["1+1=", "2", "3", "4", "5", "6"], 4, max_new_tokens=1)
+    next(draws)
+    assert len(read) == 1
+    assert len(list(draws)) == 23 and len(read) == 6
+
+
+def test_attention_sinks_and_several_devices_are_refused(loaded):
+    model, tokenizer = loaded
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="its layers stand on several devices"):
+        list(sample(model, tokenizer, ["1"], 1, max_new_tokens=4))
+    config = GptOssConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with pytest.raises(ValueError, match="attention sinks"):
+        list(sample(GptOssForCausalLM(config), tokenizer, ["1"], 1, max_new_tokens=4))
+
+
+def test_vllm_is_asked_for_each_completion_with_its_own_seed(tokenizer, monkeypatch):
+    """The calls that vLLM gets, on a stand-in: vLLM itself comes below."""
+    vllm = ModuleType("vllm")
+    vllm.SamplingParams = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    asked = []
+
+    def generate(prompts, params, use_tqdm):
+        asked.extend(zip(prompts, params, strict=True))
+        answer = SimpleNamespace(text="4", token_ids=[5, tokenizer.eos_token_id])
+        answer.finish_reason = "stop"
+        return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    llm = SimpleNamespace(generate=generate, llm_engine=config)
+    draws = list(sample(llm, tokenizer, PROMPTS, 3, done={(1, 0)}, temperature=0.5))
+    assert [(c.prompt, c.sample) for c in draws] == [
+        (p, s) for p in range(4) for s in range(3) if (p, s) != (1, 0)
+    ]
+    assert draws[0] == Completion(0, 0, "4", 1, True)
+    assert asked[0][0] == {"prompt_token_ids": tokenizer(PROMPTS[0])["input_ids"]}
+    assert len({params.seed for _, params in asked}) == 11
+    assert {(p.temperature, p.top_p, p.max_tokens) for _, p in asked} == {(0.5, 1.0, 256)}
+
+
+def test_vllm_itself(checkpoint, tokenizer):
+    pytest.importorskip("vllm")
+    from llmmix.sampling.vllm_backend import load_vllm
+
+    llm = load_vllm(checkpoint, max_model_len=64)
+    first = by_key(sample(llm, tokenizer, PROMPTS, 4, max_new_tokens=8, seed=1))
+    assert len(first) == 16
+    assert first == by_key(sample(llm, tokenizer, PROMPTS, 4, max_new_tokens=8, seed=1))
