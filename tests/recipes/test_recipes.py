@@ -197,14 +197,14 @@ LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
 @pytest.mark.parametrize(
     ("name", "flags", "metrics"),
     [
-        ("flat", [], {"flat/template_prob", "flat/forget_prob", "flat/loss"}),
-        ("flat", [*LORA, "--divergence", "Total-Variation"], {"flat/loss"}),
-        ("flat", ["--retain_weight", "0.5"], {"flat/retain_loss"}),
-        ("unlearn", [], {"unlearn/forget_loss", "unlearn/retain_loss"}),
-        ("unlearn", ["--loss", "rmu", *LORA], {"unlearn/retain_loss"}),
-        ("unlearn", ["--loss", "ceu"], {"unlearn/forget_prob"}),
-        ("unlearn", ["--loss", "pdu", "--epsilon", "1"], {"unlearn/multiplier"}),
-        ("unlearn", ["--loss", "dpo", "--reference", "copy"], {"unlearn/template_prob"}),
+        ("flat", [], ["flat/template_prob", "flat/forget_prob", "flat/loss"]),
+        ("flat", [*LORA, "--divergence", "Total-Variation"], ["flat/loss"]),
+        ("flat", ["--retain_weight", "0.5"], ["flat/retain_loss"]),
+        ("unlearn", [], ["unlearn/forget_loss", "unlearn/retain_loss"]),
+        ("unlearn", ["--loss", "rmu", *LORA], ["unlearn/retain_loss"]),
+        ("unlearn", ["--loss", "ceu"], ["unlearn/forget_prob"]),
+        ("unlearn", ["--loss", "pdu", "--epsilon", "1"], ["unlearn/multiplier"]),
+        ("unlearn", ["--loss", "dpo", "--reference", "copy"], ["unlearn/template_prob"]),
     ],
     ids=str,
 )
@@ -219,7 +219,7 @@ def test_unlearning_recipes_train_and_save(name, flags, metrics, roles, checkpoi
     adapter = "--use_peft" in flags
     assert (out / ("adapter_model.safetensors" if adapter else "model.safetensors")).exists()
     assert "data:image/png;base64" in (out / "report.html").read_text()
-    assert metrics <= set(logged(out))
+    assert set(metrics) <= set(logged(out))
     assert f"Model saved to {out}" in capsys.readouterr().out
 
 
