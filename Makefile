@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` need Python 3.11 or later, and install the rest into .venv.
+# `make quickstart`, `make test` and `make test-all` need Python 3.11 or later, and install the rest into .venv.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,17 +9,24 @@ PIP    := $(BIN)/python -m pip
 # CPU build instead: make quickstart TORCH_INDEX=<the CPU index that pytorch.org's selector shows>
 TORCH_INDEX ?=
 
-.PHONY: quickstart test check format bench wheel clean
+.PHONY: quickstart test test-all check format bench wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/llmmix run quickstart
 
+# As many workers as there are cores; tests that share an expensive fixture stay on one
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadgroup
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(PYTEST) --durations 10
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
