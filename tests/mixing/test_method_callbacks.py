@@ -1,4 +1,4 @@
-"""Skill-It, DoReMi, DoGE and bandits under TRL's trainer, against plain logits and autograd."""
+"""Skill-It, DoReMi, DoGE, ODM and EXP3 under TRL's trainer, against plain logits and autograd."""
 
 import copy
 
@@ -11,12 +11,13 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.mixing.attach import attach_mixture
-from llmmix.mixing.bandit import BanditCallback, BanditConfig
-from llmmix.mixing.online import SkillItCallback, SkillItConfig
-from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback, DoReMiConfig
+from llmmix.mixing.doge import DoGECallback, DoGEConfig
+from llmmix.mixing.doremi import DoReMiCallback, DoReMiConfig
+from llmmix.mixing.odm import ODMCallback, ODMConfig
 from llmmix.mixing.record import read_record
 from llmmix.mixing.rows import label_domains
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.mixing.skillit import SkillItCallback, SkillItConfig
 
 SETTINGS = {
     "max_steps": 7,  # epochs of three steps: more than two of them
@@ -49,9 +50,9 @@ METHODS = {
     "doge": lambda sampler, checkpoint: DoGECallback(
         sampler, DoGEConfig(mu=1, dw_max=100, interval=2)
     ),
-    "odm": lambda sampler, checkpoint: BanditCallback(sampler, BanditConfig(warmup_share=0.3)),
-    "exp3": lambda sampler, checkpoint: BanditCallback(
-        sampler, BanditConfig(update="exp3", reward="losses", interval=2)
+    "odm": lambda sampler, checkpoint: ODMCallback(sampler, ODMConfig(warmup_share=0.3)),
+    "exp3": lambda sampler, checkpoint: ODMCallback(
+        sampler, ODMConfig(update="exp3", reward="losses", interval=2)
     ),
 }
 CONTROLLERS = {"skillit": "SkillIt", "doremi": "DoReMi", "doge": "DoGE"}
@@ -109,7 +110,7 @@ def test_trains_on_mixtures(make, method, tmp_path, capsys):
     trainer.train()
     assert len(losses_of(trainer)) == 7 and np.isfinite(losses_of(trainer)).all()
     header, _ = read_record(tmp_path / "run")
-    assert header["method"] == CONTROLLERS.get(method, "Bandit")
+    assert header["method"] == CONTROLLERS.get(method, "ODM")
     assert header["domains"] == list(TEXTS)
     decided = of_record(tmp_path / "run", "weights")
     np.testing.assert_allclose(np.sum(decided, axis=1), 1, atol=1e-12)
