@@ -71,8 +71,8 @@ class AioliConfig:
     transfer: float = field(
         default=0.1,
         metadata={
-            "help": "Prior deviation of what other domains do for a target, relative to its own "
-            "domain (regression)."
+            "help": "Prior standard deviation of what other domains do for a target, as a share "
+            "of what its own does (regression)."
         },
     )
     min_share: float = field(
@@ -111,7 +111,9 @@ class AioliConfig:
     )
     compat: str | None = field(
         default=None,
-        metadata={"help": "With official: the published code, without our corrections (one_hot)."},
+        metadata={
+            "help": "Set to official for the published code, without our corrections (one_hot)."
+        },
     )
     evidence: float = field(
         default=1.0,

@@ -114,7 +114,10 @@ WORLDS = {"one": ONE, "unequal": UNEQUAL, "pair": PAIR}
 NOISE = {"one_hot": 0.001, "regression": 0.05}
 
 
-@pytest.mark.parametrize(("world", "estimator"), BOUNDS)
+@pytest.mark.parametrize(
+    ("world", "estimator"),
+    [pytest.param(*case, marks=() if case[0] == "pair" else pytest.mark.slow) for case in BOUNDS],
+)
 def test_it_beats_uniform_on_every_seed(world, estimator):
     worst, near = BOUNDS[world, estimator]
     world, m = WORLDS[world], len(WORLDS[world].names)
@@ -126,6 +129,7 @@ def test_it_beats_uniform_on_every_seed(world, estimator):
     assert np.abs(weights - best).sum(1).mean() < near < np.abs(1 / m - best).sum()
 
 
+@pytest.mark.slow
 @estimators
 def test_exchangeable_domains_stay_near_uniform(estimator):
     loss, weights, _ = margins(SAME, 600, seeds=8, estimator=estimator)
