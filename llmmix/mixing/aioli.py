@@ -98,14 +98,14 @@ class Aioli(OnlineController):
         self.cycles = 0  # begun
 
     def first_step(self, total_steps: int) -> int:
-        """When measuring begins: losses that fall as the rate warms up say nothing of domains."""
+        """When measuring begins: while the rate warms up, losses tell nothing about domains."""
         given = self.config.first_step
         if given is None:
             given = 0 if self.config.compat else total_steps // 10
         return min(max(given, self.config.prior_steps), total_steps)
 
     def update_steps(self, total_steps: int, share: int, least: int = 1) -> int:
-        """Steps between updates: as configured, or a share of the run and `least` at least."""
+        """Steps between updates: as configured, else 1 / `share` of the run, never below `least`."""
         return self.config.update_steps or max(least, total_steps // share)
 
     def drops(self, observation: Observation) -> np.ndarray | None:
@@ -269,11 +269,15 @@ class RegressionAioli(Aioli):
         self.weights = with_floor(moved, self.floor)
 
     def state_dict(self) -> dict:
-        """As every controller's, and the sums of the regression."""
+        """The state of every controller, and the sums of the regression."""
         return {**super().state_dict(), "regression": self.regression.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """As every controller's, and the sums of the regression."""
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: The state is of another method, or of other domains, targets or sizes.
+        """
         super().load_state_dict(state)
         self.regression.load_state_dict(state["regression"])
 

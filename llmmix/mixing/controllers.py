@@ -172,7 +172,7 @@ class OnlineController(ABC):
     """What moves a mixture while a model trains: its plans, its state, and what it skipped.
 
     A method says what is measured (`measure`), when (`steps_to_update`) and what an observation
-    does to `weights` (`observe`); or it lays out its `segments` itself.
+    does to `weights` (`observe`); Aioli lays out its `segments` itself.
 
     Args:
         config: Options of the method.
@@ -222,7 +222,7 @@ class OnlineController(ABC):
         return [Segment(self.weights.copy(), steps, measure)]
 
     def steps_to_update(self, step: int, total_steps: int) -> int:
-        """Steps until the next update, at least 1; by default `config.interval` after the last."""
+        """Steps to the next update, at least 1; by default to the next multiple of the interval."""
         return self.config.interval - step % self.config.interval
 
     @abstractmethod
@@ -266,7 +266,7 @@ class OnlineController(ABC):
         vars(self).update(loaded)
 
     def _array(self, name: str, value: list | None) -> np.ndarray | None:
-        """An array of a state: None in it is minus infinity, of all of it is "not known yet"."""
+        """An array of a state: None within it is minus infinity, None alone is not known yet."""
         if value is None:
             return None
         array = np.array(value, dtype=np.float64)  # None becomes NaN
@@ -292,7 +292,7 @@ class Fixed(OnlineController):
         return [Segment(self.weights.copy(), total_steps - step)]
 
     def observe(self, observation: Observation) -> None:
-        """Do nothing: a plan of it measures nothing."""
+        """Do nothing: no plan measures anything."""
 
     def record(self) -> dict:
         """Nothing is worth keeping."""

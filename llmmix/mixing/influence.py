@@ -38,7 +38,11 @@ class InfluenceMatrix:
             )
 
     def of(self, target: str, domain: str) -> float:
-        """The loss that `target` sheds on `domain`; ValueError for an unknown name."""
+        """The loss that `target` sheds on `domain`.
+
+        Raises:
+            ValueError: `target` or `domain` is no name of the matrix.
+        """
         return float(self.values[self.targets.index(target), self.domains.index(domain)])
 
 

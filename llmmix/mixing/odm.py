@@ -127,7 +127,7 @@ class ODM(OnlineController):
         self.rate = 1 / m  # E_(t-1)
 
     def steps_to_update(self, step: int, total_steps: int) -> int:
-        """All of the warm-up; then counted from its end."""
+        """The rest of the warm-up; then steps to the next multiple of the interval after it."""
         warmup = round(self.config.warmup_share * total_steps)
         seldom = max(1, total_steps // 100) if self.measure == "losses" else 1
         every = self.config.interval or seldom

@@ -154,7 +154,7 @@ class SkillIt(OnlineController):
         self.weights = np.exp(log_normalize(self._first + gains))
 
     def steps_to_update(self, step: int, total_steps: int) -> int:
-        """Counted from the start of training."""
+        """Steps to the next multiple of `update_steps`, by default a tenth of the run."""
         every = self.config.update_steps or max(1, total_steps // 10)
         return every - step % every
 
