@@ -105,7 +105,7 @@ class Aioli(OnlineController):
         return min(max(given, self.config.prior_steps), total_steps)
 
     def update_steps(self, total_steps: int, share: int, least: int = 1) -> int:
-        """Steps between updates: as configured, else 1 / `share` of the run, never below `least`."""
+        """Steps between updates: as configured, else 1/`share` of the run but at least `least`."""
         return self.config.update_steps or max(least, total_steps // share)
 
     def drops(self, observation: Observation) -> np.ndarray | None:
