@@ -3,53 +3,84 @@
     llmmix run aioli --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --domains code=code.jsonl web=web.jsonl --estimator regression
 
-`--method` takes aioli, skillit, doremi, doge, odm, stratified or fixed (`--weights`); what a method
-other than Aioli is told goes into `--method_options eta=0.5 window=5`. DoReMi trains a reference
-and a proxy first, DoGE a proxy, into subfolders. The methods are described in llmmix/mixing/.
+`--method` takes aioli, skillit, doremi, doge, odm, stratified or fixed (`--weights`). Options of a
+method other than Aioli go into `--method_options eta=0.5 window=5`. DoReMi trains a reference and a
+proxy first, DoGE a proxy, into subfolders. The methods are described in llmmix/mixing/, each in the
+file of its name.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
-from llmmix.mixing import AioliCallback, AioliConfig, MixtureCallback, attach_mixture, label_domains
-from llmmix.mixing.bandit import BanditCallback, BanditConfig
+from llmmix.mixing import (
+    AioliCallback,
+    AioliConfig,
+    DoGECallback,
+    DoGEConfig,
+    DoReMiCallback,
+    DoReMiConfig,
+    MixtureCallback,
+    ODMCallback,
+    ODMConfig,
+    SkillItCallback,
+    SkillItConfig,
+    attach_mixture,
+    label_domains,
+    stratified,
+)
 from llmmix.mixing.domains import MixtureConfig, load_domains
-from llmmix.mixing.online import SkillItCallback, SkillItConfig
-from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback, DoReMiConfig
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
 from llmmix.trainers import checkpoint_to_resume
 
-CONFIGS = {"skillit": SkillItConfig, "doremi": DoReMiConfig}
-CONFIGS |= {"doge": DoGEConfig, "odm": BanditConfig}
-STAGED = ("doremi", "doge")  # a proxy is trained first
 METHODS = ("aioli", "skillit", "doremi", "doge", "odm", "stratified", "fixed")
+CONFIGS = {
+    "skillit": SkillItConfig,
+    "doremi": DoReMiConfig,
+    "doge": DoGEConfig,
+    "odm": ODMConfig,
+}
 
 
 @dataclass
 class MethodArguments:
     """What moves the shares."""
 
-    method: str = field(default="aioli", metadata={"help": f"One of {METHODS}."})
+    method: str = field(
+        default="aioli",
+        metadata={"help": f"Method that moves the shares, one of: {', '.join(METHODS)}."},
+    )
     method_options: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=VALUE of a method other than aioli."}
+        default_factory=list,
+        metadata={
+            "help": "Options of a method other than aioli, each as NAME=VALUE: eta=0.5 window=5."
+        },
     )
 
 
-def config_of(method: str, given: list[str]):
-    """The options of a method other than aioli, None for one that takes none."""
+def config_of(method: str, given: list[str]) -> Any:
+    """The config of a method other than aioli, from NAME=VALUE; None for one without options.
+
+    Raises:
+        ValueError: The method is unknown, an option is not NAME=VALUE, or the method takes none.
+    """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
     if bad := [option for option in given if "=" not in option]:
         raise ValueError(f"`method_options`: {bad} must be NAME=VALUE.")
     if given and method not in CONFIGS:
-        raise ValueError(f"`method_options` are of {list(CONFIGS)}; {method!r} takes none.")
+        raise ValueError(
+            f"`method_options` are for the methods {list(CONFIGS)}; {method!r} takes none."
+        )
     options = dict(option.split("=", 1) for option in given)
     options = {name: yaml.safe_load(value) for name, value in options.items()}
     return CONFIGS[method](**options) if method in CONFIGS else None
@@ -67,9 +98,10 @@ def main(
     checkpoint = prepare_model_args(model_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
-    out = Path(training_args.output_dir)
+    out = Path(str(training_args.output_dir))
 
-    def fit(folder: Path, make_callback=None, weights=None):
+    def fit(folder: Path, make_callback: Callable, weights: Any = None):
+        """A training into a folder: the trainer and the callback that moved its mixture."""
         args = copy.copy(training_args)
         args.output_dir = str(folder)
         args.push_to_hub = args.push_to_hub and folder == out
@@ -83,11 +115,11 @@ def main(
             peft_config=get_peft_config(model_args),
         )
         sampler = args.sampler(train, weights)
-        make = make_callback or MixtureCallback
-        callback = make(sampler, measured_rows=args.measured_rows)
+        callback = make_callback(sampler, measured_rows=args.measured_rows)
         attach_mixture(trainer, sampler, callback)
         resume = checkpoint_to_resume(args)
-        if folder != out or (method in STAGED and resume is True):  # where it had come, if begun
+        if folder != out or (resume is True and method in ("doremi", "doge")):
+            # A stage may not have begun, or be over: it goes on from what it has saved, if anything
             resume = get_last_checkpoint(folder) if resume and folder.exists() else None
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -95,19 +127,23 @@ def main(
         trainer.accelerator.print(f"Model saved to {folder}")
         return trainer, callback
 
-    def of(callback, **more):
-        return lambda sampler, **given: callback(sampler, config, **more, **given)
-
-    weights = [1.0] * len(train) if method == "stratified" else None
-    moves = {"odm": of(BanditCallback), "skillit": of(SkillItCallback)}
-    moves["aioli"] = lambda sampler, **given: AioliCallback(sampler, aioli_config, **given)
-    if method == "doremi":
-        fit(out / "reference")
-        proxy = of(DoReMiCallback, reference=str(out / "reference"))
-        weights = fit(out / "proxy", proxy)[1].controller.average
+    weights = None  # of the run itself; by default the configured ones
+    if method == "stratified":
+        weights = stratified(len(train))
+    elif method == "doremi":
+        fit(out / "reference", MixtureCallback)
+        reference = str(out / "reference")
+        _, proxy = fit(out / "proxy", partial(DoReMiCallback, config=config, reference=reference))
+        weights = proxy.average
     elif method == "doge":
-        weights = fit(out / "proxy", of(DoGECallback))[1].controller.average
-    trainer, _ = fit(out, moves.get(method), weights)
+        _, proxy = fit(out / "proxy", partial(DoGECallback, config=config))
+        weights = proxy.average
+    callbacks: dict[str, Callable] = {
+        "aioli": partial(AioliCallback, config=aioli_config),
+        "skillit": partial(SkillItCallback, config=config),
+        "odm": partial(ODMCallback, config=config),
+    }
+    trainer, _ = fit(out, callbacks.get(method, MixtureCallback), weights)
     if trainer.accelerator.is_main_process:
         print(f"Report: {write_report(out)}")
     if training_args.push_to_hub:

@@ -13,12 +13,15 @@ import contextlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -30,10 +33,20 @@ from llmmix import builtin
 from llmmix.builtin.corpora import windows
 from llmmix.cli import parse_args
 from llmmix.figures import draw_panels
-from llmmix.mixing import AioliCallback, AioliConfig, MixtureSampler, attach_mixture
-from llmmix.mixing.bandit import BanditCallback
-from llmmix.mixing.online import SkillItCallback, SkillItConfig, skillit_graph
-from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback
+from llmmix.mixing import (
+    AioliCallback,
+    AioliConfig,
+    DoGECallback,
+    DoGEConfig,
+    DoReMiCallback,
+    MixtureCallback,
+    MixtureSampler,
+    ODMCallback,
+    SkillItCallback,
+    SkillItConfig,
+    attach_mixture,
+    skillit_graph,
+)
 from llmmix.mixing.record import drawn_shares, read_record
 from llmmix.mixing.rows import by_target
 
@@ -50,46 +63,62 @@ DEV_SEEDS = (100, 101)  # the best fixed shares are chosen on these, by validati
 class StudyArguments:
     """The size of the study."""
 
-    output_dir: str = field(default="runs/mixing_study", metadata={"help": "Where it all goes."})
+    output_dir: str = field(
+        default="runs/mixing_study", metadata={"help": "Folder of results and figure."}
+    )
     domains: list[str] = field(
         default_factory=lambda: ["docs", "noise", "noise2"],
-        metadata={"help": "Domains of builtin:domains."},
+        metadata={"help": "Domains to mix, of those in builtin:domains."},
     )
-    seeds: int = field(default=3, metadata={"help": "Seeds of each method."})
+    seeds: int = field(default=3, metadata={"help": "Number of seeds of each method."})
     aioli_seeds: int = field(
-        default=8, metadata={"help": "Seeds of Aioli, equal shares and the best fixed ones."}
+        default=8,
+        metadata={"help": "Number of seeds of Aioli, equal shares and the best fixed shares."},
     )
     max_steps: int = field(default=500, metadata={"help": "Steps of each training."})
-    batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens a step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak, then a cosine to zero."})
-    test_rows: int = field(default=200, metadata={"help": "Test windows of each domain."})
+    batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens in a step."})
+    learning_rate: float = field(
+        default=3e-3, metadata={"help": "Peak learning rate, before a cosine to zero."}
+    )
+    test_rows: int = field(default=200, metadata={"help": "Number of test windows of each domain."})
 
 
 class Study:
-    """Trains by a method and a seed, and keeps what came out."""
+    """Trains by a method and a seed, and keeps the results."""
 
     def __init__(self, args: StudyArguments):
         self.args, self.names = args, args.domains
         self.tokenizer = builtin.train_tokenizer()
         splits = windows(self.tokenizer, 64, ",".join(args.domains))
         splits = {k: rows.add_column("labels", rows["input_ids"][:]) for k, rows in splits.items()}
-        parts = {split: by_target(rows, self.names) for split, rows in splits.items()}
-        self.train, self.rows, self.validation = (
-            splits["train"],
-            parts["train"],
-            parts["validation"],
-        )
+        parts: dict[str, dict[str, Any]] = {
+            split: by_target(rows, self.names) for split, rows in splits.items()
+        }
+        self.train, self.rows = splits["train"], parts["train"]
+        self.validation = parts["validation"]
         self.test = {name: rows.take(args.test_rows) for name, rows in parts["test"].items()}
         self.folder = Path(args.output_dir)
         self.results: dict[str, dict[int, dict]] = {}
 
-    def fit(self, seed: int, weights=None, make_callback=None, steps: int | None = None):
+    def fit(
+        self,
+        seed: int,
+        weights: Any = None,
+        make_callback: Callable[..., MixtureCallback] | None = None,
+        steps: int | None = None,
+    ) -> tuple[LlamaForCausalLM, Any, float]:
         """A trained model, its callback, and how long it took."""
         args, begun = self.args, time.perf_counter()
         torch.manual_seed(seed)
-        size = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
-        size |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-        config = LlamaConfig(vocab_size=len(self.tokenizer), tie_word_embeddings=True, **size)
+        config = LlamaConfig(
+            vocab_size=len(self.tokenizer),
+            tie_word_embeddings=True,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+        )
         settings = TrainingArguments(
             str(self.folder / "training"),
             max_steps=steps or args.max_steps,
@@ -110,13 +139,20 @@ class Study:
         trainer = Trainer(model, settings, data_collator=collate, **rows)
         trainer.remove_callback(PrinterCallback)
         sampler = MixtureSampler(self.rows, weights, seed=seed, method="even")
-        callback = make_callback and make_callback(sampler, measured_rows=24)
-        callback = attach_mixture(trainer, sampler, callback)
+        made = make_callback(sampler, measured_rows=24) if make_callback else None
+        callback = attach_mixture(trainer, sampler, made)
         with contextlib.redirect_stdout(None):
             trainer.train()
         return model, callback, time.perf_counter() - begun
 
-    def run(self, name: str, seed: int, weights=None, make_callback=None, before=0.0):
+    def run(
+        self,
+        name: str,
+        seed: int,
+        weights: Any = None,
+        make_callback: Callable[..., MixtureCallback] | None = None,
+        before: float = 0.0,
+    ) -> LlamaForCausalLM:
         """Train, test, keep and say; `before` are seconds that the method took until then."""
         model, callback, seconds = self.fit(seed, weights, make_callback)
         _, entries = read_record(self.folder / "training")
@@ -135,7 +171,7 @@ class Study:
         return model
 
     @torch.no_grad()
-    def loss(self, model, rows) -> float:
+    def loss(self, model: LlamaForCausalLM, rows: Dataset) -> float:
         """Mean loss a token of windows, which are all of one length."""
         ids = torch.tensor(rows["input_ids"][:])
         parts = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(50)]
@@ -154,7 +190,7 @@ class Study:
                     self.run(name, seed, weights)
                 runs = self.results.pop(name).values()
                 found[tuple(weights)] = float(np.mean([run["validation"] for run in runs]))
-        return [round(float(share), 4) for share in min(found, key=found.get)]
+        return [round(float(share), 4) for share in min(found, key=lambda weights: found[weights])]
 
     def graph(self) -> list[list[float]]:
         """Skill-It's, from a quarter of a run on each domain alone."""
@@ -188,14 +224,14 @@ def main(args: StudyArguments) -> None:
             run(MATCHED, seed, study.results[REGRESSION][seed]["shares"])
         if seed < args.seeds:
             run("Skill-It", seed, None, lambda s, **g: SkillItCallback(s, skillit, **g))
-            run("ODM", seed, None, BanditCallback)
-            proxies = {
+            run("ODM", seed, None, ODMCallback)
+            proxies: dict[str, Callable] = {
                 "DoReMi": lambda s, r=reference, **g: DoReMiCallback(s, reference=r, **g),
                 "DoGE": lambda s, **g: DoGECallback(s, DoGEConfig(interval=5), **g),
             }
             for name, proxy in proxies.items():
                 _, callback, seconds = study.fit(seed, None, proxy)
-                run(name, seed, callback.controller.average, before=seconds)
+                run(name, seed, callback.average, before=seconds)
     shutil.rmtree(study.folder / "training", ignore_errors=True)
     show(args, study.results, best)
 
@@ -233,7 +269,7 @@ def show(args: StudyArguments, results: dict, best: list[float]) -> None:
         shares = [[path[i][1] for i in at] for path, at in zip(paths, places, strict=True)]
         panels[name] = dict(zip(args.domains, np.array(shares).transpose(2, 0, 1), strict=True))
     path = Path(args.output_dir) / "mixing_study.png"
-    print(f"Figure: {draw_panels(path, steps, panels, 'step')}")
+    print(f"Figure: {draw_panels(path, steps.tolist(), panels, 'step')}")
 
 
 if __name__ == "__main__":

@@ -15,26 +15,40 @@ with forgetting reads A off them; no step is spent on an estimate alone.
 
 A's rows are targets and its columns domains, and it carries their names. Source: Chen et al.,
 "Aioli: A Unified Optimization Framework for Language Model Data Mixing" (arXiv:2411.05735) and its
-released code, whose variants are under `compat="official"`. Recipe: recipes/aioli.py.
+released code, whose variants are under `compat="official"`. The pure functions are in influence.py
+(probes, A and the update) and regression.py (least squares with forgetting), the options in
+aioli_config.py. Recipe: recipes/aioli.py.
 """
 
 import functools
-from dataclasses import dataclass
+import logging
+from typing import Any
 
 import numpy as np
 
+from llmmix.files import plain
+from llmmix.mixing.aioli_config import AioliConfig
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import check_weights
-from llmmix.mixing.estimators import OneHotAioli, RegressionAioli
+from llmmix.mixing.controllers import (
+    Observation,
+    OnlineController,
+    Segment,
+    Weights,
+    check_weights,
+)
+from llmmix.mixing.draws import shuffles
 from llmmix.mixing.influence import (
     InfluenceMatrix,
+    least_squares_matrix,
     normalize_matrix,
     probe_mixtures,
+    published_matrix,
     solve_mixing_matrix,
     update_weights,
 )
-from llmmix.mixing.online import option
+from llmmix.mixing.regression import InfluenceRegression, advantage, tilted
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.mixing.weights import stratified, with_floor
 
 __all__ = [
     "AioliCallback",
@@ -46,100 +60,241 @@ __all__ = [
     "update_weights",
 ]
 
-CONTROLLERS = {"one_hot": OneHotAioli, "regression": RegressionAioli}
+logger = logging.getLogger(__name__)
+
+# Measurements before the regression first moves: the fall that every loss begins with says little
+BEFORE_MOVING = 7
 
 
-@dataclass
-class AioliConfig:
-    """Of Aioli. What is None follows from the length of the run and the number of domains."""
+class Aioli(OnlineController):
+    """What both estimators share: the prior, the targets' weights and the losses last measured.
 
-    estimator: str = option("one_hot", "How A is read: one_hot (the paper's) or regression.")
-    update_steps: int | None = option(
-        None, "Steps between updates. Default: a tenth of the run; regression: a fortieth."
-    )
-    rounds: int = option(2, "one_hot: how often each domain is probed before an update.")
-    probe_steps: int | None = option(
-        None, "one_hot: steps of a probe. Default: a quarter of the steps are probes."
-    )
-    one_hot_factor: float = option(0.75, "one_hot: f, the share of the domain that is probed.")
-    eta: float | None = option(
-        None, "Size of an update. Default: 2 a domain; regression: 0.5; compat=official: 0.2."
-    )
-    ema: float | None = option(0.5, "one_hot: weight of the past matrices; none to accumulate.")
-    tilt: float = option(0.1, "regression: share of each step given to one domain in turn.")
-    memory: float = option(
-        0.1, "regression: share of the steps so far after which a step counts half."
-    )
-    transfer: float = option(
-        0.1, "regression: what other domains do for a target beside its own, prior deviation."
-    )
-    min_share: float = option(0.25, "No domain falls below this part of an equal share.")
-    first_step: int | None = option(
-        None, "Steps before the first measurement. Default: a tenth of the run."
-    )
-    prior_weights: list[float] | None = option(None, "p0; default: the sampler's weights.")
-    prior_steps: int = option(0, "Steps on p0 before all else (the restricted setting).")
-    anchor: str = option("prior", "What updates tilt: prior, or uniform as the published code.")
-    target_weights: list[float] | None = option(None, "Weights of the targets; default: equal.")
-    compat: str | None = option(None, "official: the published code's update, order and floor.")
-    evidence: float = option(
-        1.0, "one_hot: standard errors by which gains must differ for the weights to move."
-    )
-    order_seed: int = option(0, "Of the order of the probes.")
+    Args:
+        config: Options of the method.
+        names: Names of the m domains.
+        targets: Names of the n validation targets, at least one.
+        weights: (m,) p0, unless the config names another.
+    """
 
-    def __post_init__(self):
-        self._check_kinds()
-        choices = {
-            "estimator": tuple(CONTROLLERS),
-            "anchor": ("prior", "uniform"),
-            "compat": (None, "official"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        ranges = {
-            "one_hot_factor": (0.05, 1),
-            "eta": (0, 1e6),
-            "memory": (1e-6, np.inf),
-            "transfer": (1e-6, np.inf),
-            "ema": (0, 1),
-            "tilt": (0, 1),
-            "min_share": (0, 1),
-            "evidence": (0, np.inf),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is None and name in ("eta", "ema"):
-                continue
-            if not isinstance(value, int | float) or not low <= value <= high:
-                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value!r}.")
-        if self.compat and self.estimator != "one_hot":
-            raise ValueError("`compat='official'` is of the estimator 'one_hot'.")
+    method = "Aioli"
+    config: AioliConfig
+    kept = (*OnlineController.kept, "cycles")
+    arrays = (*OnlineController.arrays, "losses", "matrix")
 
-    def _check_kinds(self) -> None:
-        whole = {"rounds": 1, "prior_steps": 0, "order_seed": 0}
-        whole |= {"update_steps": 1, "probe_steps": 1, "first_step": 0}
-        for name, low in whole.items():
-            value = getattr(self, name)
-            if value is None and type(self).__dataclass_fields__[name].default is None:
-                continue
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"`{name}` must be a whole number from {low} on, got {value!r}.")
-        for name in ("prior_weights", "target_weights"):
-            if (given := getattr(self, name)) is not None:
-                check_weights(given, list(map(str, range(len(given)))), name)
+    def __init__(self, config: AioliConfig, names: list[str], targets: list[str], weights: Weights):
+        if not targets:
+            raise ValueError("Aioli needs at least one target with rows to measure a loss on.")
+        given = weights if config.prior_weights is None else config.prior_weights
+        super().__init__(config, names, targets, given, "prior_weights")
+        self.anchor = self.weights.copy()  # what updates tilt
+        official = config.compat == "official"
+        if official or config.anchor == "uniform":
+            self.anchor = stratified(len(names))
+        self.floor = 0.0 if official else config.min_share / len(names)
+        u = [1.0] * len(targets) if config.target_weights is None else config.target_weights
+        self.u = check_weights(u, self.targets, "target_weights") * len(targets)
+        self.losses: np.ndarray | None = None  # (n,) as last measured
+        self.matrix: np.ndarray | None = None  # (n, m) as last estimated
+        self.cycles = 0  # begun
+
+    def first_step(self, total_steps: int) -> int:
+        """When measuring begins: while the rate warms up, losses tell nothing about domains."""
+        given = self.config.first_step
+        if given is None:
+            given = 0 if self.config.compat else total_steps // 10
+        return min(max(given, self.config.prior_steps), total_steps)
+
+    def update_steps(self, total_steps: int, share: int, least: int = 1) -> int:
+        """Steps between updates: as configured, else 1/`share` of the run but at least `least`."""
+        return self.config.update_steps or max(least, total_steps // share)
+
+    def drops(self, observation: Observation) -> np.ndarray | None:
+        """What the losses shed since they were last measured, None where that is not known."""
+        now = self.read(observation, "losses", len(self.targets))
+        if not np.isfinite(now).all():
+            self.skipped += 1
+            bad = [t for t, loss in zip(self.targets, now, strict=True) if not np.isfinite(loss)]
+            logger.warning(
+                "Step %d: the loss of %s is not finite; the last weights are kept.",
+                observation.step,
+                bad,
+            )
+            self.losses = None
+            return None
+        before, self.losses = self.losses, now
+        return None if before is None else before - now
+
+    def influence(self) -> InfluenceMatrix | None:
+        """The last estimate, with the names of its axes."""
+        if self.matrix is None:
+            return None
+        return InfluenceMatrix(self.matrix, tuple(self.targets), tuple(self.names))
+
+    def record(self) -> dict:
+        """The last estimate, rows targets and columns domains, and what was skipped."""
+        return {"matrix": plain(self.matrix), **super().record()}
+
+    def _order(self) -> list[int]:
+        """Every domain once, in an order of this cycle's own."""
+        self.cycles += 1
+        stream = f"probes {self.cycles}"
+        return shuffles(self.config.order_seed, stream, len(self.names), 0, 0)[0].tolist()
+
+
+class OneHotAioli(Aioli):
+    """The paper's estimator: probes on nearly one-hot mixtures, which are real training steps."""
+
+    kept = (*Aioli.kept, "pending", "probes", "cycle_end")
+    arrays = (*Aioli.arrays, "past")
+
+    def __init__(self, config: AioliConfig, names: list[str], targets: list[str], weights: Weights):
+        super().__init__(config, names, targets, weights)
+        self.pending: list[int] = []  # domains of this cycle's probes, in turn
+        self.probes: list[list] = []  # shares, steps and drops of those that are over
+        self.past: np.ndarray | None = None  # the moving average of the matrices
+        self.cycle_end = 0
+        if len(names) > 1:
+            probe_mixtures(len(names), config.one_hot_factor)  # refuses a factor that tells nothing
+
+    def segments(self, step: int, total_steps: int) -> list[Segment]:
+        """A cycle in two parts: the losses and the probes; then what is left to the next one."""
+        if self.pending:
+            self._update()
+            return [Segment(self.weights, self.cycle_end - step)]
+        begin, m, rounds = self.first_step(total_steps), len(self.names), self.config.rounds
+        every = self.update_steps(total_steps, 10, least=4 * m * rounds)
+        length = self._probe_steps(every, step == 0)
+        if step < begin:
+            return [Segment(self.weights, begin - step)]
+        self.cycle_end = min(step + every, total_steps)
+        if m * rounds * length >= self.cycle_end - step:  # too short for a cycle
+            if step == begin:
+                logger.warning(
+                    "The %d steps left do not hold %d steps of probes and any after them: the "
+                    "weights stay as they are. Lower `update_steps`, `probe_steps` or `rounds`.",
+                    total_steps - step,
+                    m * rounds * length,
+                )
+            return [Segment(self.weights, total_steps - step)]
+        mixtures = probe_mixtures(m, self.config.one_hot_factor)
+        self.pending = [j for _ in range(rounds) for j in self._order()]
+        self.probes = []
+        probes = [Segment(mixtures[j], length, "losses", True) for j in self.pending]
+        return [Segment(self.weights, 0, "losses"), *probes]
+
+    def _probe_steps(self, every: int, first: bool) -> int:
+        probes = len(self.names) * self.config.rounds
+        length = self.config.probe_steps or max(1, every // (4 * probes))
+        share = probes * length / every
+        if share >= 1:
+            raise ValueError(
+                f"Probes take {probes * length} steps of every {every}: lower `rounds` or "
+                "`probe_steps`, or raise `update_steps` (or `max_steps`, from which it follows)."
+            )
+        if share > 0.3 and first:
+            logger.warning(
+                "Probes take %.0f%% of the steps: the rest is what they serve.", 100 * share
+            )
+        return length
+
+    def observe(self, observation: Observation) -> None:
+        """Note what a probe shed."""
+        drops = self.drops(observation)
+        if observation.steps:
+            self.probes.append([observation.shares.tolist(), observation.steps, plain(drops)])
+
+    def _update(self) -> None:
+        complete = all(drops is not None for _, _, drops in self.probes)
+        matrix = self._estimate() if complete else None
+        self.pending = []
+        if matrix is None:
+            return
+        self.matrix, now = matrix, normalize_matrix(matrix)
+        eta, ema = self.config.eta, self.config.ema
+        if eta is None:
+            eta = 0.2 if self.config.compat == "official" else 2.0 * len(self.names)
+        before = self.anchor
+        if ema is None:
+            before, self.past = (self.anchor if self.past is None else self.weights), now
+        else:
+            self.past = now if self.past is None else (1 - ema) * now + ema * self.past
+        moved = update_weights(before, self.past, eta=eta, normalize=False, target_weights=self.u)
+        self.weights = with_floor(moved, self.floor)
+
+    def _estimate(self) -> np.ndarray | None:
+        shares, steps, drops = (np.array(part, float) for part in zip(*self.probes, strict=True))
+        config, m = self.config, len(self.names)
+        if config.compat == "official":
+            return published_matrix(self.pending, drops, config.rounds, m, config.one_hot_factor)
+        return least_squares_matrix(shares, drops / steps[:, None], self.u, config.evidence)
+
+
+class RegressionAioli(Aioli):
+    """Our estimator: every step tells, and none is spent on an estimate alone."""
+
+    kept = (*Aioli.kept, "turn")
+
+    def __init__(self, config: AioliConfig, names: list[str], targets: list[str], weights: Weights):
+        super().__init__(config, names, targets, weights)
+        own = np.array([names.index(t) if t in names else -1 for t in targets])
+        self.turn: list[int] = []  # domains that the mixture is yet to be tilted to
+        self.regression = InfluenceRegression(own, len(names), config.memory, config.transfer)
+
+    def segments(self, step: int, total_steps: int) -> list[Segment]:
+        """One segment to the next measurement, tilted to the domain whose turn it is."""
+        begin = self.first_step(total_steps)
+        if step < begin:
+            return [Segment(self.weights, begin - step), Segment(self.weights, 0, "losses")]
+        first = [Segment(self.weights, 0, "losses")] if self.losses is None else []
+        steps = min(self.update_steps(total_steps, 40), total_steps - step)
+        weights = self.weights
+        if self.config.tilt:
+            self.turn = self.turn or self._order()
+            weights = tilted(weights, self.turn.pop(0), self.config.tilt)
+        return [*first, Segment(weights, steps, "losses")]
+
+    def observe(self, observation: Observation) -> None:
+        """Take in what the segment shed, and move the weights."""
+        drops = self.drops(observation)
+        if drops is None or not observation.steps:
+            return
+        self.regression.update(observation.shares, observation.steps, drops, observation.step)
+        self.matrix, covariance = self.regression.estimate()
+        if self.regression.seen < BEFORE_MOVING:
+            return
+        error = np.einsum("i,ijk->jk", self.u**2, covariance)
+        eta = 0.5 if self.config.eta is None else self.config.eta
+        step = eta * advantage(self.weights, self.u @ self.matrix, error)
+        moved = update_weights(self.weights, step[None], eta=1.0, normalize=False)
+        self.weights = with_floor(moved, self.floor)
+
+    def state_dict(self) -> dict:
+        """The state of every controller, and the sums of the regression."""
+        return {**super().state_dict(), "regression": self.regression.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: The state is of another method, or of other domains, targets or sizes.
+        """
+        super().load_state_dict(state)
+        self.regression.load_state_dict(state["regression"])
+
+
+CONTROLLERS: dict[str, type[Aioli]] = {"one_hot": OneHotAioli, "regression": RegressionAioli}
 
 
 class AioliCallback(MixtureCallback):
     """Moves a sampler's weights by Aioli while a trainer runs.
 
     Args:
-        sampler: Of the trainer's rows; its weights are the first ones.
-        config: Of Aioli.
-        options: As those of `MixtureCallback`.
+        sampler: Sampler of the trainer's rows; its weights are the first ones.
+        config: Options of Aioli.
+        options: Keyword arguments of `MixtureCallback`.
     """
 
-    def __init__(self, sampler: MixtureSampler, config: AioliConfig | None = None, **options):
+    def __init__(self, sampler: MixtureSampler, config: AioliConfig | None = None, **options: Any):
         config = AioliConfig() if config is None else config
         make = functools.partial(CONTROLLERS[config.estimator], config)
         super().__init__(sampler, make, **options)

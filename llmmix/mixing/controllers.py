@@ -4,11 +4,24 @@ A controller is arithmetic alone. It is asked for a plan, told what was measured
 it ends, and asked again when the plan is used up. Nothing is drawn past a plan's end, so weights
 that are decided at a step govern the draws of the very next one. The same controller runs under a
 trainer (`llmmix.mixing.callback`) and under a simulated one, in milliseconds.
+
+`Controller` is what the trainer's side calls. `OnlineController` is the base of the methods: Aioli,
+Skill-It, DoReMi, DoGE and ODM, each in the file of its name. What is not finite teaches nothing: it
+is counted in `skipped`, and the last value stands.
 """
 
-from typing import NamedTuple, Protocol
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+
+from llmmix.files import plain
+
+logger = logging.getLogger(__name__)
+
+Weights = Mapping[str, float] | Sequence[float] | np.ndarray  # by name, or in the domains' order
 
 
 class Segment(NamedTuple):
@@ -44,7 +57,7 @@ class Observation(NamedTuple):
 
     Args:
         step: Optimizer steps taken since training began.
-        steps: Of them in this segment.
+        steps: Optimizer steps of the segment.
         shares: (m,) share of each domain among the rows drawn in the segment; zeros if steps is 0.
         learning_rate: Sum of the learning rates of the segment's steps.
         signal: Arrays by name, as `SIGNALS` says.
@@ -81,34 +94,35 @@ class Controller(Protocol):
         """What is worth keeping of the last decision, beside the weights, as JSON has it."""
 
 
-def check_weights(weights, names: list[str], argument: str = "weights") -> np.ndarray:
+def check_weights(weights: Weights, names: list[str], argument: str = "weights") -> np.ndarray:
     """Weights of domains as a point of the simplex.
 
     Args:
         weights: (m,) in the order of `names`, or a mapping from each of them.
-        names: Of the domains.
-        argument: What an error calls them.
+        names: Names of the m domains.
+        argument: What an error calls the weights.
 
     Returns:
         (m,) float64, a copy that sums to one.
 
     Raises:
-        ValueError: Another length or other names; what is no number, negative, NaN or infinite;
-            all zero.
+        ValueError: `weights` has another length or other names than the domains, or holds what is
+            no number, a negative, NaN or infinite value, or only zeros.
     """
-    if hasattr(weights, "keys"):
-        if unknown := set(weights.keys()) ^ set(names):
+    listed: Any = weights
+    if hasattr(listed, "keys"):
+        if unknown := set(listed.keys()) ^ set(names):
             raise ValueError(
                 f"`{argument}` must name each of the domains {names} once; {sorted(unknown)} "
                 "is only on one side."
             )
-        weights = [weights[name] for name in names]
+        listed = [listed[name] for name in names]
     try:
-        given = np.asarray(weights)
+        given = np.asarray(listed)
     except ValueError:  # lists of several lengths
         given = np.array(None)
     if given.dtype.kind not in "biuf":
-        raise ValueError(f"`{argument}` must be numbers, one a domain, got {weights!r}.")
+        raise ValueError(f"`{argument}` must be numbers, one a domain, got {listed!r}.")
     given = given.astype(np.float64)
     if given.shape != (len(names),):
         raise ValueError(
@@ -122,3 +136,164 @@ def check_weights(weights, names: list[str], argument: str = "weights") -> np.nd
         raise ValueError(f"`{argument}` are all zero: give at least one domain a share.")
     given = given / given.max()  # the sum of huge ones is infinite
     return given / given.sum()
+
+
+def require(met: object, name: str, wanted: str, given: object) -> None:
+    """Refuse an argument of a method.
+
+    Raises:
+        ValueError: `met` is false; the message is "`name` must `wanted`, got `given`.".
+    """
+    if not met:
+        raise ValueError(f"`{name}` must {wanted}, got {given}.")
+
+
+def require_whole(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is no whole number from `least` on.
+
+    Raises:
+        ValueError: `value` is no int, or is below `least`.
+    """
+    met = isinstance(value, int) and value >= least
+    require(met, name, f"be a whole number from {least}", value)
+
+
+def require_same(names: list[str], targets: list[str], what: str) -> None:
+    """Refuse targets other than the domains.
+
+    Raises:
+        ValueError: `targets` are not `names` in some order.
+    """
+    same = sorted(names) == sorted(targets)
+    require(same, "targets", f"be the domains {names} where {what}", targets)
+
+
+class OnlineController(ABC):
+    """What moves a mixture while a model trains: its plans, its state, and what it skipped.
+
+    A method says what is measured (`measure`), when (`steps_to_update`) and what an observation
+    does to `weights` (`observe`); Aioli lays out its `segments` itself.
+
+    Args:
+        config: Options of the method.
+        names: Names of the m domains.
+        targets: Names of the n validation targets.
+        weights: (m,) first weights.
+        argument: What an error calls `weights`.
+    """
+
+    method: ClassVar[str]  # its name in warnings and errors
+    measure: str  # a key of `SIGNALS`
+    last_counts: ClassVar[bool] = False  # whether a measurement at the very end is of use
+    # The attributes that are its state: plain numbers and lists, and arrays (None: not known yet)
+    kept: ClassVar[tuple[str, ...]] = ("skipped",)
+    arrays: ClassVar[tuple[str, ...]] = ("weights",)
+
+    def __init__(
+        self,
+        config: Any,
+        names: list[str],
+        targets: list[str],
+        weights: Weights,
+        argument: str = "weights",
+    ):
+        self.config, self.names, self.targets = config, list(names), list(targets)
+        self.weights = check_weights(weights, self.names, argument)
+        self.skipped = 0  # measurements that were not finite, in part or as a whole
+        if len(self.names) == 1:
+            logger.warning(
+                "%s has nothing to mix: %r is the only domain.", self.method, self.names[0]
+            )
+
+    def plan(self, step: int, total_steps: int) -> list[Segment]:
+        """Segments from `step` on: all that is left if there is but one domain, none at the end."""
+        left = total_steps - step
+        if left <= 0:
+            return []
+        if len(self.names) == 1:
+            return [Segment(self.weights.copy(), left)]
+        return self.segments(step, total_steps)
+
+    def segments(self, step: int, total_steps: int) -> list[Segment]:
+        """The plan where there is something to mix; by default the steps to the next update."""
+        left = total_steps - step
+        steps = min(left, self.steps_to_update(step, total_steps))
+        measure = self.measure if steps < left or self.last_counts else None
+        return [Segment(self.weights.copy(), steps, measure)]
+
+    def steps_to_update(self, step: int, total_steps: int) -> int:
+        """Steps to the next update, at least 1; by default to the next multiple of the interval."""
+        return self.config.interval - step % self.config.interval
+
+    @abstractmethod
+    def observe(self, observation: Observation) -> None:
+        """Take in what was measured, and move the weights."""
+
+    def read(self, observation: Observation, name: str, *shape: int) -> np.ndarray:
+        """A signal of an observation as float64.
+
+        Raises:
+            ValueError: The signal has another shape.
+        """
+        values = np.asarray(observation.signal[name], dtype=np.float64)
+        require(values.shape == shape, f"signal[{name!r}]", f"be of shape {shape}", values.shape)
+        return values
+
+    def record(self) -> dict:
+        """How many measurements were skipped because they were not finite."""
+        return {"skipped": self.skipped}
+
+    def state_dict(self) -> dict:
+        """All that decides the plans to come, as JSON has it; minus infinity becomes None."""
+        kept = {name: getattr(self, name) for name in (*self.arrays, *self.kept)}
+        return plain({"names": self.names, "targets": self.targets, **kept})
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: The state is of another method, or of other domains, targets or sizes.
+        """
+        own = self.state_dict()
+        way = "resume with the method, domains and options that the run began with"
+        wanted = f"be of {self.method}, {list(own)}; {way}"
+        require(state.keys() == own.keys(), "state", wanted, list(state))
+        for name in ("names", "targets"):
+            wanted = f"be {own[name]}, in this order; {way}; the state to resume has the {name}"
+            require(state[name] == own[name], f"state[{name!r}]", wanted, state[name])
+        loaded = {name: plain(state[name]) for name in self.kept}  # a copy
+        loaded |= {name: self._array(name, state[name]) for name in self.arrays}
+        vars(self).update(loaded)
+
+    def _array(self, name: str, value: list | None) -> np.ndarray | None:
+        """An array of a state: None within it is minus infinity, None alone is not known yet."""
+        if value is None:
+            return None
+        array = np.array(value, dtype=np.float64)  # None becomes NaN
+        now = getattr(self, name)
+        if now is not None:
+            wanted = f"be of shape {now.shape}; resume with the options that the run began with"
+            require(array.shape == now.shape, f"state[{name!r}]", wanted, array.shape)
+        return np.where(np.isnan(array), -np.inf, array)
+
+
+class Fixed(OnlineController):
+    """Weights (m,) that stay; a callback without a controller does the same under a trainer."""
+
+    method = "Fixed"
+    kept = ()
+
+    def __init__(self, weights: Weights):
+        names = [str(j) for j in range(len(weights))]
+        super().__init__(None, names, [], weights)
+
+    def segments(self, step: int, total_steps: int) -> list[Segment]:
+        """All steps that are left."""
+        return [Segment(self.weights.copy(), total_steps - step)]
+
+    def observe(self, observation: Observation) -> None:
+        """Do nothing: no plan measures anything."""
+
+    def record(self) -> dict:
+        """Nothing is worth keeping."""
+        return {}

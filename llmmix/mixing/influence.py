@@ -1,11 +1,15 @@
 """The arithmetic of Aioli: from what probes shed to a matrix, and from a matrix to weights.
 
-A's rows are targets and its columns domains, everywhere.
+A's rows are targets and its columns domains, everywhere. Skill-It's published graph has them the
+other way round (llmmix/mixing/skillit.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from llmmix.mixing.weights import log_of
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,9 @@ class InfluenceMatrix:
         values: (n, m) loss that a target (row) sheds if all rows are a domain's (column).
         targets: n names.
         domains: m names.
+
+    Raises:
+        ValueError: `values` has another shape.
     """
 
     values: np.ndarray
@@ -31,7 +38,11 @@ class InfluenceMatrix:
             )
 
     def of(self, target: str, domain: str) -> float:
-        """The loss that `target` sheds on `domain`."""
+        """The loss that `target` sheds on `domain`.
+
+        Raises:
+            ValueError: `target` or `domain` is no name of the matrix.
+        """
         return float(self.values[self.targets.index(target), self.domains.index(domain)])
 
 
@@ -39,7 +50,8 @@ def probe_mixtures(count: int, one_hot_factor: float) -> np.ndarray:
     """(k, k) nearly one-hot mixtures: row j has the factor on j and shares out the rest.
 
     Raises:
-        ValueError: A factor outside (1/k, 1], with which the mixtures do not tell domains apart.
+        ValueError: `one_hot_factor` is outside (1/k, 1], or so near to 1/k that the mixtures do not
+            tell the domains apart.
     """
     rest = (1 - one_hot_factor) / (count - 1) if count > 1 else 0.0
     if not 0 < one_hot_factor <= 1 or one_hot_factor - rest < 0.05:
@@ -55,23 +67,73 @@ def solve_mixing_matrix(gains: np.ndarray, one_hot_factor: float) -> np.ndarray:
 
     Args:
         gains: (n, k) loss that target i shed on the probe of domain j; (k, k) in the paper.
-        one_hot_factor: Of the probes, as `probe_mixtures` takes it.
+        one_hot_factor: Share of the probed domain in its probe.
 
     Returns:
         (n, k).
 
     Raises:
-        ValueError: As `probe_mixtures`.
+        ValueError: `one_hot_factor` does not tell the domains apart (see `probe_mixtures`).
     """
     gains = np.asarray(gains, dtype=np.float64)
     return np.linalg.solve(probe_mixtures(gains.shape[1], one_hot_factor), gains.T).T
 
 
+def published_matrix(
+    probed: Sequence[int], drops: np.ndarray, rounds: int, domains: int, one_hot_factor: float
+) -> np.ndarray:
+    """A as published: drops averaged over the rounds, and solved with the mixtures as planned.
+
+    Args:
+        probed: The domain of each probe.
+        drops: (probes, n) loss that each target shed on it.
+        rounds: Probes of each domain.
+        domains: Number m of domains.
+        one_hot_factor: Share of the probed domain in its probe; at 1 nothing is to be solved.
+
+    Returns:
+        (n, m).
+    """
+    gains = np.zeros((drops.shape[1], domains))
+    for j, shed in zip(probed, drops, strict=True):
+        gains[:, j] += shed / rounds
+    return gains if one_hot_factor == 1 else solve_mixing_matrix(gains, one_hot_factor)
+
+
+def least_squares_matrix(
+    shares: np.ndarray, drops: np.ndarray, target_weights: np.ndarray, evidence: float
+) -> np.ndarray | None:
+    """A by least squares, with the shares as drawn and the drift over the probes taken out.
+
+    Args:
+        shares: (probes, m) of the rows drawn in each probe.
+        drops: (probes, n) loss that each target shed a step.
+        target_weights: (n,) u.
+        evidence: Standard errors by which the gains of the best and the worst domain must differ.
+
+    Returns:
+        (n, m), or None where the gains differ by less.
+    """
+    probes, m = shares.shape
+    drift = np.arange(probes) - (probes - 1) / 2
+    x = np.column_stack([shares, drift]) if probes > m + 1 else shares
+    found, *_ = np.linalg.lstsq(x, drops, rcond=None)
+    free = probes - x.shape[1]
+    if free > 0:
+        gains, rest = found[:m] @ target_weights, (drops - x @ found) @ target_weights
+        pair = np.zeros(x.shape[1])
+        pair[[gains.argmin(), gains.argmax()]] = -1.0, 1.0
+        error = np.sqrt(pair @ np.linalg.pinv(x.T @ x) @ pair * (rest @ rest) / free)
+        if np.ptp(gains) < evidence * error:
+            return None
+    return found[:m].T
+
+
 def normalize_matrix(matrix: np.ndarray) -> np.ndarray:
     """Shift by the smallest entry where it is negative, then scale to a sum of 1.
 
-    A matrix that has nothing to scale, all entries equal after the shift or zero, tells the domains
-    apart in nothing: every entry is then the same.
+    A matrix with nothing to scale (all entries equal or zero after the shift) does not tell the
+    domains apart: every entry is then the same.
     """
     shifted = matrix - min(matrix.min(), 0.0)
     total = shifted.sum()
@@ -81,21 +143,21 @@ def normalize_matrix(matrix: np.ndarray) -> np.ndarray:
 
 
 def update_weights(
-    weights: np.ndarray,
-    matrix: np.ndarray,
+    weights: Sequence[float] | np.ndarray,
+    matrix: Sequence[Sequence[float]] | np.ndarray,
     *,
     eta: float,
     normalize: bool = True,
-    target_weights: np.ndarray | None = None,
+    target_weights: Sequence[float] | np.ndarray | None = None,
 ) -> np.ndarray:
     """One step of exponentiated gradient: p_j ~ weights_j exp(eta sum_i u_i A_ij).
 
     Args:
         weights: (k,) on the simplex, not changed.
         matrix: (n, k), rows targets, columns domains.
-        eta: Step.
-        normalize: Apply `normalize_matrix` before.
-        target_weights: (n,) u, ones by default.
+        eta: Size of the step.
+        normalize: Whether `normalize_matrix` is applied first.
+        target_weights: (n,) u; ones by default.
 
     Returns:
         (k,) on the simplex.
@@ -103,20 +165,6 @@ def update_weights(
     matrix = np.asarray(matrix, dtype=np.float64)
     gains = normalize_matrix(matrix) if normalize else matrix
     u = np.ones(len(gains)) if target_weights is None else np.asarray(target_weights)
-    with np.errstate(divide="ignore"):
-        logs = np.log(np.asarray(weights, dtype=np.float64)) + eta * (u @ gains)
+    logs = log_of(np.asarray(weights, dtype=np.float64)) + eta * (u @ gains)
     moved = np.exp(logs - logs.max())
     return moved / moved.sum()
-
-
-def with_floor(weights: np.ndarray, floor: np.ndarray | float) -> np.ndarray:
-    """The point of the simplex nearest in KL divergence whose entries are at least `floor`."""
-    floor = np.broadcast_to(floor, weights.shape)
-    held = np.zeros(len(weights), dtype=bool)
-    while True:
-        free = 1 - floor[held].sum()
-        scaled = np.where(held, floor, weights * free / max(weights[~held].sum(), 1e-300))
-        below = (scaled < floor - 1e-15) & ~held
-        if not below.any():
-            return scaled / scaled.sum()
-        held |= below

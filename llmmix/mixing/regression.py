@@ -20,7 +20,7 @@ class InfluenceRegression:
 
     Args:
         own: (n,) the domain that is each target's own, -1 for a target without one.
-        domains: m.
+        domains: Number m of domains.
         memory: Share of the steps so far after which a segment counts half.
         transfer: Prior standard deviation of what another domain does for a target, as a share of
             what the domains do for their own. Large: all is read off the draws.
@@ -39,10 +39,10 @@ class InfluenceRegression:
         """Take in a segment.
 
         Args:
-            shares: (m,) of the rows drawn.
-            steps: Its length.
-            step: At which it ended.
-            drops: (n,) loss before minus loss after.
+            shares: (m,) share of each domain among the rows drawn.
+            steps: Optimizer steps of the segment.
+            drops: (n,) loss of each target before the segment minus its loss after it.
+            step: Step at which the segment ended.
         """
         kept = 0.5 ** (steps / max(self.memory * step, steps))
         self.seen += 1
@@ -96,6 +96,14 @@ class InfluenceRegression:
         self.count, self.seen = state["count"], state["seen"]
 
 
+def tilted(weights: np.ndarray, domain: int, tilt: float) -> np.ndarray:
+    """Weights (m,) with the mass `tilt` on one domain; over a turn of all, the weights again."""
+    base = np.clip(weights - tilt / len(weights), 0.0, None)
+    base *= (1 - tilt) / max(base.sum(), 1e-300)
+    base[domain] += tilt
+    return base
+
+
 def advantage(
     weights: np.ndarray, gains: np.ndarray, covariance: np.ndarray, limit: float = 2.0
 ) -> np.ndarray:
@@ -105,10 +113,10 @@ def advantage(
     units of its own standard error: a step of the weights along it is short where the data are.
 
     Args:
-        weights: (m,) of the mixture.
-        gains: (m,) of each domain.
-        covariance: (m, m) of the gains.
-        limit: Of the relative excess, on both sides.
+        weights: (m,) the mixture.
+        gains: (m,) what each domain sheds a step.
+        covariance: (m, m) covariance of the gains.
+        limit: Bound of the relative excess, on both sides.
 
     Returns:
         (m,).

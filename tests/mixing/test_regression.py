@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from llmmix.mixing.aioli import AioliConfig
+from llmmix.mixing.aioli import AioliConfig, RegressionAioli
 from llmmix.mixing.controllers import Observation
-from llmmix.mixing.estimators import RegressionAioli
 from llmmix.mixing.regression import InfluenceRegression, advantage
 
 # Loss a step: rows targets, columns domains

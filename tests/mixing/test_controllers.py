@@ -1,4 +1,4 @@
-"""Online mixtures against numbers worked out by hand, invariants, and a simulated trainer."""
+"""What holds for every method that moves a mixture, under a simulated trainer."""
 
 import json
 import logging
@@ -7,18 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from llmmix.mixing.bandit import Bandit, BanditConfig
-from llmmix.mixing.controllers import SIGNALS, Observation, Segment
-from llmmix.mixing.online import (
-    Fixed,
-    SkillIt,
-    SkillItConfig,
-    influence_graph,
-    proportional,
-    skillit_graph,
-    stratified,
-)
-from llmmix.mixing.proxies import DoGE, DoGEConfig, DoReMi, DoReMiConfig
+from llmmix.mixing.controllers import SIGNALS, Fixed, Observation, Segment
+from llmmix.mixing.doge import DoGE, DoGEConfig
+from llmmix.mixing.doremi import DoReMi, DoReMiConfig
+from llmmix.mixing.odm import ODM, ODMConfig
+from llmmix.mixing.skillit import SkillIt, SkillItConfig
+from llmmix.mixing.weights import stratified
 
 ABC = ["a", "b", "c"]
 # How much training on a source (column) lowers the loss of a target (row) at rate 1
@@ -96,16 +90,16 @@ METHODS = {
         DoReMiConfig(eta=0.1, interval=7), names, [], weights
     ),
     "doge": lambda weights, names=ABC: DoGE(DoGEConfig(), names, names, weights),
-    "odm": lambda weights, names=ABC: Bandit(BanditConfig(), names, [], weights),
-    "odm_losses": lambda weights, names=ABC: Bandit(
-        BanditConfig(reward="losses", interval=6, warmup_share=0.1), names, names, weights
+    "odm": lambda weights, names=ABC: ODM(ODMConfig(), names, [], weights),
+    "odm_losses": lambda weights, names=ABC: ODM(
+        ODMConfig(reward="losses", interval=6, warmup_share=0.1), names, names, weights
     ),
-    "odm_full": lambda weights, names=ABC: Bandit(
-        BanditConfig(full_information=True, interval=2), names, [], weights
+    "odm_full": lambda weights, names=ABC: ODM(
+        ODMConfig(full_information=True, interval=2), names, [], weights
     ),
-    "exp3": lambda weights, names=ABC: Bandit(BanditConfig(update="exp3"), names, [], weights),
-    "exp3_losses": lambda weights, names=ABC: Bandit(
-        BanditConfig(update="exp3", reward="losses", full_information=False), names, names, weights
+    "exp3": lambda weights, names=ABC: ODM(ODMConfig(update="exp3"), names, [], weights),
+    "exp3_losses": lambda weights, names=ABC: ODM(
+        ODMConfig(update="exp3", reward="losses", full_information=False), names, names, weights
     ),
     "fixed": lambda weights, names=ABC: Fixed(weights),
 }
@@ -122,37 +116,6 @@ def shares(*values):
     return np.array(values) / sum(values)
 
 
-# Static mixtures
-
-
-def test_stratified_and_proportional():
-    np.testing.assert_array_equal(stratified(4), [0.25] * 4)
-    np.testing.assert_allclose(proportional([1, 3]), [0.25, 0.75])
-    np.testing.assert_allclose(proportional([1, 4], alpha=0.5), [1 / 3, 2 / 3])
-    np.testing.assert_allclose(proportional([1, 0, 9], alpha=0), [0.5, 0, 0.5])
-    np.testing.assert_allclose(proportional([1e300, 1e300], alpha=3), [0.5, 0.5])
-
-
-@pytest.mark.parametrize(
-    ("sizes", "alpha", "match"),
-    [
-        ([1, -1], 1, "sizes"),
-        ([0, 0], 1, "sizes"),
-        ([1, math.nan], 1, "sizes"),
-        ([1, 2], -1, "alpha"),
-        ([1, 2], math.nan, "alpha"),
-    ],
-)
-def test_sizes_that_are_none(sizes, alpha, match):
-    with pytest.raises(ValueError, match=f"`{match}`"):
-        proportional(sizes, alpha)
-
-
-def test_no_domain_at_all():
-    with pytest.raises(ValueError, match="`m` must be at least 1"):
-        stratified(0)
-
-
 def test_fixed_plans_all_that_is_left():
     fixed = Fixed([3, 1])
     (segment,) = fixed.plan(4, 10)
@@ -160,100 +123,6 @@ def test_fixed_plans_all_that_is_left():
     np.testing.assert_allclose(segment.weights, [0.75, 0.25])
     with pytest.raises(ValueError, match="`weights` must be finite and not negative"):
         Fixed([1, -1])
-
-
-# Skill-It
-
-
-def test_a_graph_has_the_source_in_its_row():
-    graph = skillit_graph([2, 4], [[1, 3], [2, 2], [2.5, 4]])
-    np.testing.assert_allclose(graph, [[0.5, 0.25], [0, 0.5], [-0.25, 0]])
-    by_name = {"a": {"y": 2, "x": 1}, "c": {"x": 5, "y": 6}, "b": {"x": 3, "y": 4}}
-    values = influence_graph(by_name, ABC, ["x", "y"])
-    np.testing.assert_array_equal(values, [[1, 2], [3, 4], [5, 6]])
-    np.testing.assert_array_equal(influence_graph(values, ABC, ["x", "y"]), values)
-    np.testing.assert_array_equal(influence_graph(None, ["a", "b"], ["b", "a"]), [[0, 1], [1, 0]])
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "match"),
-    [
-        ([1, 1], [[1, 1, 1]], "end_losses"),
-        ([1, 1], [1, 1], "end_losses"),
-        ([[1, 1]], [[1, 1]], "end_losses"),
-        ([1, 0], [[1, 1]], "start_losses"),
-        ([1, math.nan], [[1, 1]], "start_losses"),
-        ([1, 1], [[1, math.inf]], "end_losses"),
-    ],
-)
-def test_losses_that_make_no_graph(start, end, match):
-    with pytest.raises(ValueError, match=f"`{match}` must"):
-        skillit_graph(start, end)
-
-
-@pytest.mark.parametrize(
-    ("graph", "targets", "match"),
-    [
-        (None, ["x", "y"], "be the domains .* where graph=None"),
-        (None, [], "`targets` must name at least one"),
-        ([[1, 2], [3, 4]], ["x", "y"], r"\(sources, targets\) = \(3, 2\)"),
-        ([[1, 2, 3], [4, 5, 6]], ["x", "y"], r"\(3, 2\), got \(2, 3\)"),
-        (np.full((3, 2), np.nan), ["x", "y"], "`graph` must be finite"),
-        ({"x": {"a": 1, "b": 1, "c": 1}, "y": {"a": 1, "b": 1, "c": 1}}, ["x", "y"], "sources"),
-        ({name: {"x": 1} for name in ABC}, ["x", "y"], "targets must be"),
-        ({name: {"x": 1, "y": 1, "z": 1} for name in ABC}, ["x", "y"], "targets must be"),
-    ],
-)
-def test_graphs_of_other_shapes_and_names(graph, targets, match):
-    with pytest.raises(ValueError, match=match):
-        SkillIt(SkillItConfig(graph=graph), ABC, targets, stratified(3))
-
-
-def test_skillit_tilts_by_a_graph_that_is_not_symmetric():
-    """S = [[1, .5], [0, 1]]: a helps both targets, b only its own."""
-    config = SkillItConfig(eta=0.5, window=2, update_steps=10, graph=[[1, 0.5], [0, 1]])
-    skillit = SkillIt(config, ["a", "b"], ["a", "b"], [0.25, 0.75])
-    e = math.exp
-    # S @ 1 = (1.5, 1)
-    np.testing.assert_allclose(skillit.weights, shares(e(0.75), 3 * e(0.5)))
-    for losses, tilt in [
-        ((2, 1), (2.5, 1)),  # S @ (2, 1)
-        ((1, 3), (5, 4)),  # S @ (3, 4), the sum of two
-        ((1, 1), (4, 4)),  # S @ (2, 4): the first is out of the window
-    ]:
-        skillit.observe(observation(losses=losses))
-        tilted = shares(e(0.5 * tilt[0]), 3 * e(0.5 * tilt[1]))  # from w_0 each time
-        np.testing.assert_allclose(skillit.weights, tilted)
-
-
-def test_skillit_on_three_sources_and_two_targets():
-    graph = {"a": {"x": 1, "y": 0}, "b": {"x": 0, "y": 2}, "c": {"x": -1, "y": 1}}
-    skillit = SkillIt(SkillItConfig(eta=1, graph=graph), ABC, ["x", "y"], stratified(3))
-    np.testing.assert_allclose(skillit.weights, shares(math.e, math.e**2, 1))
-    skillit.observe(observation(losses=(2, 0.5)))
-    np.testing.assert_allclose(skillit.weights, shares(math.e**2, math.e, math.exp(-1.5)))
-    with pytest.raises(ValueError, match=r"signal\['losses'\]. must be of shape \(2,\)"):
-        skillit.observe(observation(losses=(1, 1, 1)))
-
-
-def test_skillit_keeps_a_share_of_zero_and_survives_huge_losses():
-    skillit = SkillIt(SkillItConfig(), ABC, ABC, [0.5, 0.5, 0])
-    for _ in range(3):
-        skillit.observe(observation(losses=(1e6, 2e6, 3e6)))
-    np.testing.assert_array_equal(skillit.weights, [0, 1, 0])
-
-
-def test_skillit_updates_every_tenth_by_default_and_not_at_the_end():
-    skillit = SkillIt(SkillItConfig(), ABC, ABC, stratified(3))
-    assert [s[1:3] for s in skillit.plan(0, 25)] == [(2, "losses")]
-    assert [s[1:3] for s in skillit.plan(24, 25)] == [(1, None)]
-    assert [s[1:3] for s in skillit.plan(3, 8)] == [(1, "losses")]
-    assert skillit.plan(8, 8) == []
-    skillit = SkillIt(SkillItConfig(update_steps=4), ABC, ABC, stratified(3))
-    assert [skillit.plan(step, 10)[0].steps for step in (0, 1, 3, 4, 8)] == [4, 3, 1, 4, 2]
-
-
-# All of them
 
 
 @methods
@@ -377,18 +246,18 @@ def test_one_domain_trains_on_it_and_says_so_once(method, caplog):
         (lambda: DoGEConfig(smoothing=-0.1), "smoothing"),
         (lambda: DoGEConfig(dw_min=5), "dw_max"),
         (lambda: DoGEConfig(interval=None), "interval"),
-        (lambda: BanditConfig(eta=0), "eta"),
-        (lambda: BanditConfig(eta=math.inf), "eta"),
-        (lambda: BanditConfig(gamma=0), "gamma"),
-        (lambda: BanditConfig(gamma=1.1), "gamma"),
-        (lambda: BanditConfig(decay=1), "decay"),
-        (lambda: BanditConfig(warmup_share=1), "warmup_share"),
-        (lambda: BanditConfig(interval=0), "interval"),
-        (lambda: BanditConfig(update="ucb"), "update"),
-        (lambda: BanditConfig(reward="entropy"), "reward"),
+        (lambda: ODMConfig(eta=0), "eta"),
+        (lambda: ODMConfig(eta=math.inf), "eta"),
+        (lambda: ODMConfig(gamma=0), "gamma"),
+        (lambda: ODMConfig(gamma=1.1), "gamma"),
+        (lambda: ODMConfig(decay=1), "decay"),
+        (lambda: ODMConfig(warmup_share=1), "warmup_share"),
+        (lambda: ODMConfig(interval=0), "interval"),
+        (lambda: ODMConfig(update="ucb"), "update"),
+        (lambda: ODMConfig(reward="entropy"), "reward"),
         (lambda: SkillIt(SkillItConfig(), ABC, [], stratified(3)), "targets"),
         (lambda: SkillIt(SkillItConfig(), ABC, ["a", "b"], stratified(3)), "targets"),
-        (lambda: Bandit(BanditConfig(reward="losses"), ABC, ["a"], stratified(3)), "targets"),
+        (lambda: ODM(ODMConfig(reward="losses"), ABC, ["a"], stratified(3)), "targets"),
         (lambda: DoReMi(DoReMiConfig(), ABC, [], stratified(2)), "weights"),
         (lambda: DoGE(DoGEConfig(), ABC, [], [1, math.nan, 0]), "weights"),
     ],
@@ -403,8 +272,8 @@ def test_the_defaults_are_the_papers():
     assert (DoReMiConfig().eta, DoReMiConfig().smoothing) == (1, 1e-3)
     doge = DoGEConfig()
     assert (doge.mu, doge.smoothing, doge.dw_min, doge.dw_max) == (0.05, 0, 0, 5)
-    bandit = BanditConfig()
-    assert (bandit.decay, bandit.warmup_share, bandit.gamma, bandit.eta) == (0.9, 0.01, 0.1, 0.3)
+    odm = ODMConfig()
+    assert (odm.decay, odm.warmup_share, odm.gamma, odm.eta) == (0.9, 0.01, 0.1, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -421,9 +290,3 @@ def test_a_state_of_something_else_is_refused(other, match):
     with pytest.raises(ValueError, match=match):
         doremi.load_state_dict(other().state_dict())
     assert doremi.state_dict() == before
-
-
-def test_a_state_of_another_window_is_refused():
-    state = SkillIt(SkillItConfig(window=2), ABC, ABC, stratified(3)).state_dict()
-    with pytest.raises(ValueError, match=r"state\['losses'\]. must be of shape \(3, 3\)"):
-        SkillIt(SkillItConfig(), ABC, ABC, stratified(3)).load_state_dict(state)

@@ -1,13 +1,13 @@
-"""ODM and EXP3 against numbers worked out by hand; see test_online.py for runs."""
+"""ODM and EXP3 against numbers worked out by hand; see test_controllers.py for runs."""
 
 import math
 
 import numpy as np
 import pytest
 
-from llmmix.mixing.bandit import Bandit, BanditConfig, exploration, explore
-from llmmix.mixing.online import stratified
-from tests.mixing.test_online import ABC, check_simplex, observation, shares
+from llmmix.mixing.odm import ODM, ODMConfig, exploration, explore
+from llmmix.mixing.weights import stratified
+from tests.mixing.test_controllers import ABC, check_simplex, observation, shares
 
 
 def test_exploration_by_hand():
@@ -19,7 +19,7 @@ def test_exploration_by_hand():
 
 
 def test_odm_by_hand():
-    bandit = Bandit(BanditConfig(decay=0.5), ["a", "b"], [], [0.25, 0.75])
+    bandit = ODM(ODMConfig(decay=0.5), ["a", "b"], [], [0.25, 0.75])
     bandit.observe(observation(step=100, train=(1, 3)))
     rate = math.sqrt(math.log(2) / 200)
     # R = .5 (1/.25, 3/.75), and E_(t-1) = 1/2 at first: no arm is ahead
@@ -37,17 +37,17 @@ def test_odm_by_hand():
 
 def test_full_information_does_not_divide_by_the_weights():
     for config, targets, signal in [
-        (BanditConfig(full_information=True), [], {"train": (1, 3)}),
-        (BanditConfig(reward="losses"), ["b", "a"], {"losses": (3, 1)}),  # by name, not by place
+        (ODMConfig(full_information=True), [], {"train": (1, 3)}),
+        (ODMConfig(reward="losses"), ["b", "a"], {"losses": (3, 1)}),  # by name, not by place
     ]:
-        bandit = Bandit(config, ["a", "b"], targets, [0.25, 0.75])
+        bandit = ODM(config, ["a", "b"], targets, [0.25, 0.75])
         bandit.observe(observation(step=100, **signal))
         np.testing.assert_allclose(bandit.scores, [0.1, 0.3])
 
 
 def test_exp3_by_hand():
-    config = BanditConfig(update="exp3", eta=0.2, gamma=0.4)
-    bandit = Bandit(config, ["a", "b"], [], [0.25, 0.75])
+    config = ODMConfig(update="exp3", eta=0.2, gamma=0.4)
+    bandit = ODM(config, ["a", "b"], [], [0.25, 0.75])
     bandit.observe(observation(train=(1, 3)))
     # both arms are paid .2 / 2 * 4
     np.testing.assert_allclose(bandit.weights, [0.6 * 0.25 + 0.2, 0.6 * 0.75 + 0.2])
@@ -59,8 +59,8 @@ def test_exp3_by_hand():
 def test_rewards_divided_by_the_weights_settle_in_proportion_and_stay_finite():
     """The published plugin gives NaN after 946 of these updates."""
     for update in ("exp3", "odm"):
-        config = BanditConfig(update=update, reward="losses", full_information=False)
-        bandit = Bandit(config, ABC, ABC, stratified(3))
+        config = ODMConfig(update=update, reward="losses", full_information=False)
+        bandit = ODM(config, ABC, ABC, stratified(3))
         for step in range(1, 5001):
             bandit.observe(observation(step=step, losses=(3, 2.5, 2)))
             check_simplex(bandit.weights)
@@ -72,8 +72,8 @@ def test_rewards_divided_by_the_weights_settle_in_proportion_and_stay_finite():
 @pytest.mark.parametrize("update", ["odm", "exp3"])
 def test_equal_rewards_keep_even_weights(update):
     for full in (False, True):
-        config = BanditConfig(update=update, full_information=full)
-        bandit = Bandit(config, ABC, [], stratified(3))
+        config = ODMConfig(update=update, full_information=full)
+        bandit = ODM(config, ABC, [], stratified(3))
         for step in range(1, 200):
             bandit.observe(observation(step=step, train=(2, 2, 2)))
         np.testing.assert_allclose(bandit.weights, stratified(3), atol=1e-12)
@@ -81,8 +81,8 @@ def test_equal_rewards_keep_even_weights(update):
 
 @pytest.mark.parametrize("update", ["odm", "exp3"])
 def test_rewards_that_are_huge_or_none(update):
-    config = BanditConfig(update=update, eta=10)
-    bandit = Bandit(config, ["a", "b", "c"], [], [0.5, 0.5, 0])
+    config = ODMConfig(update=update, eta=10)
+    bandit = ODM(config, ["a", "b", "c"], [], [0.5, 0.5, 0])
     bandit.observe(observation(step=10, train=(1, 2, 1)))  # c has no share to be divided by
     before = bandit.scores.copy()
     bandit.observe(observation(step=11, train=(math.inf, math.nan, math.nan)))
@@ -95,11 +95,11 @@ def test_rewards_that_are_huge_or_none(update):
 
 
 def test_a_broken_validation_loss_is_counted_and_an_absent_domain_is_not():
-    bandit = Bandit(BanditConfig(reward="losses"), ABC, ABC, stratified(3))
+    bandit = ODM(ODMConfig(reward="losses"), ABC, ABC, stratified(3))
     bandit.observe(observation(losses=(1, math.nan, 1)))
     assert bandit.record() == {"skipped": 1}
     np.testing.assert_allclose(bandit.scores, [0.1, 0, 0.1])
-    bandit = Bandit(BanditConfig(), ABC, [], stratified(3))
+    bandit = ODM(ODMConfig(), ABC, [], stratified(3))
     bandit.observe(observation(train=(1, math.nan, 1)))
     assert bandit.skipped == 0
     bandit.observe(observation(train=(math.nan,) * 3))
@@ -108,19 +108,19 @@ def test_a_broken_validation_loss_is_counted_and_an_absent_domain_is_not():
 
 def test_a_bandit_warms_up_on_the_first_weights():
     first = [0.2, 0.3, 0.5]
-    bandit = Bandit(BanditConfig(), ABC, [], first)
+    bandit = ODM(ODMConfig(), ABC, [], first)
     assert [s[1:3] for s in bandit.plan(0, 400)] == [(4, "train")]
     assert [s[1:3] for s in bandit.plan(1, 400)] == [(3, "train")]
     assert [s[1:3] for s in bandit.plan(4, 400)] == [(1, "train")]
     assert [s[1:3] for s in bandit.plan(399, 400)] == [(1, None)]
     np.testing.assert_array_equal(bandit.plan(0, 400)[0].weights, first)
-    bandit = Bandit(BanditConfig(reward="losses"), ABC, ABC, first)
+    bandit = ODM(ODMConfig(reward="losses"), ABC, ABC, first)
     assert [bandit.plan(step, 1000)[0].steps for step in (0, 10, 20, 25)] == [10, 10, 10, 5]
-    bandit = Bandit(BanditConfig(interval=7), ABC, [], first)
+    bandit = ODM(ODMConfig(interval=7), ABC, [], first)
     assert [bandit.plan(step, 1000)[0].steps for step in (0, 10, 12, 17)] == [10, 7, 5, 7]
 
 
 def test_exploration_revives_what_had_no_share():
-    bandit = Bandit(BanditConfig(full_information=True), ABC, [], [1, 0, 0])
+    bandit = ODM(ODMConfig(full_information=True), ABC, [], [1, 0, 0])
     bandit.observe(observation(step=50, train=(2, math.nan, math.nan)))
     assert (bandit.weights > 0.05).all()

@@ -1,4 +1,4 @@
-"""Skill-It, DoReMi, DoGE and bandits under TRL's trainer, against plain logits and autograd."""
+"""Skill-It, DoReMi, DoGE, ODM and EXP3 under TRL's trainer, against plain logits and autograd."""
 
 import copy
 
@@ -11,12 +11,13 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.mixing.attach import attach_mixture
-from llmmix.mixing.bandit import BanditCallback, BanditConfig
-from llmmix.mixing.online import SkillItCallback, SkillItConfig
-from llmmix.mixing.proxies import DoGECallback, DoGEConfig, DoReMiCallback, DoReMiConfig
+from llmmix.mixing.doge import DoGECallback, DoGEConfig
+from llmmix.mixing.doremi import DoReMiCallback, DoReMiConfig
+from llmmix.mixing.odm import ODMCallback, ODMConfig
 from llmmix.mixing.record import read_record
 from llmmix.mixing.rows import label_domains
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.mixing.skillit import SkillItCallback, SkillItConfig
 
 SETTINGS = {
     "max_steps": 7,  # epochs of three steps: more than two of them
@@ -49,14 +50,16 @@ METHODS = {
     "doge": lambda sampler, checkpoint: DoGECallback(
         sampler, DoGEConfig(mu=1, dw_max=100, interval=2)
     ),
-    "odm": lambda sampler, checkpoint: BanditCallback(sampler, BanditConfig(warmup_share=0.3)),
-    "exp3": lambda sampler, checkpoint: BanditCallback(
-        sampler, BanditConfig(update="exp3", reward="losses", interval=2)
+    "odm": lambda sampler, checkpoint: ODMCallback(sampler, ODMConfig(warmup_share=0.3)),
+    "exp3": lambda sampler, checkpoint: ODMCallback(
+        sampler, ODMConfig(update="exp3", reward="losses", interval=2)
     ),
 }
 CONTROLLERS = {"skillit": "SkillIt", "doremi": "DoReMi", "doge": "DoGE"}
 UPDATES = {"skillit": 3, "doremi": 4, "doge": 4, "odm": 5, "exp3": 3}  # of seven steps
 methods = pytest.mark.parametrize("method", METHODS)
+# A GPU adds in any order: a run differs from itself by what rounding leaves
+SAME = {"rtol": 1e-4, "atol": 1e-5} if torch.cuda.is_available() else {"rtol": 0, "atol": 0}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ def test_trains_on_mixtures(make, method, tmp_path, capsys):
     trainer.train()
     assert len(losses_of(trainer)) == 7 and np.isfinite(losses_of(trainer)).all()
     header, _ = read_record(tmp_path / "run")
-    assert header["method"] == CONTROLLERS.get(method, "Bandit")
+    assert header["method"] == CONTROLLERS.get(method, "ODM")
     assert header["domains"] == list(TEXTS)
     decided = of_record(tmp_path / "run", "weights")
     np.testing.assert_allclose(np.sum(decided, axis=1), 1, atol=1e-12)
@@ -137,7 +140,15 @@ class Kill(TrainerCallback):
             raise Killed
 
 
-@methods
+@pytest.mark.parametrize(
+    "method",  # a method of each signal; ODM and EXP3 add a controller, which simulated runs resume
+    [
+        "skillit",
+        "doremi",
+        "doge",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("odm", "exp3")),
+    ],
+)
 def test_killed_and_resumed_is_never_stopped(make, method, tmp_path):
     """Between two updates, in the middle of an epoch, and with a step after the checkpoint lost."""
     never, whole = make(method, "never")
@@ -148,13 +159,14 @@ def test_killed_and_resumed_is_never_stopped(make, method, tmp_path):
         killed.train()
     resumed, parted = make(method, "killed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "killed/checkpoint-5"))
-    assert losses_of(resumed) == losses_of(never)
-    assert torch.equal(weights_of(resumed), weights_of(never))
-    assert parted.sampler.state_dict() == whole.sampler.state_dict()
-    assert parted.controller.state_dict() == whole.controller.state_dict()
-    for name in ("counts", "measured", "weights"):
-        one, other = (of_record(tmp_path / folder, name) for folder in ("never", "killed"))
-        assert str(one) == str(other)  # NaN is NaN
+    np.testing.assert_allclose(losses_of(resumed), losses_of(never), **SAME)
+    torch.testing.assert_close(weights_of(resumed), weights_of(never), **SAME)
+    if not torch.cuda.is_available():  # a share that differs by rounding may draw another row
+        assert parted.sampler.state_dict() == whole.sampler.state_dict()
+        assert parted.controller.state_dict() == whole.controller.state_dict()
+        for name in ("counts", "measured", "weights"):
+            one, other = (of_record(tmp_path / folder, name) for folder in ("never", "killed"))
+            assert str(one) == str(other)  # NaN is NaN
 
 
 # Signals by hand
@@ -174,8 +186,12 @@ def spy(callback, check):
     return seen
 
 
+KEYS = ("input_ids", "attention_mask", "labels")
+
+
 def token_losses(model, batch):
-    """(B, T-1) losses from all logits, and where they count."""
+    """(B, T-1) losses from all logits, and where they count, on the model's device."""
+    batch = {name: batch[name].to(model.device) for name in KEYS}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels = batch["labels"][:, 1:]
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
@@ -211,6 +227,7 @@ def test_the_excess_over_the_reference_is_clipped_at_each_token(make, model):
     model.lm_head.weight.data += 0.1 * noise
     plain = copy.deepcopy(model)
     trainer, callback = make(lambda s, _: DoReMiCallback(s, reference=model), targets=None)
+    plain.to(trainer.args.device)
     of_means = []
 
     @torch.no_grad()
@@ -245,7 +262,7 @@ def test_products_of_gradients(make, domains):
             losses, mask = token_losses(trainer.model, trainer.data_collator(rows))
             parts = torch.autograd.grad(losses[mask].mean(), list(trainer.model.parameters()))
             gradients.append(torch.cat([part.flatten() for part in parts]).double())
-        products = torch.stack(gradients) @ torch.stack(gradients).T
+        products = (torch.stack(gradients) @ torch.stack(gradients).T).cpu()
         np.testing.assert_allclose(found["products"], products, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found["norms"], products.diagonal().sqrt(), rtol=1e-5)
         assert all(p.grad is None for p in trainer.model.parameters())  # nothing is left behind
@@ -299,7 +316,8 @@ def test_the_reference_is_no_part_of_what_is_trained(make, model):
     assert not theirs & {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
     assert not theirs & {id(p) for p in trainer.model.parameters()}
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    now = {name: value.cpu() for name, value in model.state_dict().items()}
+    assert all(torch.equal(before[name].cpu(), value) for name, value in now.items())
     assert "forward" not in vars(model)  # nothing of ours stays on it
 
 

@@ -1,6 +1,6 @@
-"""Bandits, ODM and EXP3: more of the domains whose losses are high.
+"""ODM, and EXP3, another bandit: more of the domains whose losses are high.
 
-    ODM    R <- a R + (1 - a) r / pi,   E_t = min(1 / m, sqrt(ln m / (m t)))    arXiv:2312.02406
+    ODM    R <- a R + (1 - a) r / pi,   E_t = min(1 / m, sqrt(ln m / (m t)))
            pi = (1 - m E_t) softmax(E_(t-1) R) + E_t
     EXP3   w <- w exp(eta r / (m pi)),  pi = (1 - gamma) w / sum w + gamma / m
 
@@ -13,26 +13,29 @@ fall, and noise that no model predicts is rewarded most. Where all domains are a
 rewards are divided by pi, EXP3 settles where pi is proportional to them (3, 2.5, 2 -> .4, .333,
 .267), not on the best arm. ODM multiplies R by its exploration rate: as that decays, its weights
 return to even ones. Rewards of a batch are as noisy as its few rows of a domain.
+
+Source: Albalak et al., "Efficient Online Data Mixing For Language Model Pre-Training"
+(arXiv:2312.02406). Recipe: recipes/aioli.py.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import Observation
-from llmmix.mixing.online import (
+from llmmix.mixing.controllers import (
+    Observation,
     OnlineController,
-    log_normalize,
-    log_of,
-    option,
+    Weights,
     require,
     require_same,
     require_whole,
 )
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.mixing.weights import log_normalize, log_of
 
 
 def exploration(step: int, m: int) -> float:
@@ -46,25 +49,46 @@ def explore(scores: np.ndarray, share: float) -> np.ndarray:
 
 
 @dataclass
-class BanditConfig:
-    """Of `Bandit`. The published plugin is `exp3` on `losses` with `full_information` False."""
+class ODMConfig:
+    """Options of `ODM`. The published plugin is `exp3` on `losses`, `full_information` False.
 
-    update: str = option("odm", "The rule, odm or exp3.", choices=["odm", "exp3"])
-    reward: str = option(
-        "train", "Loss of a domain in the batch, or on validation.", choices=["train", "losses"]
-    )
-    full_information: bool | None = option(
-        None, "Whether rewards are not divided by pi; by default where all are seen, in losses."
-    )
-    interval: int | None = option(
-        None, "Steps between updates; by default 1, or a hundredth of all for losses."
-    )
-    warmup_share: float = option(0.01, "Share of the steps on the first weights.")
-    decay: float = option(0.9, "odm: a, what a running reward keeps of its past.")
-    eta: float = option(0.3, "exp3: the size of a step.")
-    gamma: float = option(0.1, "exp3: the share spread evenly.")
+    Raises:
+        ValueError: An option is out of its range.
+    """
 
-    def __post_init__(self):
+    update: str = field(
+        default="odm", metadata={"help": "Update rule: odm or exp3.", "choices": ["odm", "exp3"]}
+    )
+    reward: str = field(
+        default="train",
+        metadata={
+            "help": "Reward of a domain: its loss in the batch (train) or on validation (losses).",
+            "choices": ["train", "losses"],
+        },
+    )
+    full_information: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether rewards are left undivided by pi. Default: yes for the reward losses, "
+            "which are known of all domains."
+        },
+    )
+    interval: int | None = field(
+        default=None,
+        metadata={"help": "Steps between updates. Default: 1, a hundredth of the run for losses."},
+    )
+    warmup_share: float = field(
+        default=0.01, metadata={"help": "Share of the run that is trained on the first weights."}
+    )
+    decay: float = field(
+        default=0.9, metadata={"help": "Share a that a running reward keeps of its past (odm)."}
+    )
+    eta: float = field(default=0.3, metadata={"help": "Size of an update (exp3)."})
+    gamma: float = field(
+        default=0.1, metadata={"help": "Share of the mixture that is spread evenly (exp3)."}
+    )
+
+    def __post_init__(self) -> None:
         require(self.update in ("odm", "exp3"), "update", "be 'odm' or 'exp3'", self.update)
         known = self.reward in ("train", "losses")
         require(known, "reward", "be 'train' or 'losses'", self.reward)
@@ -75,22 +99,25 @@ class BanditConfig:
         require(0 < self.gamma <= 1, "gamma", "lie in (0, 1]", self.gamma)
 
 
-class Bandit(OnlineController):
+class ODM(OnlineController):
     """Draws more of the domains whose losses are high, as arms of a bandit.
 
     ODM draws one domain a batch and rewards that; here a batch holds several, and each that it
     holds is rewarded by its mean loss.
 
     Args:
-        config: Its options.
-        names: Of the m domains, each of which is an arm, whatever its first weight.
+        config: Options of the method.
+        names: Names of the m domains, each of which is an arm, whatever its first weight.
         targets: The domains, in any order, for `reward="losses"`; else not needed.
-        weights: (m,) the first ones, for the warm-up.
+        weights: (m,) first weights, for the warm-up.
     """
 
-    kept = (*OnlineController.kept, "scores", "rate")
+    method = "ODM"
+    config: ODMConfig
+    kept = (*OnlineController.kept, "rate")
+    arrays = (*OnlineController.arrays, "scores")
 
-    def __init__(self, config: BanditConfig, names: list[str], targets: list[str], weights):
+    def __init__(self, config: ODMConfig, names: list[str], targets: list[str], weights: Weights):
         super().__init__(config, names, targets, weights)
         self.measure, m = config.reward, len(self.names)
         if self.measure == "losses":
@@ -100,7 +127,7 @@ class Bandit(OnlineController):
         self.rate = 1 / m  # E_(t-1)
 
     def steps_to_update(self, step: int, total_steps: int) -> int:
-        """All of the warm-up; then counted from its end."""
+        """The rest of the warm-up; then steps to the next multiple of the interval after it."""
         warmup = round(self.config.warmup_share * total_steps)
         seldom = max(1, total_steps // 100) if self.measure == "losses" else 1
         every = self.config.interval or seldom
@@ -134,16 +161,16 @@ class Bandit(OnlineController):
         self.weights = explore(last * self.scores, m * self.rate)
 
 
-class BanditCallback(MixtureCallback):
-    """Moves a sampler's weights by a bandit while a trainer runs.
+class ODMCallback(MixtureCallback):
+    """Moves a sampler's weights by ODM, or by EXP3, while a trainer runs.
 
     Args:
-        sampler: Of the trainer's rows; its weights are those of the warm-up.
-        config: Of the bandit.
-        options: As those of `MixtureCallback`.
+        sampler: Sampler of the trainer's rows; its weights are those of the warm-up.
+        config: Options of ODM.
+        options: Keyword arguments of `MixtureCallback`.
     """
 
-    def __init__(self, sampler: MixtureSampler, config: BanditConfig | None = None, **options):
-        config = BanditConfig() if config is None else config
+    def __init__(self, sampler: MixtureSampler, config: ODMConfig | None = None, **options: Any):
+        config = ODMConfig() if config is None else config
         self.measures_losses = config.reward == "losses"
-        super().__init__(sampler, functools.partial(Bandit, config), **options)
+        super().__init__(sampler, functools.partial(ODM, config), **options)

@@ -1,0 +1,185 @@
+"""DoReMi: more of the domains where a proxy's loss exceeds that of a reference.
+
+    w_t ~ w_(t-1) exp(eta lambda),      then (1 - c) w_t + c / m
+
+    symbol   name               symbol   name
+    m        names              lambda   the signal `excess` (m,)
+    c        smoothing          eta      eta
+
+The answer is the average of the weights over the proxy's run (llmmix/mixing/proxies.py).
+
+Weak where: it goes for the worst excess over the reference, not for the mean loss, so a domain
+that only the reference could learn draws weight without end. All rests on the reference, which is
+to be trained on like rows first; with the model that the proxy starts from there is next to no
+excess. At eta = 1 and with few rows a batch the weights follow its noise, and smoothing alone
+bounds them. Each update costs a forward of the proxy and one of the reference.
+
+Source: Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining"
+(arXiv:2305.10429). Recipe: recipes/aioli.py.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer
+
+from llmmix.mixing.controllers import Observation, Weights, require, require_whole
+from llmmix.mixing.proxies import AveragedController, ProxyCallback
+from llmmix.mixing.sampler import MixtureSampler
+from llmmix.models import resolve_checkpoint
+
+
+@dataclass
+class DoReMiConfig:
+    """Options of `DoReMi`; the defaults are the paper's.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    eta: float = field(default=1.0, metadata={"help": "Size eta of a step by the excess loss."})
+    smoothing: float = field(
+        default=1e-3,
+        metadata={"help": "Share c that is spread evenly at each step (the release: 1e-4)."},
+    )
+    interval: int = field(default=1, metadata={"help": "Steps between updates."})
+
+    def __post_init__(self) -> None:
+        require(0 < self.eta < math.inf, "eta", "be positive", self.eta)
+        require(0 <= self.smoothing < 1, "smoothing", "lie in [0, 1)", self.smoothing)
+        require_whole("interval", self.interval)
+
+
+class DoReMi(AveragedController):
+    """A proxy's weights rise where its loss exceeds a reference's.
+
+    `average` is what the final model is trained on. The paper draws domains evenly and weighs their
+    losses; here they are drawn by the weights and weigh the same, which is the same gradient in
+    expectation where rows of all domains are equally long. A domain that is absent from the batch,
+    or whose excess is not finite, keeps its last lambda; before its first that is 0, for the
+    release's ln(vocabulary) is not known here.
+
+    Args:
+        config: Options of the method.
+        names: Names of the m domains.
+        targets: Not needed.
+        weights: (m,) first weights.
+
+    Attributes:
+        average: (m,) the answer.
+    """
+
+    method = "DoReMi"
+    measure = "excess"
+    config: DoReMiConfig
+    arrays = (*AveragedController.arrays, "excess")
+
+    def __init__(
+        self, config: DoReMiConfig, names: list[str], targets: list[str], weights: Weights
+    ):
+        super().__init__(config, names, targets, weights)
+        self.excess = np.zeros(len(self.names))
+
+    def observe(self, observation: Observation) -> None:
+        """Raise the weights by the excess; they stand if it is known of no domain."""
+        excess = self.read(observation, "excess", len(self.names))
+        known = np.isfinite(excess)
+        self.skipped += bool(np.isinf(excess).any() or not known.any())
+        self.excess = np.where(known, excess, self.excess)
+        gains = self.config.eta * self.excess if known.any() else None
+        self.update(gains, observation.steps)
+
+
+class DoReMiCallback(ProxyCallback):
+    """Moves a sampler's weights by DoReMi while a trainer runs a proxy.
+
+    Args:
+        sampler: Sampler of the trainer's rows; its weights are the first ones.
+        config: Options of DoReMi.
+        reference: What the proxy's losses are compared with: a model of the same tokens, which is
+            frozen, put in eval mode and moved to the trainer's device, or the checkpoint of one
+            (safetensors), loaded in the precision of the proxy.
+        options: Keyword arguments of `MixtureCallback`.
+
+    Attributes:
+        average: The answer, by domain; printed when training ends.
+
+    Raises:
+        TypeError: `reference` is neither a model nor the name of a checkpoint.
+    """
+
+    def __init__(
+        self,
+        sampler: MixtureSampler,
+        config: DoReMiConfig | None = None,
+        *,
+        reference: nn.Module | str | Path,
+        **options: Any,
+    ):
+        if not isinstance(reference, nn.Module | str | Path):
+            raise TypeError(
+                "`reference` must be a model or the name of a checkpoint, got "
+                f"{type(reference).__name__}."
+            )
+        config = DoReMiConfig() if config is None else config
+        super().__init__(sampler, functools.partial(DoReMi, config), **options)
+        self._reference = reference
+
+    def bind(self, trainer: Trainer) -> None:
+        """Take over a trainer's rows, and have its losses compared with the reference's.
+
+        Raises:
+            ValueError: The reference has another vocabulary or fewer positions than a row may have,
+                is spread over processes, or is the model to be trained.
+        """
+        reference = _load(self._reference, trainer)
+        _check_reference(reference, trainer)
+        super().bind(trainer)
+        if self.signals is not None:  # it is None only without a controller
+            self.signals.reference = reference.requires_grad_(False).eval().to(trainer.args.device)
+
+
+def _load(reference: nn.Module | str | Path, trainer: Trainer) -> nn.Module:
+    if isinstance(reference, nn.Module):
+        return reference
+    trained: Any = trainer.model
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_checkpoint(str(reference)), dtype=trained.dtype, use_safetensors=True
+    )
+
+
+def _check_reference(reference: nn.Module, trainer: Trainer) -> None:
+    model: Any = trainer.model
+    trained = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in trained for parameter in reference.parameters()):
+        raise ValueError(
+            "`reference` shares weights with the model that is trained: it would be frozen with it "
+            "and there would be no excess. Give a copy made before, or the name of its checkpoint."
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in reference.parameters()):
+        raise ValueError(
+            "`reference` is spread over processes by DeepSpeed ZeRO-3: load it before the training "
+            "arguments are made, and give the model."
+        )
+    config: Any = reference.config
+    theirs, ours = config.get_text_config(), model.config.get_text_config()
+    if theirs.vocab_size != ours.vocab_size:
+        raise ValueError(
+            f"`reference` has a vocabulary of {theirs.vocab_size} tokens, and the model that is "
+            f"trained one of {ours.vocab_size}: their losses do not compare. Give a reference of "
+            "the same tokenizer."
+        )
+    positions = getattr(theirs, "max_position_embeddings", None)
+    length = getattr(trainer.args, "max_length", None)
+    own = getattr(ours, "max_position_embeddings", None)
+    enough = own is None or positions is None or positions >= own  # the model's own limit holds too
+    if positions is not None and length is not None and positions < length and not enough:
+        raise ValueError(
+            f"`reference` has {positions} positions, and a row may have `max_length={length}` "
+            f"tokens. Set `max_length` to {positions} at most, or give a reference with more."
+        )

@@ -1,0 +1,59 @@
+"""Weights of domains, points of the simplex: two that stay, their logarithms, and a floor.
+
+The methods keep weights as logarithms and normalize them at each update: the published EXP3 plugin
+multiplies plain ones, which overflow within a thousand updates.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmmix.mixing.controllers import check_weights, require
+
+
+def stratified(m: int) -> np.ndarray:
+    """The same share for each of `m` domains, (m,).
+
+    Raises:
+        ValueError: `m` is below 1.
+    """
+    require(m >= 1, "m", "be at least 1", m)
+    return np.full(m, 1 / m)
+
+
+def proportional(sizes: Sequence[float] | np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    """Shares w_j ~ size_j ** alpha, (m,), of domains of (m,) rows or tokens; none of an empty one.
+
+    Raises:
+        ValueError: A size or `alpha` is negative or not finite, or all sizes are zero.
+    """
+    sizes = check_weights(sizes, [str(j) for j in range(len(sizes))], "sizes")
+    require(0 <= alpha < math.inf, "alpha", "be finite and not negative", alpha)
+    return np.exp(log_normalize(np.where(sizes > 0, alpha * log_of(sizes + (sizes == 0)), -np.inf)))
+
+
+def log_of(weights: np.ndarray) -> np.ndarray:
+    """Logarithms of weights; a share of zero has minus infinity, and keeps it."""
+    with np.errstate(divide="ignore"):
+        return np.log(weights)
+
+
+def log_normalize(logs: np.ndarray) -> np.ndarray:
+    """Logarithms of weights that sum to one."""
+    with np.errstate(over="ignore"):  # further apart than a number holds: -inf, a share of zero
+        logs = logs - logs.max()
+    return logs - np.log(np.exp(logs).sum())
+
+
+def with_floor(weights: np.ndarray, floor: np.ndarray | float) -> np.ndarray:
+    """The point of the simplex nearest in KL divergence whose entries are at least `floor`."""
+    floor = np.broadcast_to(floor, weights.shape)
+    held = np.zeros(len(weights), dtype=bool)
+    while True:
+        free = 1 - floor[held].sum()
+        scaled = np.where(held, floor, weights * free / max(weights[~held].sum(), 1e-300))
+        below = (scaled < floor - 1e-15) & ~held
+        if not below.any():
+            return scaled / scaled.sum()
+        held |= below
