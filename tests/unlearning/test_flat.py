@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import FLATConfig, FLATTrainer
-from llmmix.unlearning.flat import ALIASES, DIVERGENCES, check_divergence, flat_loss, sequence_probs
+from llmmix.unlearning.divergences import ALIASES, DIVERGENCES, check_divergence
+from llmmix.unlearning.flat import flat_loss, sequence_probs
 from llmmix.unlearning.templates import REFUSALS
 from tests.unlearning.test_losses import LPE, LPF, ME, MF
 

@@ -11,15 +11,16 @@ from transformers import AutoTokenizer
 
 from llmmix.data import load_role
 from llmmix.unlearning import qa
-from llmmix.unlearning.rows import (
-    PARTS,
-    EpochSampler,
-    ForgetRows,
-    check_args,
-    count_window,
+from llmmix.unlearning.parts import PARTS, count_window
+from llmmix.unlearning.preparation import check_args
+from llmmix.unlearning.rows import EpochSampler, ForgetRows
+from llmmix.unlearning.templates import (
+    HEADERS,
+    REFUSALS,
+    clean_templates,
+    load_templates,
     resolve_templates,
 )
-from llmmix.unlearning.templates import HEADERS, REFUSALS, clean_templates, load_templates
 
 TEMPLATES = [f"No idea {n}." for n in range(20)]
 

@@ -15,8 +15,9 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llmmix import FLATConfig, FLATTrainer, UnlearnConfig, UnlearnTrainer
+from llmmix.unlearning.config import check_needs
 from llmmix.unlearning.flat import flat_loss, sequence_probs
-from llmmix.unlearning.trainer import LOSSES, check_needs
+from llmmix.unlearning.loss_table import LOSSES
 
 SETTINGS = {
     "max_steps": 4,
@@ -225,7 +226,7 @@ def test_rmu_steers_one_layer_and_trains_three(make, model):
     rows = trainer.train_dataset
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    target, losses = trainer._target, []
+    target, losses = trainer.objective.settings["target"], []
     assert target.norm().item() == pytest.approx(6.0, rel=1e-5)
     for row in range(10):
         ids, start = rows.forget[row]
