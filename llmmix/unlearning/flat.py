@@ -206,7 +206,7 @@ class FLATTrainer(SFTTrainer):
         templates: Answers to draw from where rows have none of their own, or a function of a row;
             `template_file` or our own list by default.
         retain_dataset: Rows to retain, where `retain_weight` is above 0.
-        **kwargs: Of `SFTTrainer`.
+        **kwargs: What else `SFTTrainer` takes.
 
     Raises:
         ValueError: Packing or another loss is asked for beside it; `ForgetRows` refuses rows,

@@ -27,14 +27,14 @@ class Objective:
     A loss that does more than a function can, such as rmu and pdu, has a class of its own.
 
     Args:
-        loss: Its row.
-        model: To unlearn.
-        accelerator: Of the trainer.
-        parts: Of a batch.
+        loss: The loss's row.
+        model: The model to unlearn.
+        accelerator: The trainer's.
+        parts: Parts of a batch.
         retain_loss: `"nll"` or `"kl"`.
         retain_weight: alpha.
         cap: NLL of a token from which a capped loss pushes no further; None for none.
-        **settings: Those that the row names.
+        **settings: The settings that the row names.
 
     Attributes:
         whole: Parts whose logits over the whole vocabulary it needs.

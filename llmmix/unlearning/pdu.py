@@ -34,14 +34,14 @@ class PDU(Objective):
     """The terms of pdu, whose retain term is weighted by a multiplier that moves.
 
     Args:
-        loss: Its row.
-        model: To unlearn.
-        accelerator: Of the trainer.
-        parts: Of a batch.
+        loss: The row of pdu.
+        model: The model to unlearn.
+        accelerator: The trainer's.
+        parts: Parts of a batch.
         epsilon: NLL a token that is allowed on retained rows.
         dual_step: eta.
         dual_warmup_epochs: Epochs before the multiplier moves.
-        **options: Of `Objective`; `retain_weight` is the first value of the multiplier.
+        **options: What else `Objective` takes; `retain_weight` is the first value of the multiplier.
     """
 
     def __init__(

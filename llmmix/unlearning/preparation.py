@@ -27,7 +27,7 @@ class RetainArguments:
         default=None,
         metadata={"help": "Rows to retain, for a loss that needs them; NAME@CONFIG for the hub."},
     )
-    retain_dataset_split: str = field(default="train", metadata={"help": "Split of it."})
+    retain_dataset_split: str = field(default="train", metadata={"help": "Split of the rows to retain."})
 
 
 @dataclass
@@ -111,9 +111,9 @@ def prepare_trainer(
     """Give a trainer `ForgetRows` in the place of its rows, their collator, and the fused head.
 
     Args:
-        trainer: That TRL has made.
+        trainer: A trainer that TRL has made.
         method: What to call it in an error.
-        args: Its settings.
+        args: The trainer's settings.
         parts: Which of `PARTS` a batch has.
         retain_dataset: Rows to retain, where `parts` has them.
         templates: See `ForgetRows`.

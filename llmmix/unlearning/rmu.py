@@ -29,14 +29,15 @@ class RMU(Objective):
     """The terms of rmu: both are of one layer's hidden states.
 
     Args:
-        loss: Its row.
-        model: To unlearn.
-        accelerator: Of the trainer.
-        parts: Of a batch.
-        layer: Whose output is steered, from 0. None: 7, or half way in a model of fewer than 14.
+        loss: The row of rmu.
+        model: The model to unlearn.
+        accelerator: The trainer's.
+        parts: Parts of a batch.
+        layer: Layer whose output is steered, from 0. None: 7, or half way in a model of fewer than
+            14.
         steering: c.
-        seed: Of u.
-        **options: Of `Objective`.
+        seed: Seed of u.
+        **options: What else `Objective` takes.
 
     Raises:
         ValueError: The model has no such layer, or nothing is trainable there.

@@ -27,9 +27,9 @@ class ForgetRows(torch.utils.data.Dataset):
     """Rows to forget, by `epoch * len(self) + row`; see `EpochSampler`.
 
     Args:
-        rows: To forget: `prompt` and `answer` as `qa.read_rows` gives them, and perhaps `template`,
+        rows: Rows to forget: `prompt` and `answer` as `qa.read_rows` gives them, and perhaps `template`,
             a text or a list of texts.
-        tokenizer: Of the model.
+        tokenizer: The model's.
         parts: Which of `PARTS` an item has.
         retain: Rows to retain, where `parts` has them; one is drawn for each forgotten row, with
             replacement.
@@ -39,7 +39,7 @@ class ForgetRows(torch.utils.data.Dataset):
         skip_tokens: First tokens of each answer to forget that are not scored, the last one aside.
         max_length: Rows that are longer in tokens, with any of their templates, are dropped and
             counted.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: No row is left; a template is the answer of its row; a row stands among those to
@@ -142,8 +142,8 @@ class EpochSampler(Sampler[int]):
     It depends on (seed, epoch) alone.
 
     Args:
-        size: Rows.
-        seed: Of the permutations.
+        size: Number of rows.
+        seed: Seed of the permutations.
         epoch: Returns the current epoch when an iteration begins.
     """
 

@@ -19,10 +19,10 @@ class Step:
     """A micro-batch after its forward.
 
     Attributes:
-        model: What the forward was of.
+        model: The model of the forward.
         batch: Padded rows of all parts.
         parts: Token log-probabilities and masks (B, T-1) of each part, in the order of the batch.
-        output: Of the model.
+        output: The model's answer.
         reference: The model before unlearning, where the loss has one.
         hidden: (B, T, d) hidden states of each part, where the loss keeps them.
     """
@@ -85,8 +85,8 @@ class Step:
         """A loss of (1, N, V) logits at the N scored positions of a part, weighted by N.
 
         Args:
-            loss: Of `logits`, `labels` and the others.
-            part: Whose logits the forward kept.
+            loss: A function of `logits`, `labels` and the others.
+            part: A part whose logits the forward kept.
             **others: Tensors of (N, ...), and values.
         """
         labels = self.labels(part)[:, 1:]

@@ -53,7 +53,7 @@ class UnlearnTrainer(SFTTrainer):
         train_dataset: Rows to forget.
         retain_dataset: Rows to retain, in any of the same formats, for a loss with a retain term.
         templates: Answers to draw from where rows have none of their own, or a function of a row.
-        **kwargs: Of `SFTTrainer`.
+        **kwargs: What else `SFTTrainer` takes.
 
     Raises:
         ValueError: The loss lacks what it needs; `ForgetRows` refuses the rows; packing is on; the
