@@ -41,7 +41,8 @@ class PDU(Objective):
         epsilon: NLL a token that is allowed on retained rows.
         dual_step: eta.
         dual_warmup_epochs: Epochs before the multiplier moves.
-        **options: What else `Objective` takes; `retain_weight` is the first value of the multiplier.
+        **options: What else `Objective` takes; `retain_weight` is the first value of the
+            multiplier.
     """
 
     def __init__(

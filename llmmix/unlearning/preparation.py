@@ -27,7 +27,9 @@ class RetainArguments:
         default=None,
         metadata={"help": "Rows to retain, for a loss that needs them; NAME@CONFIG for the hub."},
     )
-    retain_dataset_split: str = field(default="train", metadata={"help": "Split of the rows to retain."})
+    retain_dataset_split: str = field(
+        default="train", metadata={"help": "Split of the rows to retain."}
+    )
 
 
 @dataclass

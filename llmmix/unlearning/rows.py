@@ -27,8 +27,8 @@ class ForgetRows(torch.utils.data.Dataset):
     """Rows to forget, by `epoch * len(self) + row`; see `EpochSampler`.
 
     Args:
-        rows: Rows to forget: `prompt` and `answer` as `qa.read_rows` gives them, and perhaps `template`,
-            a text or a list of texts.
+        rows: Rows to forget: `prompt` and `answer` as `qa.read_rows` gives them, and perhaps
+            `template`, a text or a list of texts.
         tokenizer: The model's.
         parts: Which of `PARTS` an item has.
         retain: Rows to retain, where `parts` has them; one is drawn for each forgotten row, with
