@@ -166,6 +166,14 @@ def test_another_loss_is_a_function_and_a_row(make, monkeypatch):
     torch.testing.assert_close(found, 3 * plain, rtol=1e-2, atol=1e-3)
 
 
+def test_a_reference_that_a_row_does_not_name_is_told(make, monkeypatch):
+    row = Loss(lambda step: step.by_row(step.ref_logps("forget")), retain_weight=0.0)
+    monkeypatch.setitem(LOSSES, "another", row)
+    monkeypatch.setitem(METHODS, "another", {"loss": "another"})
+    with pytest.raises(ValueError, match="no reference: name one in its row of `LOSSES`"):
+        make("another").train()
+
+
 def test_no_name_of_a_loss_is_compared_outside_the_table():
     """What a loss needs is told by its row. `kl` is a retain term and a divergence too."""
     root, names = Path(__file__).parents[2], set(LOSSES) - {"kl", "dpo"}
