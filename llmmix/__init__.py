@@ -28,9 +28,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.solve_rates import SolveRates as SolveRates
     from llmmix.solve_rates import attach_weights as attach_weights
     from llmmix.steps import split_steps as split_steps
+    from llmmix.unlearning.config import UnlearnConfig as UnlearnConfig
     from llmmix.unlearning.flat import FLATConfig as FLATConfig
     from llmmix.unlearning.flat import FLATTrainer as FLATTrainer
-    from llmmix.unlearning.trainer import UnlearnConfig as UnlearnConfig
     from llmmix.unlearning.trainer import UnlearnTrainer as UnlearnTrainer
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -40,7 +40,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "sftmix": ["SFTMixConfig", "SFTMixTrainer"],
         "rpo": ["RPOConfig", "RPOTrainer"],
         "unlearning.flat": ["FLATConfig", "FLATTrainer"],
-        "unlearning.trainer": ["UnlearnConfig", "UnlearnTrainer"],
+        "unlearning.config": ["UnlearnConfig"],
+        "unlearning.trainer": ["UnlearnTrainer"],
         "mixing.aioli": ["AioliCallback", "AioliConfig"],
         "mixing.sampler": ["MixtureSampler"],
         "mixing.attach": ["attach_mixture"],

@@ -17,7 +17,7 @@ from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
 from llmmix.trainers import checkpoint_to_resume
 from llmmix.unlearning.flat import check_retain
-from llmmix.unlearning.rows import RetainArguments
+from llmmix.unlearning.preparation import RetainArguments
 
 
 def main(
@@ -49,7 +49,7 @@ def main(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(training_args.output_dir)}")
+        print(f"Report: {write_report(str(training_args.output_dir))}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

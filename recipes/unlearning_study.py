@@ -34,7 +34,7 @@ from llmmix.figures import draw_scatter
 from llmmix.models import resolve_checkpoint
 from llmmix.unlearning.evaluation.evaluation import evaluate_unlearning
 from llmmix.unlearning.evaluation.summary import quality_metric
-from llmmix.unlearning.trainer import LOSSES
+from llmmix.unlearning.loss_table import LOSSES
 
 OWN = {  # what a contender has beside the loss of its name and the learning rate
     "flat+retain": {"retain_weight": 5.0},

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
+    from llmmix.unlearning.config import UnlearnConfig as UnlearnConfig
     from llmmix.unlearning.flat import FLATConfig as FLATConfig
     from llmmix.unlearning.flat import FLATTrainer as FLATTrainer
     from llmmix.unlearning.flat import flat_loss as flat_loss
+    from llmmix.unlearning.loss_table import LOSSES as LOSSES
     from llmmix.unlearning.losses import ceu_loss as ceu_loss
     from llmmix.unlearning.losses import dpo_loss as dpo_loss
     from llmmix.unlearning.losses import grad_ascent_loss as grad_ascent_loss
@@ -25,7 +27,6 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.unlearning.losses import simnpo_loss as simnpo_loss
     from llmmix.unlearning.losses import undial_loss as undial_loss
     from llmmix.unlearning.losses import wga_loss as wga_loss
-    from llmmix.unlearning.trainer import UnlearnConfig as UnlearnConfig
     from llmmix.unlearning.trainer import UnlearnTrainer as UnlearnTrainer
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -48,6 +49,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "wga_loss",
         ],
         "flat": ["FLATConfig", "FLATTrainer", "flat_loss"],
-        "trainer": ["UnlearnConfig", "UnlearnTrainer"],
+        "config": ["UnlearnConfig"],
+        "trainer": ["UnlearnTrainer"],
+        "loss_table": ["LOSSES"],
     },
 )

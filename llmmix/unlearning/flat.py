@@ -5,51 +5,48 @@ For a question x, its answer to forget y_f and a template answer y_e such as "I 
     L = -g(P_e) + f*(g(P_f)),     P = P(x, y) = (1/|y|) sum_t p(y_t | x, y_<t)
 
 where f* is the conjugate of f and g an increasing function. P_e is pushed up and P_f down, each
-with a weight that the divergence decides; a is P_e and c is P_f:
-
-    kl                 -a + exp(c - 1)                           dL/dc = exp(c - 1)
-    js                 softplus(-a) + softplus(c) - 2 ln 2       sigmoid(c)
-    pearson            -a + c + c^2 / 4                          1 + c / 2
-    tv                 (tanh c - tanh a) / 2                     sech^2(c) / 2: falls with c
-    jeffrey            -a + w + 1/w + c - 2,  w + ln w = 1 - c   1 / w
-    reverse_kl         exp(-a) - 1 + c                           1
-    squared_hellinger  exp(-a) + exp(c) - 2                      exp(c)
-    neyman             exp(-a) + 1 - 2 exp(-c / 2)               exp(-c / 2): falls with c
+with a weight that the divergence decides; llmmix/unlearning/divergences.py has them all.
 
 All of them are computed from P itself, not from the logarithms, so that P has a gradient only
 where a token is not already impossible. The released code takes the mean of p over prompt and
-padding too and over the batch before g; `prob_reduction` and `batch_reduction` offer that. Its
-reverse_kl, squared_hellinger and neyman have a sign astray, and it cuts jeffrey off at the third
-power; here they are the textbook's.
+padding too and over the batch before g; `prob_reduction` and `batch_reduction` offer that.
 
     symbol   name
     P_e      template_probs
     P_f      forget_probs
 
-Recipe: recipes/flat.py. Evaluation: eval/unlearning.py. Invariants: tests/test_flat.py.
+Recipe: recipes/flat.py. Evaluation: eval/unlearning.py. Invariants:
+tests/unlearning/test_flat.py.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from trl import SFTConfig, SFTTrainer
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
 
-from llmmix.head import attach_head
-from llmmix.trainers import check_own_loss, check_unsharded, default_to_cpu, keep_outputs_in_fp32
-from llmmix.unlearning.guards import UnlearningGuard, check_limit
+from llmmix.head import FusedHeadOutput
+from llmmix.trainers import check_own_loss
+from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
+from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.losses import at_least_fp32, nll_loss
-from llmmix.unlearning.rows import (
+from llmmix.unlearning.parts import count_window, forward_parts, with_retained
+from llmmix.unlearning.preparation import (
+    ForgetConfig,
     check_args,
-    count_window,
+    check_not_negative,
     epoch_sampler,
-    forward_parts,
-    prepare_rows,
-    resolve_templates,
+    prepare_trainer,
 )
+from llmmix.unlearning.rows import EpochSampler, ForgetRows
+from llmmix.unlearning.templates import Templates, resolve_templates
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def flat_loss(template_probs: Tensor, forget_probs: Tensor, divergence: str = "js") -> Tensor:
@@ -64,46 +61,10 @@ def flat_loss(template_probs: Tensor, forget_probs: Tensor, divergence: str = "j
         (B,).
 
     Raises:
-        ValueError: An unknown divergence.
+        ValueError: `divergence` is not among `DIVERGENCES`.
     """
     probs = (at_least_fp32(given) for given in (template_probs, forget_probs))
     return DIVERGENCES[check_divergence(divergence)](*probs)
-
-
-def _jeffrey(a: Tensor, c: Tensor) -> Tensor:
-    with torch.no_grad():
-        w = 1 - c / 2  # for c in [0, 1], w + ln w = 1 - c has one root in [0.5, 1]
-        for _ in range(4):
-            w = w - (w + w.log() - 1 + c) / (1 + 1 / w)
-    w = w - (w + w.log() - 1 + c) / (1 + 1 / w)  # and the gradient of w by c
-    return -a + w + 1 / w + c - 2
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "kl": lambda a, c: -a + torch.exp(c - 1),
-    "js": lambda a, c: F.softplus(-a) + F.softplus(c) - 2 * math.log(2),
-    "pearson": lambda a, c: -a + c + c**2 / 4,
-    "tv": lambda a, c: (torch.tanh(c) - torch.tanh(a)) / 2,
-    "jeffrey": _jeffrey,
-    "reverse_kl": lambda a, c: torch.exp(-a) - 1 + c,
-    "squared_hellinger": lambda a, c: torch.exp(-a) + torch.exp(c) - 2,
-    "neyman": lambda a, c: torch.exp(-a) + 1 - 2 * torch.exp(-c / 2),
-}
-
-ALIASES = {"jensen_shannon": "js", "jenson_shannon": "js", "total_variation": "tv"}
-
-
-def check_divergence(name: str) -> str:
-    """The name in `DIVERGENCES` of a divergence, however it is written.
-
-    Raises:
-        ValueError: There is none.
-    """
-    plain = str(name).strip().lower().replace("-", "_").replace(" ", "_")
-    plain = ALIASES.get(plain, plain)
-    if plain not in DIVERGENCES:
-        raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {name!r}.")
-    return plain
 
 
 def sequence_probs(
@@ -122,7 +83,7 @@ def sequence_probs(
         (B,) in [0, 1]; 0 for a row without a token.
 
     Raises:
-        ValueError: An unknown mean, or positions with the geometric one.
+        ValueError: `mean` is neither of the two, or `positions` is given with the geometric mean.
     """
     lengths, token_logps = mask.sum(1), at_least_fp32(token_logps)
     if mean == "arithmetic":
@@ -137,60 +98,60 @@ def sequence_probs(
 
 
 @dataclass
-class FLATConfig(SFTConfig):
-    """TRL's `SFTConfig` with the fields of FLAT.
+class FLATConfig(ForgetConfig):
+    """TRL's `SFTConfig` with the fields of FLAT, beside those of `ForgetConfig`.
 
     Args:
-        divergence: Which f-divergence between template and forget answers is maximised.
-        mean: How the probability of an answer is made of its tokens'.
+        divergence: Which f-divergence between template and forget answers is maximized.
+        mean: Mean of an answer's token probabilities: `"arithmetic"` (the paper) or `"geometric"`.
         prob_reduction: `"token_mean"` over the answer's tokens; `"all_positions"` over
             `max_length - 1`, as the released code.
         batch_reduction: `"per_sequence"`: the mean of the losses; `"batch_scalar"`: the loss of the
             mean probabilities of a micro-batch, as the released code. The latter depends on how a
             batch is split.
-        template_file: Template answers, one a line, where rows have no `template`; our own list of
-            refusals by default.
-        resample_templates: Draw a row's template anew each epoch, instead of once.
-        include_eos: Score the end-of-sequence token.
         template_sft_steps: Optimizer steps of plain cross-entropy on the templates at the start,
             for a model that finds them all but impossible: P_e has no gradient there.
         retain_weight: Weight of the cross-entropy on retained rows, where such are given. 0 is
             FLAT.
-        min_forget_prob: Training ends when the mean of P_f falls below it.
     """
 
     divergence: str = field(
-        default="js", metadata={"help": f"One of {', '.join(DIVERGENCES)}; the code's names too."}
+        default="js",
+        metadata={
+            "help": f"f-divergence to maximize: one of {', '.join(DIVERGENCES)}, or its name in "
+            "the released code."
+        },
     )
     mean: str = field(
-        default="arithmetic", metadata={"help": "'arithmetic' (the paper) or 'geometric'."}
+        default="arithmetic",
+        metadata={
+            "help": "Mean of an answer's token probabilities: 'arithmetic' (the paper) or "
+            "'geometric'."
+        },
     )
     prob_reduction: str = field(
         default="token_mean",
-        metadata={"help": "'token_mean', or 'all_positions': as the released code."},
+        metadata={
+            "help": "What an answer's probability is divided by: 'token_mean', its tokens, or "
+            "'all_positions', max_length - 1, as the released code."
+        },
     )
     batch_reduction: str = field(
         default="per_sequence",
-        metadata={"help": "'per_sequence', or 'batch_scalar': as the released code."},
+        metadata={
+            "help": "'per_sequence': the mean of the losses; 'batch_scalar': the loss of the mean "
+            "probabilities, as the released code."
+        },
     )
-    template_file: str | None = field(
-        default=None, metadata={"help": "Template answers, one a line; refusals by default."}
-    )
-    resample_templates: bool = field(
-        default=True, metadata={"help": "Draw each row's template anew each epoch."}
-    )
-    include_eos: bool = field(default=True, metadata={"help": "Score the end-of-sequence token."})
     template_sft_steps: int = field(
-        default=0, metadata={"help": "Steps of cross-entropy on the templates at the start."}
+        default=0,
+        metadata={"help": "Steps of cross-entropy on the template answers at the start."},
     )
     retain_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on retained rows; 0 is FLAT."}
     )
-    min_forget_prob: float | None = field(
-        default=None, metadata={"help": "End training when the mean of P_f falls below it."}
-    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.divergence = check_divergence(self.divergence)
         for name, choices in (
             ("mean", ("arithmetic", "geometric")),
@@ -208,16 +169,12 @@ class FLATConfig(SFTConfig):
                 "`prob_reduction='all_positions'` divides by `max_length - 1`: set `max_length`, "
                 "and leave `mean` at 'arithmetic'."
             )
-        for name in ("template_sft_steps", "retain_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        check_limit("min_forget_prob", self.min_forget_prob, top=1)
+        check_not_negative(self, ("template_sft_steps", "retain_weight"))
         if self.min_forget_prob is not None and self.prob_reduction == "all_positions":
             raise ValueError(
                 "`min_forget_prob` watches the mean over an answer's tokens, and "
                 "`prob_reduction='all_positions'` dilutes it by the padding: leave one out."
             )
-        default_to_cpu(self)
         super().__post_init__()
 
 
@@ -225,7 +182,7 @@ def check_retain(args: FLATConfig, retain: bool) -> None:
     """Refuse rows to retain without a weight, and a weight without rows; cheap, before any model.
 
     Raises:
-        ValueError: Either.
+        ValueError: There is a weight and there are no rows, or rows and no weight.
     """
     if (args.retain_weight > 0) != retain:
         raise ValueError(
@@ -243,13 +200,17 @@ class FLATTrainer(SFTTrainer):
     `flat/template_prob` and `flat/forget_prob`, P_e and P_f, and `flat/loss`.
 
     Args:
+        model: A causal language model, or its name.
+        args: Settings of FLAT.
+        train_dataset: Rows to forget.
         templates: Answers to draw from where rows have none of their own, or a function of a row;
             `template_file` or our own list by default.
         retain_dataset: Rows to retain, where `retain_weight` is above 0.
+        **kwargs: What else `SFTTrainer` takes.
 
     Raises:
-        ValueError: Packing or another loss asked for beside it; rows, templates or retained rows
-            that `ForgetRows` refuses; a retain weight without rows, or rows without a weight.
+        ValueError: Packing or another loss is asked for beside it; `ForgetRows` refuses rows,
+            templates or retained rows; there is a retain weight without rows, or rows without one.
     """
 
     _tag_names = ["llmmix", "flat"]
@@ -258,55 +219,73 @@ class FLATTrainer(SFTTrainer):
         "title": "LLM Unlearning via Loss Adjustment with Only Forget Data",
         "id": "2410.11143",
     }
-    loss_is_scaled_for_ga = True  # the loss is divided by the rows of the whole window
+    # The loss is divided by the rows of the whole window
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL declares None
+    mixture_strata = None  # a mixture draws from all rows alike
+
+    args: FLATConfig
+    train_dataset: ForgetRows
 
     def __init__(
         self,
-        model,
+        model: "str | PreTrainedModel | PeftModel",
         args: FLATConfig | None = None,
-        train_dataset=None,
+        train_dataset: Dataset | None = None,
         *,
-        templates=None,
-        retain_dataset=None,
-        **kwargs,
+        templates: Templates | None = None,
+        retain_dataset: Dataset | None = None,
+        **kwargs: Any,
     ):
         args = args or FLATConfig("flat-output")
         check_own_loss("FLAT", args, kwargs)
         check_retain(args, retain_dataset is not None)
-        self.parts = ("template", "forget") + ("retain",) * (retain_dataset is not None)
+        self.parts = with_retained(("template", "forget"), retain_dataset is not None)
         templates = resolve_templates(args.template_file, templates)
         check_args(args, train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        check_unsharded("FLAT", self.accelerator)
-        self._prepared = prepare_rows(self, self.parts, retain_dataset, templates)
-        keep_outputs_in_fp32(self.accelerator)
-        attach_head(self.model)
+        self._prepared = prepare_trainer(
+            self, "FLAT", args, self.parts, retain_dataset=retain_dataset, templates=templates
+        )
         self.guard = UnlearningGuard(self, min_forget_prob=args.min_forget_prob)
         self.add_callback(self.guard)
 
-    def _send_telemetry(self):
+    def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
 
-    def evaluate(self, eval_dataset=None, **kwargs):
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """TRL's; rows that are given are prepared as those of the constructor."""
-        return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), **kwargs)
+        rows = self._prepared(eval_dataset, "eval_dataset")
+        return super().evaluate(rows, ignore_keys, metric_key_prefix)
 
-    mixture_strata = None  # a mixture draws from all rows alike
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return epoch_sampler(self, self.train_dataset)
 
-    def _get_train_sampler(self, train_dataset=None):
-        return epoch_sampler(self)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window["forget"][0]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, FusedHeadOutput]:
         """FLAT from one forward of [template; forget; retain]."""
         args, training = self.args, num_items_in_batch is not None
         parts, output = forward_parts(model, inputs, self.parts)
-        positions = args.max_length - 1 if args.prob_reduction == "all_positions" else None
+        positions = None
+        if args.prob_reduction == "all_positions" and args.max_length is not None:
+            positions = args.max_length - 1
         template, forget = (
             sequence_probs(logps, mask, mean=args.mean, positions=positions)
             for logps, mask in (parts["template"], parts["forget"])

@@ -6,36 +6,44 @@ Unlearning losses have no bottom that is worth reaching: past some point they on
 import logging
 import math
 from collections import defaultdict, deque
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from llmmix.trainers import ResumedCallback
 
 logger = logging.getLogger(__name__)
 
-PASS = (
-    16  # steps over which a mean is taken before it ends a run, or an epoch where that is shorter
-)
+# Steps whose mean may end a run; those of an epoch where it has fewer
+PASS = 16
 
 
-class UnlearningGuard(TrainerCallback, ExportableState):
+class UnlearningGuard(ResumedCallback):
     """Logs a step's means, and ends a run that has forgotten enough, lost its utility, or diverged.
 
     Args:
-        trainer: Which keeps metrics as TRL's do.
-        min_forget_prob: End when the mean probability of the answers to forget falls below it; None
-            for never.
-        max_retain_loss: End when the mean NLL a token on the retained rows exceeds it; None for
-            never.
+        trainer: Whose steps are watched, and whose log shows the means.
+        min_forget_prob: The run ends when the mean probability of the answers to forget falls below
+            it; None for never.
+        max_retain_loss: The run ends when the mean of the retain term exceeds it; None for never.
+
+    Attributes:
+        step: The means of the last step, by name.
     """
 
     def __init__(
-        self, trainer, *, min_forget_prob: float | None = None, max_retain_loss: float | None = None
+        self,
+        trainer: SFTTrainer,
+        *,
+        min_forget_prob: float | None = None,
+        max_retain_loss: float | None = None,
     ):
         self.trainer = trainer
         self.min_forget_prob, self.max_retain_loss = min_forget_prob, max_retain_loss
-        self.step: dict[str, float] = {}  # the means of the last step
+        self.step: dict[str, float] = {}
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._recent: deque[dict[str, float]] = deque(maxlen=PASS)
 
@@ -48,7 +56,7 @@ class UnlearningGuard(TrainerCallback, ExportableState):
             [torch.stack([s.detach().float(), n.float()]) for s, n in values.values()]
         )
         sums = self.trainer.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
-        training = self.trainer.model.training
+        training = self.trainer.model is not None and self.trainer.model.training
         metrics = self.trainer._metrics["train" if training else "eval"]
         for name, (total, count) in zip(values, sums, strict=True):
             metrics[f"{prefix}/{name}"].append(total / max(count, 1))
@@ -56,11 +64,13 @@ class UnlearningGuard(TrainerCallback, ExportableState):
                 self._sums[name][0] += total
                 self._sums[name][1] += count
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the step's means, and end the run where they say so.
 
         Raises:
-            FloatingPointError: The loss is not a number.
+            FloatingPointError: A mean of the step is infinite or not a number.
         """
         self.step = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
         self._sums.clear()
@@ -88,24 +98,25 @@ class UnlearningGuard(TrainerCallback, ExportableState):
             )
             control.should_training_stop = True
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Begin anew, or with what the run that is resumed had seen."""
-        saved = state.stateful_callbacks.setdefault("UnlearningGuard", self.state())
+    def begin(self) -> None:
+        """Forget the steps of another run."""
         self._sums.clear()
         self._recent.clear()
-        if state.global_step:
-            self._recent.extend(saved["attributes"]["recent"])
 
-    def state(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"recent": list(self._recent)}}
+    def saved(self) -> dict:
+        """The means of the last steps."""
+        return {"recent": list(self._recent)}
+
+    def resume(self, saved: dict, state: TrainerState) -> None:
+        """Go on with the means of the steps before the checkpoint."""
+        self._recent.extend(saved["recent"])
 
 
 def check_limit(name: str, value: float | None, top: float = math.inf) -> None:
     """Refuse a limit outside (0, top).
 
     Raises:
-        ValueError: It is.
+        ValueError: `value` is not None, and not between 0 and `top`.
     """
     if value is not None and not 0 < value < top:
         raise ValueError(f"`{name}` must lie between 0 and {top:g}, got {value}; None for none.")

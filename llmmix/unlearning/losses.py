@@ -25,7 +25,8 @@ npo and dpo see sums alone, and their caller leaves such rows out.
     log p    token_logps, with mask
     z        logits, with labels: the token each position predicts, -100 where not scored
 
-Trainer: llmmix/unlearning/trainer.py. Recipe: recipes/unlearn.py. Evaluation: eval/unlearning.py.
+Which loss needs what: llmmix/unlearning/loss_table.py. Trainer: llmmix/unlearning/trainer.py.
+Recipe: recipes/unlearn.py. Evaluation: eval/unlearning.py.
 """
 
 import torch
@@ -62,7 +63,7 @@ def grad_ascent_loss(token_logps: Tensor, mask: Tensor, cap: float | None = None
 
 
 def npo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """-(2/beta) log sigmoid(-beta (l - l_ref)): negative preference optimisation.
+    """-(2/beta) log sigmoid(-beta (l - l_ref)): negative preference optimization.
 
     Args:
         logps: (B,) summed log-probabilities of the answers, in nats.
@@ -73,7 +74,7 @@ def npo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
         (B,).
 
     Raises:
-        ValueError: `beta` not positive.
+        ValueError: `beta` is not positive.
     """
     margin = at_least_fp32(logps) - at_least_fp32(ref_logps)
     return 2 / _positive("beta", beta) * F.softplus(beta * margin)
@@ -92,7 +93,7 @@ def simnpo_loss(logps: Tensor, lengths: Tensor, beta: float, delta: float = 0.0)
         (B,).
 
     Raises:
-        ValueError: `beta` not positive.
+        ValueError: `beta` is not positive.
     """
     margin = at_least_fp32(logps) / lengths.clamp(min=1) + delta
     return 2 / _positive("beta", beta) * F.softplus(beta * margin) * (lengths > 0)
@@ -118,7 +119,7 @@ def dpo_loss(
         (B,).
 
     Raises:
-        ValueError: `beta` not positive.
+        ValueError: `beta` is not positive.
     """
     alt, forget, ref_alt, ref_forget = map(
         at_least_fp32, (alt_logps, forget_logps, ref_alt_logps, ref_forget_logps)
@@ -139,7 +140,7 @@ def wga_loss(token_logps: Tensor, mask: Tensor, beta: float = 1.0) -> Tensor:
         (B,), for beta 1 bounded below by -1/e.
 
     Raises:
-        ValueError: A negative `beta`.
+        ValueError: `beta` is negative.
     """
     logps = at_least_fp32(token_logps)
     weights = (_not_negative("beta", beta) * logps.detach()).exp()
@@ -161,7 +162,7 @@ def satimp_loss(
         (B,).
 
     Raises:
-        ValueError: A negative `beta1` or `beta2`.
+        ValueError: `beta1` or `beta2` is negative.
     """
     logps = at_least_fp32(token_logps)
     fixed = logps.detach()
@@ -183,7 +184,7 @@ def undial_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, beta: fl
         (B,).
 
     Raises:
-        ValueError: A negative `beta`.
+        ValueError: `beta` is negative.
     """
     mask, target = labels != -100, labels.clamp(min=0).unsqueeze(-1)
     lowered = teacher_logits.detach().float()
@@ -204,7 +205,7 @@ def ceu_loss(logits: Tensor, labels: Tensor) -> Tensor:
         (B,).
 
     Raises:
-        ValueError: A vocabulary of one token.
+        ValueError: The vocabulary has one token.
     """
     if logits.size(-1) < 2:
         raise ValueError("`logits` has a vocabulary of one token: nothing is left without it.")

@@ -5,19 +5,20 @@ Which tokens count is known from lengths, never from token ids: a pad token that
 end-of-sequence token too does no harm.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
+from trl.trainer.utils import pad as pad_tensors
 
 from llmmix.data import warn_once
 from llmmix.models import encode
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+Prompt = str | list[dict[str, Any]]  # text, or messages
 
 FORMATS = (
     "`question` and `answer`, `prompt` and `completion` (text or lists of messages), `prompt` and "
@@ -37,7 +38,9 @@ class Encoded(NamedTuple):
     prompt_length: int
 
 
-def read_rows(dataset: Dataset | None, argument: str, tokenizer: "PreTrainedTokenizerBase"):
+def read_rows(
+    dataset: Dataset | None, argument: str, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
     """Rows with a `prompt` (text or messages) and an `answer` (text), from any of `FORMATS`.
 
     A `question` is asked as `question_prompt` does. A `text` has an empty prompt. Other columns are
@@ -49,7 +52,8 @@ def read_rows(dataset: Dataset | None, argument: str, tokenizer: "PreTrainedToke
         tokenizer: Whose chat template asks the question.
 
     Raises:
-        ValueError: No rows, columns of no accepted format, or no row with an answer.
+        ValueError: There are no rows, their columns are of no accepted format, or every answer is
+            empty.
     """
     if not isinstance(dataset, Dataset) or not len(dataset):
         given = "no rows" if isinstance(dataset, Dataset) else type(dataset).__name__
@@ -65,13 +69,14 @@ def read_rows(dataset: Dataset | None, argument: str, tokenizer: "PreTrainedToke
             "columns to these."
         )
     answers = [_text_of(given) for given in dataset[answer]]
+    prompts: list[Prompt]
     if prompt is None:
         prompts = [""] * len(answers)
     elif prompt == "question":
         prompts = [question_prompt(tokenizer, question) for question in dataset[prompt]]
     else:
         prompts = list(dataset[prompt])
-    asked = [True] * len(answers) if prompt is None else map(_is_asked, dataset[prompt])
+    asked = [True] * len(answers) if prompt is None else [_is_asked(p) for p in dataset[prompt]]
     kept = [row for row, given in enumerate(asked) if given and answers[row].strip()]
     what = f"`{answer}`" if prompt is None else f"`{prompt}` or `{answer}`"
     if not kept:
@@ -84,18 +89,18 @@ def read_rows(dataset: Dataset | None, argument: str, tokenizer: "PreTrainedToke
     return rest.add_column("answer", [answers[row] for row in kept])
 
 
-def _is_asked(prompt) -> bool:
+def _is_asked(prompt: Prompt | None) -> bool:
     return bool(prompt.strip() if isinstance(prompt, str) else prompt)
 
 
-def _text_of(answer) -> str:
+def _text_of(answer: Any) -> str:
     """Text itself, a number as text, or what the last message says."""
     if answer is None or isinstance(answer, str | int | float):
         return "" if answer is None else str(answer)
     return (answer[-1].get("content") or "") if answer else ""
 
 
-def question_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> str | list[dict]:
+def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> Prompt:
     """How a question is put to a model: a user's message, or text where there is no template."""
     if tokenizer.chat_template is None:
         return f"Question: {question}\nAnswer:"
@@ -103,8 +108,8 @@ def question_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> str 
 
 
 def encode_answer(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: str | list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
     answer: str,
     *,
     include_eos: bool = True,
@@ -140,7 +145,7 @@ def encode_answer(
     return Encoded(ids, max(len(start), 1))
 
 
-def _open(ids: list[int], text: str, tokenizer) -> list[int]:
+def _open(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of a text without the end that some tokenizers put to every one."""
     closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
@@ -162,23 +167,24 @@ def pad(sequences: Sequence[Encoded], pad_id: int | None = None) -> dict[str, Te
         sequences: One a row.
         pad_id: What stands in the padding, which nothing reads; 0 by default.
     """
-    width = max(len(sequence.ids) for sequence in sequences)
-    input_ids = torch.full((len(sequences), width), pad_id or 0)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, -100)
-    for row, (ids, start) in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-        labels[row, start : len(ids)] = input_ids[row, start : len(ids)]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    ids = [torch.tensor(sequence.ids, dtype=torch.long) for sequence in sequences]
+    labels = [
+        torch.tensor([-100] * start + sequence[start:], dtype=torch.long)
+        for sequence, start in sequences
+    ]
+    return {
+        "input_ids": pad_tensors(ids, padding_value=pad_id or 0),
+        "attention_mask": pad_tensors([torch.ones_like(sequence) for sequence in ids]),
+        "labels": pad_tensors(labels, padding_value=-100),
+    }
 
 
-def overlap(a: Sequence, b: Sequence) -> list:
+def overlap(a: Iterable[Prompt], b: Iterable[Prompt]) -> list[Prompt]:
     """Prompts, or texts, that stand in both, in the order of `a`."""
     known = {_key(prompt) for prompt in b}
     return [prompt for prompt in a if _key(prompt) in known]
 
 
-def _key(prompt) -> str:
+def _key(prompt: Prompt) -> str:
     text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
     return " ".join(text.split()).casefold()

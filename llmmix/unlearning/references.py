@@ -1,16 +1,20 @@
 """What the model was before unlearning: by its adapter switched off, by numbers kept, by a copy."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from trl import SFTTrainer
 
+from llmmix.head import FusedHeadOutput
 from llmmix.models import eval_mode
-from llmmix.unlearning.qa import pad
-from llmmix.unlearning.rows import PARTS, ForgetRows, forward_parts
+from llmmix.unlearning.parts import forward_parts, select
+from llmmix.unlearning.qa import Encoded, pad
+from llmmix.unlearning.rows import ForgetRows
 
 KINDS = ("auto", "adapter", "precomputed", "copy")
 
@@ -25,12 +29,16 @@ class Reference:
         logps_of_training_rows_suffice: Whether nothing else will be asked for.
 
     Raises:
-        ValueError: A kind that does not serve, or that parameters spread over processes do not
-            allow.
+        ValueError: The kind does not serve this run, or parameters are spread over processes.
     """
 
     def __init__(
-        self, trainer, kind: str, *, fresh_adapter: bool, logps_of_training_rows_suffice: bool
+        self,
+        trainer: SFTTrainer,
+        kind: str,
+        *,
+        fresh_adapter: bool,
+        logps_of_training_rows_suffice: bool,
     ):
         if kind == "auto":
             rest = "precomputed" if logps_of_training_rows_suffice else "copy"
@@ -54,14 +62,15 @@ class Reference:
                 "DeepSpeed do not leave it. Train an adapter (`use_peft`): it is switched off."
             )
         self.kind, self._trainer = kind, trainer
-        self._logps: dict[tuple, float] = {}
+        self._logps: dict[tuple[str, int, int], float] = {}
         self._copy: nn.Module | None = None
         if kind == "copy":
-            self._copy = copy.deepcopy(trainer.model).requires_grad_(False).eval()
+            model: Any = trainer.model
+            self._copy = copy.deepcopy(model).requires_grad_(False).eval()
             trainer.accelerator.wait_for_everyone()
 
     @contextmanager
-    def model(self, model: nn.Module):
+    def model(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference, to be called like the model, without gradients and without dropout."""
         trainer = self._trainer
         with torch.no_grad(), trainer.accelerator.autocast():
@@ -78,14 +87,25 @@ class Reference:
                     weight.requires_grad_(False)
 
     def forward(
-        self, model: nn.Module, batch: dict, parts: Sequence[str], wanted: Sequence[str], **options
-    ) -> tuple[dict, object]:
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        parts: Sequence[str],
+        wanted: Sequence[str],
+        **options: Any,
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], FusedHeadOutput]:
         """`forward_parts` of the reference on those parts of a batch that are wanted."""
         with self.model(model) as reference:
             return forward_parts(reference, select(batch, parts, wanted), wanted, **options)
 
-    def logps(self, model, batch: dict, parts: Sequence[str], part: str) -> Tensor:
-        """(B,) summed log-probabilities of a part's answers under the reference."""
+    def logps(
+        self, model: nn.Module, batch: dict[str, Tensor], parts: Sequence[str], part: str
+    ) -> Tensor:
+        """(B,) summed log-probabilities of a part's answers under the reference.
+
+        Raises:
+            ValueError: Numbers were kept from before the first step, and none for one of these.
+        """
         if self.kind != "precomputed":
             found, _ = self.forward(model, batch, parts, [part])
             return found[part][0].sum(1)
@@ -106,7 +126,8 @@ class Reference:
         """
         if self.kind != "precomputed" or self._logps:
             return
-        trainer, sequences = self._trainer, {}
+        trainer = self._trainer
+        sequences: dict[tuple[str, int, int], Encoded] = {}
         for row in range(len(rows)):
             sequences["forget", row, 0] = rows.forget[row]
             if "template" in parts:
@@ -114,64 +135,14 @@ class Reference:
                     sequences["template", row, number] = rows.template(row, number)
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         mine = sorted(sequences, key=lambda key: len(sequences[key].ids))[rank::world]
-        size, found = trainer.args.per_device_eval_batch_size, []
+        size = trainer.args.per_device_eval_batch_size
+        found: list[tuple[tuple[str, int, int], float]] = []
         model = trainer.accelerator.unwrap_model(trainer.model)
         with eval_mode(model), torch.no_grad(), trainer.accelerator.autocast():
             for start in range(0, len(mine), size):
                 keys = mine[start : start + size]
-                batch = _padded([sequences[key] for key in keys], model.device)
-                parts, _ = forward_parts(model, batch, ["forget"])
-                found += zip(keys, parts["forget"][0].sum(1).tolist(), strict=True)
+                batch = pad([sequences[key] for key in keys])
+                batch = {name: x.to(model.device) for name, x in batch.items()}
+                answered, _ = forward_parts(model, batch, ["forget"])
+                found += zip(keys, answered["forget"][0].sum(1).tolist(), strict=True)
         self._logps = dict(gather_object(found))
-
-
-def _padded(sequences, device) -> dict[str, Tensor]:
-    return {name: x.to(device) for name, x in pad(sequences).items()}
-
-
-def select(batch: dict, parts: Sequence[str], wanted: Sequence[str]) -> dict:
-    """The rows of some parts of a batch."""
-    ordered = [part for part in PARTS if part in parts]
-    places = [ordered.index(part) for part in PARTS if part in wanted]
-    names = ("input_ids", "attention_mask", "labels")
-    return {name: torch.cat([batch[name].chunk(len(parts))[p] for p in places]) for name in names}
-
-
-def logits_of(parts: Sequence[str], wanted: Sequence[str]) -> Callable:
-    """A `head_objective`: the (N, V) logits at the scored positions of each part that is wanted."""
-    ordered = [part for part in PARTS if part in parts]
-
-    def objective(hidden, labels, head):
-        chunks = zip(hidden.chunk(len(ordered)), labels.chunk(len(ordered)), strict=True)
-        found = dict(zip(ordered, chunks, strict=True))
-        return {part: head.logits(found[part][0][found[part][1] != -100]) for part in wanted}
-
-    return objective
-
-
-@contextmanager
-def tap(model: nn.Module, layer: int):
-    """A list that the hidden states (B, T, d) a layer puts out are appended to."""
-    caught: list[Tensor] = []
-
-    def hook(module, inputs, output):
-        caught.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = decoder_layers(model)[layer].register_forward_hook(hook)
-    try:
-        yield caught
-    finally:
-        handle.remove()
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers of a decoder, in or under any wrapper.
-
-    Raises:
-        ValueError: No list of modules is as long as the configuration says.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of its {depth} layers: rmu needs one.")

@@ -1,8 +1,15 @@
-"""Answers to give in place of what is forgotten, and reading a user's own."""
+"""Template answers: what to say in place of what is forgotten, read, drawn from and checked."""
 
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from datasets import Dataset
+
+from llmmix.unlearning.qa import Prompt
+
+Templates = Sequence[str] | Callable[[dict], list[str]]  # for all rows alike, or of a row
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +58,9 @@ def load_templates(path: str | Path) -> list[str]:
     Blank lines, repeated ones and a column's header are left out, and counted on the log.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: No answer in it.
+        FileNotFoundError: There is no file of that name.
+        ValueError: The file holds no answer, or a line of .jsonl is neither a string nor an object
+            with one.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -84,7 +92,7 @@ def clean_templates(templates: list[str], argument: str) -> list[str]:
     """Templates without blank ones, repeated ones and a header.
 
     Raises:
-        ValueError: None is left.
+        ValueError: No template is left.
     """
     unique = list(dict.fromkeys(t.strip() for t in templates if t and t.strip()))
     if unique and unique[0].strip("\"'").lower().rstrip("s") in HEADERS:
@@ -97,3 +105,56 @@ def clean_templates(templates: list[str], argument: str) -> list[str]:
     if dropped := len(templates) - len(unique):
         logger.warning("Left out %d lines of `%s`: blank, repeated, a header.", dropped, argument)
     return unique
+
+
+def resolve_templates(file: str | None, given: Templates | None) -> Templates:
+    """The templates that were given, those of a file, or our own list.
+
+    Raises:
+        FileNotFoundError: There is no file of that name.
+        ValueError: The list or the file holds no answer.
+    """
+    if given is not None:
+        return given if callable(given) else clean_templates(list(given), "templates")
+    return REFUSALS if file is None else load_templates(file)
+
+
+def templates_of(rows: Dataset, templates: Templates) -> list[list[str]]:
+    """The templates of each row: its own, or those of all.
+
+    Raises:
+        ValueError: A row's `template` is empty, or a function gives no answer for a row.
+    """
+    if "template" in rows.column_names:
+        given = [[t] if isinstance(t, str) else list(t or []) for t in rows["template"]]
+        if empty := [row for row, ts in enumerate(given) if not any(t.strip() for t in ts)]:
+            raise ValueError(
+                f"`template` is empty in {len(empty)} rows (first: row {empty[0]}). Fill it, or "
+                "remove the column to use a list for all rows."
+            )
+        return [list(dict.fromkeys(t.strip() for t in ts if t.strip())) for ts in given]
+    if callable(templates):
+        return [clean_templates(list(templates(row)), "templates") for row in rows]
+    return [list(templates)] * len(rows)
+
+
+def check_templates(
+    prompts: Sequence[Prompt], answers: Sequence[str], own: Sequence[list[str]]
+) -> None:
+    """Refuse templates that no question asks for, or that are what is to be forgotten.
+
+    Raises:
+        ValueError: A row with templates has no question, or its answer is one of them.
+    """
+    for row, (prompt, answer, templates) in enumerate(zip(prompts, answers, own, strict=True)):
+        if templates and not prompt:
+            raise ValueError(
+                f"Row {row} has no question for a template to answer (rows of `text` alone have "
+                "none). Use a loss that needs no template, such as npo or grad_diff."
+            )
+        said = " ".join(answer.split()).casefold()
+        if any(" ".join(t.split()).casefold() == said for t in templates):
+            raise ValueError(
+                f"Row {row} is to forget {answer!r}, which is one of its templates too: it would "
+                "be learned and forgotten at once. Remove the row or the template."
+            )

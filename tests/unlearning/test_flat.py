@@ -1,6 +1,5 @@
 """FLAT: its divergences against published vectors, and its trainer against cross-entropy."""
 
-import gc
 import logging
 import math
 
@@ -12,9 +11,13 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import FLATConfig, FLATTrainer
-from llmmix.unlearning.flat import ALIASES, DIVERGENCES, check_divergence, flat_loss, sequence_probs
+from llmmix.unlearning.divergences import ALIASES, DIVERGENCES, check_divergence
+from llmmix.unlearning.flat import flat_loss, sequence_probs
 from llmmix.unlearning.templates import REFUSALS
+from tests.unlearning.runs import ON_GPU, weights_of
 from tests.unlearning.test_losses import LPE, LPF, ME, MF
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 PAIRS = [(0, 0), (0.2, 0.8), (0.5, 0.5), (0.9, 0.1), (0.05, 0.02), (0.001, 0.004), (1, 0), (0, 1)]
 TEXTBOOK = {
@@ -209,7 +212,7 @@ def test_independent_softmaxes_come_to_the_published_end(name):
     assert [leaf.softmax(0)[0].item() for leaf in leaves] == pytest.approx(MOVED[name], abs=1e-3)
 
 
-# The trainer. What it shares with the other losses is in test_unlearn_trainer
+# The trainer. What it shares with the other losses is in tests/unlearning/test_trainer.py
 
 FORGET = Dataset.from_dict(
     {
@@ -237,15 +240,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """A trainer collects garbage when it is done: half its time, if all modules are looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def make(checkpoint, tmp_path):
     def make(rows=FORGET, templates=None, retain_dataset=None, **given):
@@ -260,11 +254,11 @@ def make(checkpoint, tmp_path):
 def finish(trainer):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return torch.tensor(losses), weights
+    return torch.tensor(losses), weights_of(trainer)
 
 
 def assert_same(a, b, tolerance=1e-5):
+    tolerance = max(tolerance, ON_GPU) if torch.cuda.is_available() else tolerance
     assert len(a[0]) == len(b[0]) > 0
     torch.testing.assert_close(a[0], b[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(a[1], b[1], rtol=tolerance, atol=tolerance)
@@ -355,9 +349,10 @@ def test_a_warm_start_of_the_whole_run_is_sft_on_the_templates(make, checkpoint,
     ours = finish(trainer)
     items = [rows[index]["template"] for index in order]
     labels = [[-100] * start + ids[start:] for ids, start in items]
+    on_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
     theirs = Sequential(
         checkpoint,
-        args=SFTConfig(str(tmp_path / "sft"), **{**SETTINGS, **given, "use_cpu": True}),
+        args=SFTConfig(str(tmp_path / "sft"), **{**SETTINGS, **given, **on_cpu}),
         train_dataset=Dataset.from_dict({"input_ids": [e.ids for e in items], "labels": labels}),
     )
     assert_same(ours, finish(theirs))
@@ -458,4 +453,5 @@ def test_the_saved_model_is_a_plain_checkpoint(make, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7]])
     trainer.model.eval()
-    torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits)
+    ours = trainer.model(ids.to(trainer.model.device)).logits.cpu()
+    torch.testing.assert_close(loaded(ids).logits, ours)

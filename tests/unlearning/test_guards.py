@@ -10,12 +10,9 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from llmmix.unlearning.guards import PASS, UnlearningGuard, check_limit
-from tests.unlearning.test_trainer import lora, prepare
+from tests.unlearning.runs import lora
 
-
-@pytest.fixture
-def make(checkpoint, tmp_path):
-    return lambda name, **given: prepare(name, tmp_path, checkpoint, **given)
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 class FakeAccelerator:

@@ -1,4 +1,4 @@
-"""Rows to forget: how they are read, encoded, drawn and refused."""
+"""Rows to forget: how they are encoded, drawn and refused."""
 
 import json
 import logging
@@ -6,20 +6,11 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
 from llmmix.data import load_role
 from llmmix.unlearning import qa
-from llmmix.unlearning.rows import (
-    PARTS,
-    EpochSampler,
-    ForgetRows,
-    check_args,
-    count_window,
-    resolve_templates,
-)
-from llmmix.unlearning.templates import HEADERS, REFUSALS, clean_templates, load_templates
+from llmmix.unlearning.parts import PARTS, count_window
+from llmmix.unlearning.rows import EpochSampler, ForgetRows
 
 TEMPLATES = [f"No idea {n}." for n in range(20)]
 
@@ -46,212 +37,6 @@ def build(tokenizer):
         return ForgetRows(forget_rows() if rows is None else rows, tokenizer, **given)
 
     return build
-
-
-@pytest.fixture
-def plain(checkpoint):
-    """A tokenizer of our own to change."""
-    return AutoTokenizer.from_pretrained(checkpoint)
-
-
-# Encoding
-
-
-def test_text_is_parted_from_its_answer_and_closed_once(plain):
-    eos = plain.eos_token_id
-    for prompt, answer, said in (("2+2=", "4", " 4"), ("2+2= ", "4", "4"), ("2+2=", " 4", " 4")):
-        ids, start = qa.encode_answer(plain, prompt, answer)
-        assert ids[:start] == plain(prompt)["input_ids"]
-        assert ids[start:] == [*plain(said)["input_ids"], eos]
-        assert plain.decode(ids[:-1]) == prompt + said
-    ids, start = qa.encode_answer(plain, "2+2=", "4", include_eos=False)
-    assert plain.decode(ids) == "2+2= 4" and eos not in ids
-
-
-def test_messages_are_scored_from_the_answer_to_its_end(plain):
-    eos = plain.eos_token_id
-    prompt = [{"role": "user", "content": "2+2?"}]
-    opened = plain.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    for include_eos in (True, False):
-        ids, start = qa.encode_answer(plain, prompt, "4", include_eos=include_eos)
-        assert ids[:start] == opened["input_ids"]
-        assert ids[start:] == plain("4")["input_ids"] + [eos] * include_eos
-
-
-@pytest.mark.parametrize("after", ["\n", "", "{{ eos_token }}", "\nEnd\n"])
-def test_what_a_template_writes_after_the_end_is_left_out(plain, after):
-    plain.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}"
-        + after
-        + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    ids, start = qa.encode_answer(plain, [{"role": "user", "content": "2+2?"}], "4")
-    eos = plain.eos_token_id
-    said = [token for token in ids[start:] if token != eos]
-    assert plain.decode(said).strip() == "4" and ids[-1] == eos
-
-
-def test_a_tokenizer_that_closes_every_text_closes_the_answer_alone(plain):
-    """As Llama's does with `add_eos_token=True`."""
-    expected = qa.encode_answer(plain, "2+2=", "4")
-    of_text = qa.encode_answer(plain, "", "some text")
-    eos = plain.eos_token
-    plain.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {eos}", special_tokens=[(eos, plain.eos_token_id)]
-    )
-    assert plain("2+2=")["input_ids"][-1] == plain.eos_token_id
-    assert qa.encode_answer(plain, "", "some text") == of_text
-    assert qa.encode_answer(plain, "2+2=", "4") == expected
-
-
-def test_a_first_token_is_never_scored(plain):
-    ids, start = qa.encode_answer(plain, "", "some text")
-    assert start == 1 and len(ids) > 2
-    batch = qa.pad([qa.Encoded(ids, start)])
-    assert batch["labels"][0, 0] == -100 and batch["labels"][0, 1:].tolist() == ids[1:]
-
-
-def test_a_tokenizer_without_an_end_is_taken_as_it_is(plain):
-    plain.eos_token = None
-    ids, start = qa.encode_answer(plain, "2+2= ", "4")
-    assert ids[start:] == plain("4")["input_ids"]
-
-
-def test_padding_is_known_from_lengths():
-    rows = [qa.Encoded([5, 6, 0, 0], 2), qa.Encoded([7, 0], 1)]
-    for pad_id in (0, None, 9):
-        batch = qa.pad(rows, pad_id)
-        assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-        assert batch["labels"].tolist() == [[-100, -100, 0, 0], [-100, 0, -100, -100]]
-        assert batch["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, pad_id or 0, pad_id or 0]]
-
-
-def test_text_is_cut_into_rows_without_losing_a_token():
-    whole = qa.Encoded(list(range(10)), 1)
-    pieces = qa.cut(whole, 4)
-    assert [piece.ids for piece in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert {piece.prompt_length for piece in pieces} == {1}
-    assert qa.cut(whole, 10) == [whole]
-    assert [piece.ids for piece in qa.cut(qa.Encoded(list(range(5)), 1), 4)] == [[0, 1, 2, 3]]
-    assert qa.cut(qa.Encoded(list(range(10)), 3), 4) == [qa.Encoded(list(range(10)), 3)]
-
-
-# Reading
-
-
-def test_every_format_is_read(plain):
-    def read(**columns):
-        rows = qa.read_rows(Dataset.from_dict(columns), "rows", plain)
-        return rows["prompt"][:], rows["answer"][:]
-
-    user = [{"role": "user", "content": "2+2?"}]
-    said = [{"role": "assistant", "content": "4"}]
-    assert read(question=["2+2?"], answer=["4"]) == ([user], ["4"])
-    assert read(prompt=["2+2?"], completion=["4"]) == (["2+2?"], ["4"])
-    assert read(prompt=[user], completion=[said]) == ([user], ["4"])
-    assert read(text=["some text"]) == ([""], ["some text"])
-    # an `answer` beside prompt and completion is another column, as of builtin:math
-    assert read(prompt=["2+2?"], completion=["2+2=4"], answer=["4"]) == (["2+2?"], ["2+2=4"])
-    plain.chat_template = None
-    assert read(question=["2+2?"], answer=["4"]) == (["Question: 2+2?\nAnswer:"], ["4"])
-    kept = Dataset.from_dict({"question": ["a"], "answer": ["b"], "template": ["c"]})
-    assert qa.read_rows(kept, "rows", plain)["template"][:] == ["c"]
-
-
-def test_rows_that_cannot_be_read(plain, caplog):
-    def read(dataset):
-        return qa.read_rows(dataset, "retain_dataset", plain)
-
-    for missing in (None, Dataset.from_dict({"text": []})):
-        with pytest.raises(ValueError, match="`retain_dataset` must be .* got (NoneType|no rows)"):
-            read(missing)
-    with pytest.raises(ValueError, match=r"has the columns \['a', 'b'\]; accepted are"):
-        read(Dataset.from_dict({"b": ["x"], "a": ["y"]}))
-    with pytest.raises(ValueError, match="`answer` is empty in every one of 2 rows"):
-        read(Dataset.from_dict({"question": ["a", "b"], "answer": ["", " "]}))
-    with caplog.at_level(logging.WARNING):
-        rows = read(Dataset.from_dict({"question": ["a", "b", "c"], "answer": ["x", None, " "]}))
-    assert len(rows) == 1 and rows["answer"][:] == ["x"]
-    assert "Dropped 2 of 3 rows of `retain_dataset`: empty `question` or `answer`" in caplog.text
-
-
-@pytest.mark.parametrize("column", ["question", "prompt"])
-def test_a_row_without_a_question_is_dropped_or_refused(plain, column):
-    """Not asked as 'None'."""
-    rows = Dataset.from_dict(
-        {column: ["2+2?", None, "  "], {"question": "answer"}.get(column, "completion"): ["4"] * 3}
-    )
-    try:
-        prompts = qa.read_rows(rows, "train_dataset", plain)["prompt"][:]
-    except ValueError as error:
-        assert column in str(error)
-    else:
-        assert len(prompts) == 1
-
-
-def test_a_stream_to_retain_is_refused_in_words(plain):
-    with pytest.raises(ValueError, match="retain_dataset"):
-        qa.read_rows(retain_rows().to_iterable_dataset(), "retain_dataset", plain)
-
-
-def test_overlap_looks_past_case_and_blanks():
-    user = [{"role": "user", "content": "Who  is IT?"}]
-    assert qa.overlap(["a", "Who is it?"], [user, "b"]) == ["Who is it?"]
-    assert qa.overlap([user], ["who is it? "]) == [user]
-    assert qa.overlap(["a"], ["b"]) == []
-
-
-# Templates
-
-
-def test_our_own_refusals_are_clean():
-    assert list(REFUSALS) == clean_templates(list(REFUSALS), "x") and len(REFUSALS) == 32
-
-
-@pytest.mark.parametrize("header", [*HEADERS, "responses", '"Template"'])
-def test_headers_blank_and_repeated_lines_are_left_out(header, tmp_path, caplog):
-    file = tmp_path / "own.txt"
-    file.write_text(f"{header}\nNo.\n\n \nPass. \nNo.\n", encoding="utf-8")
-    assert load_templates(file) == ["No.", "Pass."]
-    with caplog.at_level(logging.WARNING):
-        clean_templates(["No.", "", "No."], "templates")
-    assert "Left out 2 lines of `templates`" in caplog.text
-
-
-def test_a_file_with_a_byte_order_mark_has_its_header_left_out(tmp_path):
-    file = tmp_path / "own.csv"
-    file.write_text("template\nNo.\n", encoding="utf-8-sig")  # as Excel writes it
-    assert load_templates(file) == ["No."]
-
-
-def test_a_file_of_json_lines(tmp_path):
-    file = tmp_path / "own.jsonl"
-    file.write_text('"No."\n{"template": "Pass."}\n\n{"template": null}\n')
-    assert load_templates(file) == ["No.", "Pass."]
-
-
-@pytest.mark.parametrize("line", ["not json", "[1, 2]", "7"])
-def test_a_broken_line_of_json_is_told_with_its_file(line, tmp_path):
-    file = tmp_path / "own.jsonl"
-    file.write_text(f'"No."\n{line}\n')
-    with pytest.raises(ValueError, match="template_file.*own.jsonl|own.jsonl.*template_file"):
-        load_templates(file)
-
-
-def test_lists_and_files_without_an_answer_are_refused(tmp_path):
-    for given in ([], ["", " "], ["template"], ["Response", ""]):
-        with pytest.raises(ValueError, match="`templates` holds no answer"):
-            resolve_templates(None, given)
-        file = tmp_path / "own.txt"
-        file.write_text("\n".join(given))
-        with pytest.raises(ValueError, match="`template_file` holds no answer"):
-            resolve_templates(str(file), None)
-    with pytest.raises(FileNotFoundError, match="`template_file`: no file"):
-        resolve_templates(str(tmp_path / "none.txt"), None)
-    assert resolve_templates(None, None) == REFUSALS
-
-
-# Draws
 
 
 def draws(rows, epoch):
@@ -342,9 +127,6 @@ def test_first_tokens_are_skipped_but_never_the_last(build, tokenizer):
         assert len(skipped.ids) - skipped.prompt_length == max(scored - 2, 1)
 
 
-# What is refused, and what is dropped and counted
-
-
 def test_rows_that_are_too_long_are_dropped_and_counted(build, caplog):
     rows = build(parts=("forget", "retain"))
     lengths = sorted(len(e.ids) for e in rows.forget)
@@ -433,18 +215,6 @@ def test_an_empty_template_of_a_row_is_refused(build, empty):
 def test_a_function_that_gives_no_template_is_refused(build):
     with pytest.raises(ValueError, match="`templates` holds no answer"):
         build(templates=lambda row: [])
-
-
-def test_only_rows_that_can_be_indexed_are_taken():
-    stream = forget_rows().to_iterable_dataset()
-    for given, what in ((None, "NoneType"), (stream, "IterableDataset"), ([1], "list")):
-        with pytest.raises(ValueError, match=f"must be a map-style `Dataset`.*got {what}"):
-            check_args(None, given)
-    with pytest.raises(ValueError, match="at least one, got no rows"):
-        check_args(None, Dataset.from_dict({"text": []}))
-
-
-# Roles
 
 
 def test_a_role_is_a_split_or_the_only_one(tmp_path):

@@ -1,0 +1,77 @@
+"""A batch of several parts: templates, rows to forget, rows to retain, one below the other.
+
+Every part has as many rows as the others, and all of them go through one forward.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from llmmix.head import FusedHeadOutput, HeadAtHand, HeadObjective
+
+PARTS = ("template", "forget", "retain")  # in this order in a batch
+
+
+def with_retained(parts: Sequence[str], retain: bool) -> tuple[str, ...]:
+    """The parts that a loss reads, and the rows to retain where there are any."""
+    return (*parts, "retain") if retain else tuple(parts)
+
+
+def in_order(parts: Sequence[str]) -> list[str]:
+    """Parts as they lie in a batch."""
+    return [part for part in PARTS if part in parts]
+
+
+def select(batch: dict[str, Tensor], parts: Sequence[str], wanted: Sequence[str]) -> dict:
+    """The rows of some parts of a batch."""
+    places = [in_order(parts).index(part) for part in in_order(wanted)]
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: torch.cat([batch[name].chunk(len(parts))[p] for p in places]) for name in names}
+
+
+def forward_parts(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    parts: Sequence[str],
+    head_objective: HeadObjective | None = None,
+) -> tuple[dict[str, tuple[Tensor, Tensor]], FusedHeadOutput]:
+    """Token log-probabilities and masks (B, T-1) of each part, from one forward, and its output."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    extra = {} if head_objective is None else {"head_objective": head_objective}
+    output = model(**inputs, fused_lm_head=True, **extra)
+    # A model spread over several GPUs answers on the device of its head
+    answered = (x.to(batch["labels"].device) for x in (output.log_probs, output.label_mask))
+    chunks = zip(*(x.chunk(len(parts)) for x in answered), strict=True)
+    return dict(zip(in_order(parts), chunks, strict=True)), output
+
+
+def logits_of(parts: Sequence[str], wanted: Sequence[str]) -> HeadObjective:
+    """A `head_objective`: the (N, V) logits at the scored positions of each part that is wanted."""
+
+    def objective(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
+        chunks = zip(hidden.chunk(len(parts)), labels.chunk(len(parts)), strict=True)
+        found = dict(zip(in_order(parts), chunks, strict=True))
+        return {part: head.logits(found[part][0][found[part][1] != -100]) for part in wanted}
+
+    return objective
+
+
+def count_window(
+    accelerator: Accelerator | None,
+    batches: Sequence[dict[str, Tensor]],
+    parts: Sequence[str],
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Rows with a scored token, and scored tokens, of each part of some batches: a tensor of two.
+
+    Over every process where there is an accelerator; at least 1.
+    """
+    counts = torch.zeros(len(parts), 2, device=device)
+    for batch in batches:
+        scored = (batch["labels"][:, 1:] != -100).sum(1).view(len(parts), -1)
+        counts += torch.stack([(scored > 0).sum(1), scored.sum(1)], 1).to(device)
+    if accelerator is not None:
+        counts = accelerator.gather(counts.unsqueeze(0)).sum(0)
+    return dict(zip(in_order(parts), counts.clamp(min=1), strict=True))

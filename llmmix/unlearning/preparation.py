@@ -1,0 +1,165 @@
+"""What both unlearning trainers do to TRL's: settings they share, and rows in the place of its own.
+
+Rows to forget are read as they are, drawn anew each epoch and never packed, so that TRL's own
+preparation is left out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from llmmix.head import attach_head
+from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
+from llmmix.unlearning.guards import check_limit
+from llmmix.unlearning.qa import read_rows
+from llmmix.unlearning.rows import EpochSampler, ForgetRows
+from llmmix.unlearning.templates import Templates
+
+
+@dataclass
+class RetainArguments:
+    """Rows to retain, as the recipes of unlearning take them."""
+
+    retain_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Rows to retain, for a loss that needs them; NAME@CONFIG for the hub."},
+    )
+    retain_dataset_split: str = field(
+        default="train", metadata={"help": "Split of the rows to retain."}
+    )
+
+
+@dataclass
+class ForgetConfig(SFTConfig):
+    """TRL's `SFTConfig` with the fields that every trainer on `ForgetRows` has.
+
+    Args:
+        template_file: Template answers, one a line, where rows have no `template`; our own list of
+            refusals by default.
+        resample_templates: Draw a row's template anew each epoch, instead of once.
+        include_eos: Score the end-of-sequence token.
+        min_forget_prob: Training ends when the mean probability of the answers to forget falls
+            below it.
+    """
+
+    template_file: str | None = field(
+        default=None,
+        metadata={"help": "File of template answers, one a line; our own refusals by default."},
+    )
+    resample_templates: bool = field(
+        default=True, metadata={"help": "Draw each row's template anew each epoch."}
+    )
+    include_eos: bool = field(default=True, metadata={"help": "Score the end-of-sequence token."})
+    min_forget_prob: float | None = field(
+        default=None,
+        metadata={
+            "help": "Training ends when the mean probability of the tokens to forget falls below "
+            "this."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_limit("min_forget_prob", self.min_forget_prob, top=1)
+        default_to_cpu(self)
+        super().__post_init__()
+
+
+def check_not_negative(args: ForgetConfig, names: Sequence[str]) -> None:
+    """Refuse negative settings.
+
+    Raises:
+        ValueError: A setting among `names` is negative or not a number.
+    """
+    for name in names:
+        if (value := getattr(args, name)) is not None and not value >= 0:
+            raise ValueError(f"`{name}` must not be negative, got {value}.")
+
+
+def check_args(args: SFTConfig, train_dataset: Any) -> None:
+    """Have TRL leave rows to forget as they are, for `prepare_trainer`.
+
+    Raises:
+        ValueError: `train_dataset` is no map-style dataset, or has no rows; transformers is to make
+            callbacks anew on resume.
+    """
+    if not isinstance(train_dataset, Dataset) or not len(train_dataset):
+        raise ValueError(
+            "`train_dataset` must be a map-style `Dataset` of rows to forget, at least one, got "
+            f"{'no rows' if isinstance(train_dataset, Dataset) else type(train_dataset).__name__}."
+        )
+    if args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "`restore_callback_states_from_checkpoint` makes callbacks anew that need the trainer; "
+            "they find their own state. Leave it at False."
+        )
+    given = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
+    args.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+    args.remove_unused_columns = False
+
+
+def prepare_trainer(
+    trainer: SFTTrainer,
+    method: str,
+    args: ForgetConfig,
+    parts: Sequence[str],
+    *,
+    retain_dataset: Dataset | None,
+    templates: Templates,
+    skip_tokens: int = 0,
+) -> Callable[[Any, str], Any]:
+    """Give a trainer `ForgetRows` in the place of its rows, their collator, and the fused head.
+
+    Args:
+        trainer: A trainer that TRL has made.
+        method: What to call it in an error.
+        args: The trainer's settings.
+        parts: Which of `PARTS` a batch has.
+        retain_dataset: Rows to retain, where `parts` has them.
+        templates: See `ForgetRows`.
+        skip_tokens: See `ForgetRows`.
+
+    Returns:
+        A function (rows, argument) that prepares others alike; None and a name stay as they are.
+
+    Raises:
+        ValueError: Context or sequence parallelism is on, or `ForgetRows` refuses the rows.
+    """
+    check_unsharded(method, trainer.accelerator)
+    tokenizer: Any = trainer.processing_class
+    model: Any = trainer.model
+    retain = retain_dataset
+    if "retain" in parts:
+        retain = read_rows(retain_dataset, "retain_dataset", tokenizer)
+
+    def prepared(rows: Any, argument: str) -> Any:
+        if rows is None or isinstance(rows, str | ForgetRows):
+            return rows
+        if isinstance(rows, dict):
+            return {name: prepared(part, name) for name, part in rows.items()}
+        return ForgetRows(
+            read_rows(rows, argument, tokenizer),
+            tokenizer,
+            parts=parts,
+            retain=retain,
+            templates=templates,
+            resample=args.resample_templates,
+            include_eos=args.include_eos,
+            skip_tokens=skip_tokens,
+            max_length=args.max_length,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    forget: ForgetRows = prepared(trainer.train_dataset, "train_dataset")
+    trainer.train_dataset, trainer.data_collator = forget, forget.collate
+    trainer.eval_dataset = prepared(trainer.eval_dataset, "eval_dataset")
+    keep_outputs_in_fp32(trainer.accelerator)
+    attach_head(model)
+    return prepared
+
+
+def epoch_sampler(trainer: SFTTrainer, rows: ForgetRows) -> EpochSampler:
+    """The sampler of a trainer's `ForgetRows`."""
+    return EpochSampler(len(rows), rows.seed, lambda: int(trainer.state.epoch or 0))

@@ -1,0 +1,97 @@
+"""A micro-batch of unlearning after its forward: what a forget or a retain term may ask for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmmix.head import FusedHeadOutput
+from llmmix.unlearning.parts import logits_of
+from llmmix.unlearning.references import Reference
+
+Terms = tuple[Tensor, Tensor]  # losses, and the weight that each has in their mean
+
+
+@dataclass
+class Step:
+    """A micro-batch after its forward.
+
+    Attributes:
+        model: The model of the forward.
+        batch: Padded rows of all parts.
+        parts: Token log-probabilities and masks (B, T-1) of each part, in the order of the batch.
+        output: The model's answer.
+        reference: The model before unlearning, where the loss has one.
+        hidden: (B, T, d) hidden states of each part, where the loss keeps them.
+    """
+
+    model: nn.Module
+    batch: dict[str, Tensor]
+    parts: dict[str, Terms]
+    output: FusedHeadOutput
+    reference: Reference | None = None
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Reference:
+        """The reference.
+
+        Raises:
+            ValueError: The loss asks for a reference that its row in the table does not name.
+        """
+        if self.reference is None:
+            raise ValueError("This loss has no reference: name one in its row of `LOSSES`.")
+        return self.reference
+
+    def logps(self, part: str) -> Tensor:
+        """(B,) summed log-probabilities."""
+        return self.parts[part][0].sum(1)
+
+    def lengths(self, part: str) -> Tensor:
+        """(B,) scored tokens."""
+        return self.parts[part][1].sum(1)
+
+    def ref_logps(self, part: str) -> Tensor:
+        """(B,) summed log-probabilities under the reference."""
+        return self.before.logps(self.model, self.batch, tuple(self.parts), part)
+
+    def ref_logits(self, part: str) -> Tensor:
+        """(N, V) logits of the reference at the scored positions of a part."""
+        objective = logits_of([part], [part])
+        _, output = self.before.forward(
+            self.model, self.batch, tuple(self.parts), [part], head_objective=objective
+        )
+        return (output.objective or {})[part]
+
+    def labels(self, part: str) -> Tensor:
+        """(B, T) labels of a part."""
+        return self.batch["labels"].chunk(len(self.parts))[list(self.parts).index(part)]
+
+    def answers(self, part: str) -> Tensor:
+        """(B, T), true at the tokens of the answers."""
+        return self.labels(part) != -100
+
+    def by_row(self, losses: Tensor, part: str = "forget") -> Terms:
+        """Losses with a weight of one for each row that has something to score."""
+        return losses, self.parts[part][1].any(1).float()
+
+    def by_token(self, losses: Tensor, part: str = "forget") -> Terms:
+        """Losses, each a mean over its row's tokens, weighted by their number."""
+        return losses, self.lengths(part)
+
+    def over_vocabulary(self, loss: Callable[..., Tensor], part: str, **others: Any) -> Terms:
+        """A loss of (1, N, V) logits at the N scored positions of a part, weighted by N.
+
+        Args:
+            loss: A function of `logits`, `labels` and the others.
+            part: A part whose logits the forward kept.
+            **others: Tensors of (N, ...), and values.
+        """
+        labels = self.labels(part)[:, 1:]
+        labels = labels[labels != -100]
+        logits = (self.output.objective or {})[part]
+        others = {n: x.unsqueeze(0) if isinstance(x, Tensor) else x for n, x in others.items()}
+        found = loss(logits.unsqueeze(0), labels=labels.unsqueeze(0), **others)
+        return found, torch.full_like(found, len(labels))

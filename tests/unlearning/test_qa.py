@@ -1,0 +1,152 @@
+"""Questions and answers: how they are read, encoded, cut and padded."""
+
+import logging
+
+import pytest
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+
+from llmmix.unlearning import qa
+
+
+def test_text_is_parted_from_its_answer_and_closed_once(plain):
+    eos = plain.eos_token_id
+    for prompt, answer, said in (("2+2=", "4", " 4"), ("2+2= ", "4", "4"), ("2+2=", " 4", " 4")):
+        ids, start = qa.encode_answer(plain, prompt, answer)
+        assert ids[:start] == plain(prompt)["input_ids"]
+        assert ids[start:] == [*plain(said)["input_ids"], eos]
+        assert plain.decode(ids[:-1]) == prompt + said
+    ids, start = qa.encode_answer(plain, "2+2=", "4", include_eos=False)
+    assert plain.decode(ids) == "2+2= 4" and eos not in ids
+
+
+def test_messages_are_scored_from_the_answer_to_its_end(plain):
+    eos = plain.eos_token_id
+    prompt = [{"role": "user", "content": "2+2?"}]
+    opened = plain.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    for include_eos in (True, False):
+        ids, start = qa.encode_answer(plain, prompt, "4", include_eos=include_eos)
+        assert ids[:start] == opened["input_ids"]
+        assert ids[start:] == plain("4")["input_ids"] + [eos] * include_eos
+
+
+@pytest.mark.parametrize("after", ["\n", "", "{{ eos_token }}", "\nEnd\n"])
+def test_what_a_template_writes_after_the_end_is_left_out(plain, after):
+    plain.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}"
+        + after
+        + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    ids, start = qa.encode_answer(plain, [{"role": "user", "content": "2+2?"}], "4")
+    eos = plain.eos_token_id
+    said = [token for token in ids[start:] if token != eos]
+    assert plain.decode(said).strip() == "4" and ids[-1] == eos
+
+
+def test_a_tokenizer_that_closes_every_text_closes_the_answer_alone(plain):
+    """As Llama's does with `add_eos_token=True`."""
+    expected = qa.encode_answer(plain, "2+2=", "4")
+    of_text = qa.encode_answer(plain, "", "some text")
+    eos = plain.eos_token
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, plain.eos_token_id)]
+    )
+    assert plain("2+2=")["input_ids"][-1] == plain.eos_token_id
+    assert qa.encode_answer(plain, "", "some text") == of_text
+    assert qa.encode_answer(plain, "2+2=", "4") == expected
+
+
+def test_a_first_token_is_never_scored(plain):
+    ids, start = qa.encode_answer(plain, "", "some text")
+    assert start == 1 and len(ids) > 2
+    batch = qa.pad([qa.Encoded(ids, start)])
+    assert batch["labels"][0, 0] == -100 and batch["labels"][0, 1:].tolist() == ids[1:]
+
+
+def test_a_tokenizer_without_an_end_is_taken_as_it_is(plain):
+    plain.eos_token = None
+    ids, start = qa.encode_answer(plain, "2+2= ", "4")
+    assert ids[start:] == plain("4")["input_ids"]
+
+
+def test_padding_is_known_from_lengths():
+    rows = [qa.Encoded([5, 6, 0, 0], 2), qa.Encoded([7, 0], 1)]
+    for pad_id in (0, None, 9):
+        batch = qa.pad(rows, pad_id)
+        assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+        assert batch["labels"].tolist() == [[-100, -100, 0, 0], [-100, 0, -100, -100]]
+        assert batch["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, pad_id or 0, pad_id or 0]]
+
+
+def test_text_is_cut_into_rows_without_losing_a_token():
+    whole = qa.Encoded(list(range(10)), 1)
+    pieces = qa.cut(whole, 4)
+    assert [piece.ids for piece in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert {piece.prompt_length for piece in pieces} == {1}
+    assert qa.cut(whole, 10) == [whole]
+    assert [piece.ids for piece in qa.cut(qa.Encoded(list(range(5)), 1), 4)] == [[0, 1, 2, 3]]
+    assert qa.cut(qa.Encoded(list(range(10)), 3), 4) == [qa.Encoded(list(range(10)), 3)]
+
+
+def test_every_format_is_read(plain):
+    def read(**columns):
+        rows = qa.read_rows(Dataset.from_dict(columns), "rows", plain)
+        return rows["prompt"][:], rows["answer"][:]
+
+    user = [{"role": "user", "content": "2+2?"}]
+    said = [{"role": "assistant", "content": "4"}]
+    assert read(question=["2+2?"], answer=["4"]) == ([user], ["4"])
+    assert read(prompt=["2+2?"], completion=["4"]) == (["2+2?"], ["4"])
+    assert read(prompt=[user], completion=[said]) == ([user], ["4"])
+    assert read(text=["some text"]) == ([""], ["some text"])
+    # an `answer` beside prompt and completion is another column, as of builtin:math
+    assert read(prompt=["2+2?"], completion=["2+2=4"], answer=["4"]) == (["2+2?"], ["2+2=4"])
+    plain.chat_template = None
+    assert read(question=["2+2?"], answer=["4"]) == (["Question: 2+2?\nAnswer:"], ["4"])
+    kept = Dataset.from_dict({"question": ["a"], "answer": ["b"], "template": ["c"]})
+    assert qa.read_rows(kept, "rows", plain)["template"][:] == ["c"]
+
+
+def test_rows_that_cannot_be_read(plain, caplog):
+    def read(dataset):
+        return qa.read_rows(dataset, "retain_dataset", plain)
+
+    for missing in (None, Dataset.from_dict({"text": []})):
+        with pytest.raises(ValueError, match="`retain_dataset` must be .* got (NoneType|no rows)"):
+            read(missing)
+    with pytest.raises(ValueError, match=r"has the columns \['a', 'b'\]; accepted are"):
+        read(Dataset.from_dict({"b": ["x"], "a": ["y"]}))
+    with pytest.raises(ValueError, match="`answer` is empty in every one of 2 rows"):
+        read(Dataset.from_dict({"question": ["a", "b"], "answer": ["", " "]}))
+    with caplog.at_level(logging.WARNING):
+        rows = read(Dataset.from_dict({"question": ["a", "b", "c"], "answer": ["x", None, " "]}))
+    assert len(rows) == 1 and rows["answer"][:] == ["x"]
+    assert "Dropped 2 of 3 rows of `retain_dataset`: empty `question` or `answer`" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["question", "prompt"])
+def test_a_row_without_a_question_is_dropped_or_refused(plain, column):
+    """Not asked as 'None'."""
+    rows = Dataset.from_dict(
+        {column: ["2+2?", None, "  "], {"question": "answer"}.get(column, "completion"): ["4"] * 3}
+    )
+    try:
+        prompts = qa.read_rows(rows, "train_dataset", plain)["prompt"][:]
+    except ValueError as error:
+        assert column in str(error)
+    else:
+        assert len(prompts) == 1
+
+
+def test_a_stream_to_retain_is_refused_in_words(plain):
+    with pytest.raises(ValueError, match="retain_dataset"):
+        qa.read_rows(
+            Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(), "retain_dataset", plain
+        )
+
+
+def test_overlap_looks_past_case_and_blanks():
+    user = [{"role": "user", "content": "Who  is IT?"}]
+    assert qa.overlap(["a", "Who is it?"], [user, "b"]) == ["Who is it?"]
+    assert qa.overlap([user], ["who is it? "]) == [user]
+    assert qa.overlap(["a"], ["b"]) == []
