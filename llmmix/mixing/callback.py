@@ -84,7 +84,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
         def get_train_dataloader() -> MixtureLoader:
             size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-            steps = args.max_steps if sampler.endless else None
+            steps = args.max_steps if sampler.passes.endless else None
             self.loader = MixtureLoader(
                 sampler, own_loader(), locate, size, accumulation, process, steps
             )
@@ -277,7 +277,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         """Rows of a domain, the same on every process, that depend on the step alone."""
         name, size = self.sampler.names[domain], int(self.sampler.sizes[domain])
         count, step = self.loader.draws_a_step, self.trainer.state.global_step
-        if self.sampler.endless:
+        if self.sampler.passes.endless:
             raise ValueError("Gradients by domain are taken on any of its rows: streams have none.")
         rows = np.array(rows_of(self.sampler.seed, step, name, size, count))
         where = self._locate(np.full(count, domain), rows, np.zeros(count, dtype=int))

@@ -123,7 +123,7 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
             )
     sampler.bind({name: [len(part) for part in own] for name, own in parts.items()})
     where = np.concatenate([part for name in sampler.names for part in parts[name]])
-    first = sampler.first_rows()
+    first = sampler.passes.first_rows()
     # Rows to forget are told the pass, from which their templates follow
     a_pass = getattr(dataset, "pass_length", 0)
 
