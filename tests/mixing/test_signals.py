@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from llmmix import FLATConfig, FLATTrainer
-from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains, signals
+from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains
+from llmmix.mixing import targets as target_losses
 from llmmix.mixing.signals import Signals
 from tests.mixing.test_attach import (
     ONE_HOT,
@@ -74,7 +75,7 @@ def test_losses_are_means_over_tokens_by_hand(make, monkeypatch, case):
     if case == "lora":
         options["peft_config"] = LORA
     if case == "many forwards":
-        monkeypatch.setattr(signals, "BATCH_TOKENS", 10)
+        monkeypatch.setattr(target_losses, "BATCH_TOKENS", 10)
     trainer = make(trainer_options=options, dropout=0.3 if case == "dropout" else 0.0)
     found = Signals(trainer, trainer.eval_dataset)
     assert found.measure == "nll" and found.targets == ["a", "b", "c"]
