@@ -22,7 +22,6 @@ PRIVATE = {
         Trainer,
         "sftmix.py unlearning/flat.py unlearning/trainer.py mixing/attach.py",
     ),
-    "_prepare_dataset": (SFTTrainer, "mixing/domains.py"),
     "_send_telemetry": (SFTTrainer, TRAINERS),
     "_tag_names": (SFTTrainer, TRAINERS),
     "_paper": (SFTTrainer, TRAINERS),

@@ -32,7 +32,7 @@ class MixtureRecord:
     """
 
     def __init__(self, trainer: "Trainer"):
-        self._path = Path(trainer.args.output_dir) / NAME
+        self._path = Path(str(trainer.args.output_dir)) / NAME
         self._writes = trainer.is_world_process_zero()
         self.lines = 0
 
