@@ -15,12 +15,11 @@ from llmmix import FLATConfig, FLATTrainer
 from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains
 from llmmix.mixing import targets as target_losses
 from llmmix.mixing.signals import Signals
-from tests.mixing.test_attach import (
+from tests.mixing.runs import (
     ONE_HOT,
     SETTINGS,
     WEIGHTS,
     Phases,
-    build,
     finish,
     mixed,
     pad_left,
@@ -31,14 +30,6 @@ from tests.mixing.test_attach import (
 )
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.2, init_lora_weights=False)
-
-
-@pytest.fixture
-def make(tokenizer, tmp_path):
-    def build_here(name="run", **given):
-        return build(tmp_path / name, tokenizer, **given)
-
-    return build_here
 
 
 def nll(model, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, int]:

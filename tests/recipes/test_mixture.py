@@ -189,6 +189,7 @@ def test_what_is_amiss_with_domains_is_said(domains, options, message, files, to
         load_domains(args, tokenizer)
 
 
+@pytest.mark.slow
 def test_the_study_runs_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
     argv = ["run", "mixing_study", "--domains", "noise", "noise2", "--seeds", "2"]
