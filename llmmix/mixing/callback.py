@@ -5,7 +5,7 @@ saved and restored with the trainer's checkpoints, and writes OUTPUT_DIR/mixture
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate.logging import get_logger
@@ -66,8 +66,8 @@ class MixtureCallback(ResumedCallback):
         """Take over a trainer's rows, which `attach_mixture` has found in order.
 
         Raises:
-            ValueError: `targets` are given to what measures none, or are missing or without
-                anything to measure; rows as `locate_rows` and `mean_scored_tokens` refuse them.
+            ValueError: Targets are given to a method that measures none, or are missing or cannot
+                be measured; `locate_rows` or `mean_scored_tokens` refuses the rows.
         """
         self.trainer, sampler = trainer, self.sampler
         locate = locate_rows(trainer, sampler)
@@ -87,7 +87,8 @@ class MixtureCallback(ResumedCallback):
             self.loader = MixtureLoader.of_trainer(trainer, sampler, own_loader(), locate)
             return self.loader
 
-        trainer.get_train_dataloader = get_train_dataloader
+        # Of this trainer alone, whose class stays as it is
+        trainer.get_train_dataloader = get_train_dataloader  # type: ignore[method-assign,assignment]
         trainer.args.ignore_data_skip = True  # the sampler knows where it was; nothing is replayed
 
     def _bind_targets(self) -> Signals | None:
@@ -118,8 +119,8 @@ class MixtureCallback(ResumedCallback):
         Raises:
             ValueError: The checkpoint holds no state of this callback.
         """
-        name = type(self).__name__
-        if state.global_step and not state.stateful_callbacks.get(name, {}).get("attributes"):
+        name, saved = type(self).__name__, cast(dict, state.stateful_callbacks)
+        if state.global_step and not saved.get(name, {}).get("attributes"):
             raise ValueError(
                 f"`resume_from_checkpoint`: the checkpoint holds no state of {name}: it was "
                 "written without this mixture. Begin anew, or resume with what wrote it."

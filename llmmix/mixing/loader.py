@@ -9,18 +9,16 @@ mixture is decided, and forgets what it read when the mixture is decided anew. W
 nothing is read ahead, not even the one micro-batch that accelerate's loader does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from llmmix.mixing.blocks import Locate
 from llmmix.mixing.draws import uniforms
 from llmmix.mixing.sampler import MixtureSampler
-
-# (domains, rows, passes), each (n,), to the n indices that a dataset takes
-Locate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class MixtureLoader:
