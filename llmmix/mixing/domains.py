@@ -54,15 +54,14 @@ class MixtureConfig(SFTConfig):
     weight_unit: str = field(
         default="examples",
         metadata={
-            "help": f"What the weights are shares of, one of {UNITS}. Tokens are those that are "
-            "scored."
+            "help": f"What the weights are shares of: {' or '.join(UNITS)} (that are scored)."
         },
     )
     draws: str = field(
         default="multinomial",
         metadata={
-            "help": f"How rows are drawn, one of {METHODS}: every draw on its own, or each "
-            "domain's draws evenly spaced."
+            "help": f"How rows are drawn: {' or '.join(METHODS)}. Multinomial makes every draw on "
+            "its own; even spaces the draws of each domain evenly."
         },
     )
     max_epochs: float | None = field(
@@ -75,8 +74,8 @@ class MixtureConfig(SFTConfig):
     exhausted: str = field(
         default="reshuffle",
         metadata={
-            "help": f"What happens when a domain has no rows left, one of {EXHAUSTED}: another "
-            "pass, the end of training, or its share for the other domains."
+            "help": f"What happens when a domain has no rows left: {' or '.join(EXHAUSTED)}. They "
+            "begin another pass, end training, or give its share to the other domains."
         },
     )
     validation_rows: int = field(

@@ -10,7 +10,7 @@ from llmmix.mixing.record import read_record
 
 
 def draw_mixture(folder: str | Path) -> bytes:
-    """A PNG of a run's record: shares, losses by target, gains by domain and the last matrix.
+    """A PNG of a run's record: shares, losses by target, gains by domain and the mean matrix.
 
     What a run lacks, such as a matrix under fixed shares, has no panel.
 

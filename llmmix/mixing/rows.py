@@ -110,14 +110,7 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Locate:
             f"`train_dataset` has rows of {unknown}, which the sampler does not know; it has "
             f"{sampler.names}."
         )
-    strata = getattr(trainer, "mixture_strata", None)
-    strata = np.zeros(len(names), dtype=int) if strata is None else np.asarray(strata)
-    parts = {
-        name: [
-            np.flatnonzero((names == name) & (strata == s)) for s in range(int(strata.max()) + 1)
-        ]
-        for name in sampler.names
-    }
+    parts = _by_stratum(trainer, names, sampler.names)
     for name, before in zip(sampler.names, sampler.sizes.tolist(), strict=True):
         left = sum(map(len, parts[name]))
         if 0 < left < before:
@@ -134,6 +127,19 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Locate:
         return where[first[domains] + rows] + passes * a_pass
 
     return locate
+
+
+def _by_stratum(
+    trainer: Trainer, names: np.ndarray, domains: list[str]
+) -> dict[str, list[np.ndarray]]:
+    """Indices of the rows of each domain, apart by the strata that the trainer has of its rows."""
+    given = getattr(trainer, "mixture_strata", None)
+    strata = np.zeros(len(names), dtype=int) if given is None else np.asarray(given)
+    numbers = range(int(strata.max()) + 1)
+    return {
+        name: [np.flatnonzero((names == name) & (strata == number)) for number in numbers]
+        for name in domains
+    }
 
 
 def _locate_streamed(trainer: Trainer, dataset: StreamedRows, sampler: MixtureSampler) -> Locate:
