@@ -73,14 +73,15 @@ class MixtureCallback(ResumedCallback):
         locate = locate_rows(trainer, sampler)
         if sampler.unit == "tokens" and sampler.tokens_per_row is None:
             sampler.tokens_per_row = mean_scored_tokens(trainer.train_dataset, sampler.names)
-        self._record = MixtureRecord(trainer)
+        writes = trainer.is_world_process_zero()
+        self._record = MixtureRecord(str(trainer.args.output_dir), writes)
         self._draws = DrawAccount(sampler, trainer, self._record)
         self.signals = self._bind_targets()
         if self._make_controller:
             targets = self.signals.targets if self.signals else []
             self.controller = self._make_controller(sampler.names, targets, sampler.weights)
             self._fresh = self.controller.state_dict()
-        # Nothing can be amiss any more: the trainer is changed from here on
+        # All checks have passed: the trainer is changed from here on
         own_loader = trainer.get_train_dataloader
 
         def get_train_dataloader() -> MixtureLoader:

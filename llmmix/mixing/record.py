@@ -9,31 +9,27 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmmix.files import plain
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
 NAME = "mixture.jsonl"
 
 
 class MixtureRecord:
-    """The record of a trainer's run, written by its main process.
+    """The record of a run.
 
     Args:
-        trainer: The trainer, into whose output folder it goes.
+        folder: Output folder of the run.
+        writes: Whether this process writes it; the others only count its lines.
 
     Attributes:
         lines: Number of lines so far.
     """
 
-    def __init__(self, trainer: "Trainer"):
-        self._path = Path(str(trainer.args.output_dir)) / NAME
-        self._writes = trainer.is_world_process_zero()
+    def __init__(self, folder: str | Path, writes: bool = True):
+        self._path, self._writes = Path(folder) / NAME, writes
         self.lines = 0
 
     def start(self, header: dict) -> None:

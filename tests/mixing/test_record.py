@@ -1,7 +1,5 @@
 """The record of a run, line by line."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -10,13 +8,8 @@ from llmmix.mixing.record import NAME, MixtureRecord, drawn_shares, read_record
 HEADER = {"domains": ["a", "b"]}
 
 
-def record_in(folder, main=True) -> MixtureRecord:
-    args = SimpleNamespace(output_dir=str(folder))
-    return MixtureRecord(SimpleNamespace(args=args, is_world_process_zero=lambda: main))
-
-
 def test_what_is_not_finite_is_null(tmp_path):
-    record = record_in(tmp_path / "new")
+    record = MixtureRecord(tmp_path / "new")
     record.start(HEADER)
     record.write({"step": 1, "measured": {"train": np.array([1.5, np.nan])}})
     record.write({"step": 1, "counts": [3, 1]})
@@ -27,11 +20,11 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_what_was_written_after_a_checkpoint_is_forgotten(tmp_path):
-    record = record_in(tmp_path)
+    record = MixtureRecord(tmp_path)
     record.start(HEADER)
     for step in range(1, 6):
         record.write({"step": step, "counts": [1, 1]})
-    again = record_in(tmp_path)
+    again = MixtureRecord(tmp_path)
     again.go_on(4, 3, HEADER)
     assert [e["step"] for e in read_record(tmp_path)[1]] == [1, 2, 3] and again.lines == 4
     again.go_on(4, 2, HEADER)  # the lines of a run begun elsewhere are fewer than its checkpoint's
@@ -39,7 +32,7 @@ def test_what_was_written_after_a_checkpoint_is_forgotten(tmp_path):
 
 
 def test_other_processes_count_and_do_not_write(tmp_path):
-    record = record_in(tmp_path, main=False)
+    record = MixtureRecord(tmp_path, writes=False)
     record.start(HEADER)
     record.write({"step": 1})
     assert record.lines == 2 and not (tmp_path / NAME).exists()
