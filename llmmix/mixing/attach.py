@@ -9,6 +9,8 @@ checkpoint, so a resumed run draws the rows that it would have drawn. What was d
 decided is written to OUTPUT_DIR/mixture.jsonl.
 """
 
+from typing import Any
+
 from transformers import Trainer
 
 from llmmix.mixing.callback import MixtureCallback
@@ -22,12 +24,12 @@ def attach_mixture(
 
     The trainer's `train_dataset` holds the rows of all domains, with their domain in the column
     `domain` (`label_domains` makes both); without that column, the rows of the sampler's domains
-    one after the other. Rows that the trainer dropped are counted and said. An epoch is as many
+    one after the other. The number of rows that the trainer dropped is logged. An epoch is as many
     draws as there are rows.
 
     Args:
         trainer: TRL's, transformers' or ours, before `train()`.
-        sampler: Over the domains of the trainer's rows.
+        sampler: Sampler of the domains of the trainer's rows.
         callback: Made for this sampler, such as an `AioliCallback`; without one the weights stay
             as the sampler has them.
 
@@ -35,8 +37,9 @@ def attach_mixture(
         The callback, which is now one of the trainer's.
 
     Raises:
-        ValueError: A trainer with a sampler or loader of its own, rows whose domain cannot be
-            told, a setting that the draws do not hold under, or a second mixture.
+        ValueError: The trainer has a sampler or loader of its own, a mixture or a filter already,
+            or a setting under which the draws do not hold; `callback` was made for another
+            sampler; rows or targets as `MixtureCallback.bind` refuses them.
     """
     callback = MixtureCallback(sampler) if callback is None else callback
     if callback.sampler is not sampler:
@@ -49,6 +52,7 @@ def attach_mixture(
 
 def _check_trainer(trainer: Trainer) -> None:
     args, kind = trainer.args, type(trainer).__name__
+    accelerator_config: Any = args.accelerator_config  # a dictionary has been parsed by now
     if any(isinstance(other, MixtureCallback) for other in trainer.callback_handler.callbacks):
         raise ValueError("The trainer has a mixture already: attach one, with one callback.")
     own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
@@ -70,7 +74,7 @@ def _check_trainer(trainer: Trainer) -> None:
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` orders the rows, and so "
             "does a mixture: leave it at 'random'."
         )
-    if args.auto_find_batch_size or args.accelerator_config.split_batches:
+    if args.auto_find_batch_size or accelerator_config.split_batches:
         raise ValueError(
             "`auto_find_batch_size` and `split_batches` change how many rows a step has, by which "
             "a mixture counts. Set `per_device_train_batch_size` instead."

@@ -2,14 +2,17 @@
 
 import logging
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from typing import Any
 
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from llmmix.data import load_splits
 from llmmix.mixing.controllers import check_weights
-from llmmix.mixing.sampler import EXHAUSTED, METHODS, UNITS, MixtureSampler
+from llmmix.mixing.passes import EXHAUSTED
+from llmmix.mixing.sampler import METHODS, UNITS, MixtureSampler
+from llmmix.mixing.tokens import tokenize_rows
 from llmmix.trainers import check_sft_dataset, default_to_cpu
 
 logger = logging.getLogger(__name__)
@@ -23,42 +26,81 @@ class MixtureConfig(SFTConfig):
     """TRL's `SFTConfig` with the domains of a mixture.
 
     Args:
-        domains: NAME=ROWS each: a file, a folder, a hub id (ID@CONFIG) or a built-in.
-        weights: Shares, in the order of `domains`; equal by default.
-        weight_unit: What they are shares of: "examples", or the "tokens" that are scored.
-        draws: "multinomial", or "even" for the least variance.
-        max_epochs: Passes over a domain until it is exhausted.
-        exhausted: Then "reshuffle", "stop", or "spill" its share to the others.
-        validation_rows: Rows set aside of each domain that has no validation split of its own.
-        measured_rows: Validation rows of each domain that its loss is measured on.
+        domains: NAME=ROWS of each domain: a file, a folder, a hub id (ID@CONFIG) or a built-in.
+        weights: Share of each domain, in the order of `domains`; equal by default.
+        weight_unit: What weights are shares of: "examples", or the "tokens" that are scored.
+        draws: "multinomial", every draw on its own, or "even", evenly spaced draws of each domain.
+        max_epochs: Passes over a domain after which it has no rows left; 1 by default, unless
+            `exhausted` is "reshuffle", which knows no limit.
+        exhausted: When a domain has no rows left: "reshuffle" begins another pass, "stop" ends
+            training, "spill" gives its share to the other domains.
+        validation_rows: Rows set aside from each domain that has no validation split of its own.
+        measured_rows: Maximum number of validation rows that each domain's loss is measured on.
     """
 
     domains: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=ROWS of each: a file, a folder, a hub id (ID@CONFIG), a built-in."},
+        metadata={
+            "help": "NAME=ROWS of each domain: a file, a folder, a hub id (ID@CONFIG) or a "
+            "built-in."
+        },
     )
     weights: list[float] = field(
-        default_factory=list, metadata={"help": "Shares in the order of --domains; default: equal."}
+        default_factory=list,
+        metadata={
+            "help": "Share of each domain, in the order of --domains. Default: equal shares."
+        },
     )
-    weight_unit: str = field(default="examples", metadata={"help": f"One of {UNITS}."})
-    draws: str = field(default="multinomial", metadata={"help": f"One of {METHODS}."})
+    weight_unit: str = field(
+        default="examples",
+        metadata={
+            "help": f"What the weights are shares of: {' or '.join(UNITS)} (that are scored)."
+        },
+    )
+    draws: str = field(
+        default="multinomial",
+        metadata={
+            "help": f"How rows are drawn: {' or '.join(METHODS)}. Multinomial makes every draw on "
+            "its own; even spaces the draws of each domain evenly."
+        },
+    )
     max_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over a domain until it is exhausted."}
+        default=None,
+        metadata={
+            "help": "Passes over a domain after which it has no rows left, for --exhausted stop or "
+            "spill. Default: 1."
+        },
     )
-    exhausted: str = field(default="reshuffle", metadata={"help": f"Then: one of {EXHAUSTED}."})
+    exhausted: str = field(
+        default="reshuffle",
+        metadata={
+            "help": f"What happens when a domain has no rows left: {' or '.join(EXHAUSTED)}. They "
+            "begin another pass, end training, or give its share to the other domains."
+        },
+    )
     validation_rows: int = field(
-        default=64, metadata={"help": "Rows set aside of a domain without a validation split."}
+        default=64,
+        metadata={
+            "help": "Rows set aside for validation from each domain without a validation split."
+        },
     )
     measured_rows: int = field(
-        default=32, metadata={"help": "Validation rows of each domain to measure its loss on."}
+        default=32,
+        metadata={
+            "help": "Maximum number of validation rows that each domain's loss is measured on."
+        },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         default_to_cpu(self)
         super().__post_init__()
 
-    def sampler(self, domains: dict[str, Dataset], weights=None) -> MixtureSampler:
-        """Over rows by domain; `weights` in place of the configured ones."""
+    def sampler(self, domains: dict[str, Dataset], weights: Any = None) -> MixtureSampler:
+        """A sampler of rows by domain; `weights` replaces the configured ones.
+
+        Raises:
+            ValueError: `MixtureSampler` refuses the options or the weights.
+        """
         given = weights if weights is not None else self.weights or None
         return MixtureSampler(
             domains,
@@ -71,25 +113,28 @@ class MixtureConfig(SFTConfig):
         )
 
 
-def load_domains(args: MixtureConfig, tokenizer) -> tuple[dict, dict]:
+def load_domains(
+    args: MixtureConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """Training and validation rows by domain, checked, of one format or tokenized.
 
     Args:
-        args: Whose `domains` to load.
-        tokenizer: Of the model.
+        args: Configuration with the `domains` to load.
+        tokenizer: Tokenizer of the model.
 
     Returns:
         (training, validation), each by name, in the order of `domains`.
 
     Raises:
-        ValueError: No domain, one that is not NAME=ROWS or named twice, one without rows or with
-            too few to set validation rows aside, rows of two formats in one domain; weights that do
-            not fit the domains.
+        ValueError: `domains` is empty, has an entry that is not NAME=ROWS, or names one twice; a
+            domain has no rows, rows of two formats, or too few to set validation rows aside;
+            `weights` do not fit the domains.
     """
     sources = _sources(args.domains)
     if args.weights:
         check_weights(args.weights, list(sources))
-    train, validation = {}, {}
+    train: dict[str, Dataset] = {}
+    validation: dict[str, Dataset] = {}
     for name, source in sources.items():
         config = None
         if "@" in source:
@@ -125,7 +170,7 @@ def _sources(domains: list[str]) -> dict[str, str]:
     return found
 
 
-def _split(splits, name: str, args: MixtureConfig) -> tuple[Dataset, Dataset]:
+def _split(splits: DatasetDict, name: str, args: MixtureConfig) -> tuple[Dataset, Dataset]:
     """Training rows, and validation rows that are none of them."""
     train = splits["train"] if "train" in splits else splits[next(iter(splits))]
     for other in ("validation", "valid"):
@@ -159,24 +204,12 @@ def _check_one_format(rows: Dataset, name: str, text_field: str) -> None:
         )
 
 
-def _tokenized(rows: Dataset, tokenizer, args: MixtureConfig, name: str) -> Dataset:
-    """As `SFTTrainer` prepares rows of this format: domains of several formats then fit."""
-    if "input_ids" in rows.column_names:
-        kept = [column for column in ("input_ids", "labels") if column in rows.column_names]
-        rows = rows.select_columns(kept)
-    if args.assistant_only_loss or args.packing:
-        raise ValueError(
-            "Domains of several formats are tokenized one by one, which knows neither "
-            "`assistant_only_loss` nor `packing`. Give all domains one format."
-        )
-    completion_only = args.completion_only_loss
-    if completion_only is None:
-        completion_only = "prompt" in rows.column_names
-    bare = SimpleNamespace(
-        _tokenizer=tokenizer, chat_template=None, completion_only_loss=completion_only
-    )
-    prepared = SFTTrainer._prepare_dataset(bare, rows, tokenizer, args, False, None, name)
-    if dropped := len(rows) - len(prepared):
+def _tokenized(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: MixtureConfig, name: str
+) -> Dataset:
+    """Token ids and labels: domains of several formats then fit."""
+    made = tokenize_rows(rows, tokenizer, args, name)
+    if dropped := len(rows) - len(made):
         logger.warning(
             "Domain %r: dropped %d of %d rows, which `max_length=%s` leaves no scored token.",
             name,
@@ -184,6 +217,6 @@ def _tokenized(rows: Dataset, tokenizer, args: MixtureConfig, name: str) -> Data
             len(rows),
             args.max_length,
         )
-    if not len(prepared):
+    if not len(made):
         raise ValueError(f"`max_length={args.max_length}` leaves no row of the domain {name!r}.")
-    return prepared.select_columns(["input_ids", "labels"])
+    return made

@@ -5,8 +5,7 @@ came between, on however many processes.
 """
 
 import zlib
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,7 +17,7 @@ def uniforms(seed: int, stream: str, start: int, count: int) -> np.ndarray:
     the price of that part.
 
     Args:
-        seed: Of the run, from 0 on.
+        seed: Seed of the run, from 0 on.
         stream: Its name: streams of other names are independent.
         start: Place of the first number.
         count: How many.
@@ -83,31 +82,26 @@ def choose_evenly(
     return domains, after
 
 
-class Cursor(NamedTuple):
-    """Where the draws stand."""
+def shares_of_rows(
+    weights: np.ndarray, names: list[str], tokens_per_row: Mapping[str, float] | None
+) -> np.ndarray:
+    """Shares of the rows that give each domain its share of the tokens.
 
-    draws: int
-    counts: np.ndarray  # (k, strata) draws of each domain
-    credit: np.ndarray  # (k,) as `choose_evenly` takes it
+    Args:
+        weights: (k,) shares of the tokens, on the simplex.
+        names: Names of the domains.
+        tokens_per_row: Mean scored tokens a row of each domain.
 
+    Returns:
+        (k,) on the simplex.
 
-@dataclass(frozen=True)
-class Block:
-    """Draws made in one go, under one set of weights."""
-
-    start: Cursor
-    domains: np.ndarray  # (n,)
-    rows: np.ndarray  # (n,) within the domain
-    passes: np.ndarray  # (n,) how often the domain had been through before
-    credit: np.ndarray | None  # (n, k) of `choose_evenly`
-
-    def cursor(self, used: int) -> Cursor:
-        """Where the draws stand after the first `used` of the block."""
-        if used == 0:
-            return self.start
-        strata = self.start.counts.shape[1]
-        cells = self.domains[:used] * strata + (self.start.draws + np.arange(used)) % strata
-        drawn = np.bincount(cells, minlength=self.start.counts.size)
-        credit = self.start.credit if self.credit is None else self.credit[used - 1]
-        counts = self.start.counts + drawn.reshape(self.start.counts.shape)
-        return Cursor(self.start.draws + used, counts, credit)
+    Raises:
+        ValueError: `tokens_per_row` is None.
+    """
+    if tokens_per_row is None:
+        raise ValueError(
+            "`unit='tokens'` needs `tokens_per_row`, the mean scored tokens of each domain's rows; "
+            "`attach_mixture` counts them."
+        )
+    shares = weights / [tokens_per_row[name] for name in names]
+    return shares / shares.sum()

@@ -1,5 +1,6 @@
 """The picture of a mixture run: its shares, its losses and what the domains were found to do."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,15 @@ from llmmix.mixing.record import read_record
 
 
 def draw_mixture(folder: str | Path) -> bytes:
-    """A PNG of a run's record: shares, losses by target, gains by domain and the last matrix.
+    """A PNG of a run's record: shares, losses by target, gains by domain and the mean matrix.
 
-    What a run has not, such as a matrix under fixed shares, has no panel.
+    What a run lacks, such as a matrix under fixed shares, has no panel.
 
     Args:
-        folder: With the `mixture.jsonl` of a run.
+        folder: Folder with the `mixture.jsonl` of a run.
 
     Raises:
-        FileNotFoundError: It holds none.
+        FileNotFoundError: `folder` holds no record of a mixture.
     """
     header, entries = read_record(folder)
     measured = [e for e in entries if "losses" in e.get("measured", {})]
@@ -34,7 +35,7 @@ def draw_mixture(folder: str | Path) -> bytes:
     return png(figure)
 
 
-def _lines(axis, x, values: np.ndarray, names: list[str], **style) -> None:
+def _lines(axis, x, values: np.ndarray, names: Sequence[str | None], **style) -> None:
     for line, name, colour in zip(values.T, names, COLOURS * 9, strict=False):
         axis.plot(x, line, color=colour, label=name, **style)
     axis.set_xlabel("step")

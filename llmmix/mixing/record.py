@@ -8,24 +8,28 @@
 """
 
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+from llmmix.files import plain
 
 NAME = "mixture.jsonl"
 
 
 class MixtureRecord:
-    """Written by the main process."""
+    """The record of a run.
 
-    def __init__(self, trainer: "Trainer"):
-        self._path = Path(trainer.args.output_dir) / NAME
-        self._writes = trainer.is_world_process_zero()
+    Args:
+        folder: Output folder of the run.
+        writes: Whether this process writes it; the others only count its lines.
+
+    Attributes:
+        lines: Number of lines so far.
+    """
+
+    def __init__(self, folder: str | Path, writes: bool = True):
+        self._path, self._writes = Path(folder) / NAME, writes
         self.lines = 0
 
     def start(self, header: dict) -> None:
@@ -37,16 +41,21 @@ class MixtureRecord:
         self.write(header)
 
     def write(self, entry: dict) -> None:
-        """Append a line."""
+        """Append a line; what is not finite, such as the loss of a domain not drawn, is null."""
         self.lines += 1
         if self._writes:
             with self._path.open("a") as file:
-                file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+                file.write(json.dumps(plain(entry), allow_nan=False) + "\n")
 
     def go_on(self, lines: int, step: int, header: dict) -> None:
-        """Forget what was written after a checkpoint, which had so many lines and was of a step.
+        """Forget what was written after a checkpoint.
 
         Where the run is resumed in another folder, the header alone is known.
+
+        Args:
+            lines: Number of lines when the checkpoint was written.
+            step: Step of the checkpoint.
+            header: First line, if there is no record yet.
         """
         if not self._path.exists():
             self.start(header)
@@ -59,20 +68,11 @@ class MixtureRecord:
         self.lines = len(kept)
 
 
-def _finite(value):
-    """What JSON has: null for a domain that a batch lacked, which is NaN."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
     """The first line of a run's record, and the others.
 
     Raises:
-        FileNotFoundError: The folder holds none.
+        FileNotFoundError: `folder` holds no record.
     """
     path = Path(folder) / NAME
     if not path.is_file():
@@ -82,7 +82,11 @@ def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
 
 
 def drawn_shares(folder: str | Path) -> dict[str, float]:
-    """The share of each domain among all rows that a run drew."""
+    """The share of each domain among all rows that a run drew.
+
+    Raises:
+        FileNotFoundError: `folder` holds no record.
+    """
     header, entries = read_record(folder)
     counts = np.sum([entry["counts"] for entry in entries if "counts" in entry], axis=0)
     return dict(zip(header["domains"], (counts / counts.sum()).tolist(), strict=True))

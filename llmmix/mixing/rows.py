@@ -1,12 +1,14 @@
 """The tie between rows and domains: labelling them, and finding them again in a trainer's rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
+from llmmix.mixing.blocks import Locate
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.streams import StreamedRows
 
@@ -25,7 +27,7 @@ def label_domains(domains: Mapping[str, Dataset]) -> Dataset:
         Rows with a column `domain`.
 
     Raises:
-        ValueError: No domain, one without rows, or columns that differ between domains.
+        ValueError: `domains` is empty, a domain has no rows, or columns differ between domains.
     """
     if not domains:
         raise ValueError("`domains` is empty: name at least one.")
@@ -47,7 +49,7 @@ def label_domains(domains: Mapping[str, Dataset]) -> Dataset:
     return concatenate_datasets(labelled)
 
 
-def domain_column(dataset) -> np.ndarray | None:
+def domain_column(dataset: Any) -> np.ndarray | None:
     """(rows,) names of the domains of a trainer's rows, None where it does not say.
 
     Rows to forget, which are no `Dataset`, keep theirs as an attribute.
@@ -58,11 +60,11 @@ def domain_column(dataset) -> np.ndarray | None:
     return None if names is None else np.array(names)
 
 
-def by_target(dataset, domains: list[str]) -> dict[str, object]:
+def by_target(dataset: Any, domains: list[str]) -> dict[str, Any]:
     """Validation rows by target: as they are given by name, or told apart by their column.
 
     Raises:
-        ValueError: No rows, or rows that do not say which target they are of.
+        ValueError: `dataset` is empty or missing, or its rows do not say which target they are of.
     """
     if isinstance(dataset, Mapping) and dataset:
         return dict(dataset)
@@ -82,17 +84,18 @@ def by_target(dataset, domains: list[str]) -> dict[str, object]:
     return {name: dataset.select(np.flatnonzero(names == name)) for name in there}
 
 
-def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
+def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Locate:
     """Find the sampler's domains in a trainer's rows, and tell it how many each has left.
 
     Returns:
         (domains, rows, passes), each (n,), to (n,) indices into the trainer's rows.
 
     Raises:
-        ValueError: Rows whose domain cannot be told, of a domain that the sampler does not know, or
-            none of one that it does.
+        ValueError: The rows are a stream, do not tell their domain, are of a domain that the
+            sampler does not know, or lack one that it does; `StreamedRows` are of other streams
+            than the sampler's, or read by workers.
     """
-    dataset = trainer.train_dataset
+    dataset: Any = trainer.train_dataset
     if isinstance(dataset, StreamedRows):
         return _locate_streamed(trainer, dataset, sampler)
     if not hasattr(dataset, "__len__"):
@@ -107,14 +110,7 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
             f"`train_dataset` has rows of {unknown}, which the sampler does not know; it has "
             f"{sampler.names}."
         )
-    strata = getattr(trainer, "mixture_strata", None)
-    strata = np.zeros(len(names), dtype=int) if strata is None else np.asarray(strata)
-    parts = {
-        name: [
-            np.flatnonzero((names == name) & (strata == s)) for s in range(int(strata.max()) + 1)
-        ]
-        for name in sampler.names
-    }
+    parts = _by_stratum(trainer, names, sampler.names)
     for name, before in zip(sampler.names, sampler.sizes.tolist(), strict=True):
         left = sum(map(len, parts[name]))
         if 0 < left < before:
@@ -123,7 +119,7 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
             )
     sampler.bind({name: [len(part) for part in own] for name, own in parts.items()})
     where = np.concatenate([part for name in sampler.names for part in parts[name]])
-    first = sampler.first_rows()
+    first = sampler.passes.first_rows()
     # Rows to forget are told the pass, from which their templates follow
     a_pass = getattr(dataset, "pass_length", 0)
 
@@ -133,7 +129,20 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Callable:
     return locate
 
 
-def _locate_streamed(trainer: Trainer, dataset: StreamedRows, sampler: MixtureSampler) -> Callable:
+def _by_stratum(
+    trainer: Trainer, names: np.ndarray, domains: list[str]
+) -> dict[str, list[np.ndarray]]:
+    """Indices of the rows of each domain, apart by the strata that the trainer has of its rows."""
+    given = getattr(trainer, "mixture_strata", None)
+    strata = np.zeros(len(names), dtype=int) if given is None else np.asarray(given)
+    numbers = range(int(strata.max()) + 1)
+    return {
+        name: [np.flatnonzero((names == name) & (strata == number)) for number in numbers]
+        for name in domains
+    }
+
+
+def _locate_streamed(trainer: Trainer, dataset: StreamedRows, sampler: MixtureSampler) -> Locate:
     if list(dataset.domains) != sampler.names:
         raise ValueError(
             f"`sampler`: it draws from {sampler.names}, the streams are {list(dataset.domains)}. "
@@ -149,8 +158,8 @@ def _locate_streamed(trainer: Trainer, dataset: StreamedRows, sampler: MixtureSa
 
 def _in_order(trainer: Trainer, sampler: MixtureSampler) -> np.ndarray:
     """The domain of each row where the rows are the sampler's domains, one after the other."""
-    dataset, args = trainer.train_dataset, trainer.args
-    cut = None
+    dataset: Any = trainer.train_dataset
+    args, cut = trainer.args, None
     if getattr(args, "packing", False):
         cut = "`packing` put rows of several domains into one"
     elif getattr(args, "shuffle_dataset", False):
@@ -165,11 +174,12 @@ def _in_order(trainer: Trainer, sampler: MixtureSampler) -> np.ndarray:
     return np.repeat(sampler.names, sampler.sizes)
 
 
-def mean_scored_tokens(dataset: Dataset, domains: list[str]) -> dict[str, float]:
+def mean_scored_tokens(dataset: Any, domains: list[str]) -> dict[str, float]:
     """Mean number of scored tokens a row of each domain.
 
     Raises:
-        ValueError: Rows without `labels` or `input_ids` to count.
+        ValueError: The rows have no `labels` or `input_ids`, or no column `domain`; or a domain has
+            no scored token.
     """
     columns = dataset.column_names if isinstance(dataset, Dataset) else []
     column = next((name for name in ("labels", "input_ids") if name in columns), None)

@@ -1,48 +1,51 @@
 """What a controller is told about the model: losses by domain, excess over a reference, gradients.
 
 Losses are sums of negative log-likelihoods over scored tokens divided by their number, in nats, in
-eval mode, on the same rows every time, so that two measurements differ by the model alone. Rows of
-all domains share few forward passes through the fused head. Every process measures its part, and
-all go on with the same numbers.
+eval mode, on the same rows every time (llmmix/mixing/targets.py), so that two measurements differ
+by the model alone. Every process measures its part, and all go on with the same numbers.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
-from llmmix.data import batches_of_tokens
-from llmmix.head import attach_head
-from llmmix.mixing.draws import uniforms
+from llmmix.mixing.measuring import MeasuredModel, fused_head, token_logps
+from llmmix.mixing.targets import TargetLosses
 from llmmix.models import eval_mode
 
-BATCH_TOKENS = 8192  # padded, of a forward pass that measures
-MEASURES = ("auto", "nll", "loss")
+StepBatches = list[tuple[np.ndarray, dict]]  # (rows,) domains, and the micro-batch
 
 
 class Signals:
     """Measures a trainer's model; `SIGNALS` of llmmix/mixing/controllers.py says what.
 
     Args:
-        trainer: Whose model, collator and precision it takes.
+        trainer: The trainer whose model, collator and precision it takes.
         targets: Validation rows by name, as the trainer prepared them.
-        rows: At most so many of each, evenly spaced; None for all.
+        rows: Maximum number of rows of each target, evenly spaced; None for all.
         measure: "nll" a token, or the trainer's own "loss" a batch of one target, for rows that
             are no sequences with labels (preferences, rows to forget); "auto" decides by that.
 
+    Attributes:
+        targets: Names of the targets.
+        measure: "nll" or "loss".
+        reference: The model that "excess" compares with.
+
     Raises:
-        ValueError: A target without rows, or without a scored token.
+        ValueError: The trainer is `padding_free`; a target has no rows or no scored token; or
+            `measure` is unknown.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        targets: Mapping[str, Sequence],
+        targets: Mapping[str, Any],
         *,
         rows: int | None = 32,
         measure: str = "auto",
@@ -52,48 +55,31 @@ class Signals:
                 "`padding_free` makes one row of a batch, and the losses of domains are then not "
                 "told apart. Set it (and `packing`) to False."
             )
-        if measure not in MEASURES:
-            raise ValueError(f"`measure` must be one of {MEASURES}, got {measure!r}.")
-        self.trainer, self.targets = trainer, list(targets)
-        self.reference: torch.nn.Module | None = None  # of `excess`
-        self._rows: list[tuple[int, dict]] = []  # target, row
-        for number, (name, given) in enumerate(targets.items()):
-            if not len(given):
-                raise ValueError(
-                    f"`eval_dataset`: the target {name!r} has no rows to measure its loss on. Give "
-                    "it some, or leave it out of the targets."
-                )
-            loader = trainer.get_eval_dataloader(given)
-            self._collate, dataset = loader.collate_fn, loader.dataset
-            count = len(dataset) if rows is None else min(rows, len(dataset))
-            chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-            self._rows += [(number, dataset[row]) for row in chosen]
-        if measure == "auto" and self._rows:
-            measure = "nll" if {"labels", "input_ids"} <= set(self._rows[0][1]) else "loss"
-        self.measure = measure
-        if measure == "nll":
-            self._check_scored()
+        self.trainer, self._measured = trainer, MeasuredModel(trainer)
+        self._losses = TargetLosses(trainer, targets, rows, measure)
+        self.targets, self.measure = self._losses.names, self._losses.measure
+        self.reference: nn.Module | None = None
 
-    def _check_scored(self) -> None:
-        scored = np.zeros(len(self.targets))
-        for number, row in self._rows:
-            scored[number] += sum(label != -100 for label in row["labels"][1:])
-        if not scored.all():
-            empty = [name for name, n in zip(self.targets, scored, strict=True) if not n]
-            raise ValueError(
-                f"`eval_dataset`: no row of {empty} has a scored token (labels other than -100)."
-            )
-
-    def take(self, name: str, kept: list[tuple[np.ndarray, dict]], domains: int, loader=None):
+    def take(
+        self,
+        name: str,
+        kept: StepBatches,
+        domains: int,
+        loader: Callable[[int], list[dict]] | None = None,
+    ) -> dict[str, np.ndarray]:
         """A signal by its name, the same on every process.
 
         Args:
             name: A key of `SIGNALS`.
             kept: Domains (rows,) and batch of each micro-batch of the step.
             domains: m.
-            loader: For `gradients`, rows of each domain: domain -> rows.
+            loader: For "gradients", rows of each domain: domain -> rows.
+
+        Raises:
+            ValueError: `name` is unknown; "excess" is asked for without a reference, or
+                "gradients" without rows or of a model that is spread over processes.
         """
-        model = self.trainer.model
+        model = self._measured.module
         own_loss = name == "losses" and self.measure == "loss"
         head = nullcontext() if own_loss else fused_head(model)
         with eval_mode(model), head, self.trainer.accelerator.autocast():
@@ -101,150 +87,73 @@ class Signals:
                 found = self._gradients(loader, domains)
             else:
                 with torch.no_grad():
-                    found = {name: getattr(self, f"_{name}")(kept, domains)}
+                    found = {name: self._without_gradients(name, kept, domains)}
         return {key: broadcast(value).cpu().numpy() for key, value in found.items()}
 
-    # On validation rows
-
-    def _losses(self, kept, domains) -> Tensor:
-        if self.measure == "loss":
-            return self._trainer_losses()
-        lengths = [len(row["input_ids"]) for _, row in self._rows]
-        groups = self._share(batches_of_tokens(lengths, BATCH_TOKENS))
-        sums = self._zeros(2, len(self.targets))
-        for group, counts in groups:
-            batch = self._to_device(self._collate([self._rows[i][1] for i in group]))
-            numbers = torch.tensor([self._rows[i][0] for i in group], device=sums.device)
-            logps, mask = _token_logps(self.trainer.model, batch)
-            sums[0].index_add_(0, numbers, -logps.double().sum(1) * counts)
-            sums[1].index_add_(0, numbers, mask.double().sum(1) * counts)
-        sums = self._sum(sums)
-        return sums[0] / sums[1]
-
-    def _trainer_losses(self) -> Tensor:
-        size = self.trainer.args.per_device_eval_batch_size
-        groups = []
-        for number in range(len(self.targets)):
-            own = [i for i, (target, _) in enumerate(self._rows) if target == number]
-            groups += [own[start : start + size] for start in range(0, len(own), size)]
-        sums = self._zeros(2, len(self.targets))
-        with _metrics_kept(self.trainer):
-            for group, counts in self._share(groups):
-                batch = self._to_device(self._collate([self._rows[i][1] for i in group]))
-                loss = self.trainer.compute_loss(self.trainer.model, batch)
-                sums[:, self._rows[group[0]][0]] += (
-                    counts
-                    * len(group)
-                    * torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
-                )
-        sums = self._sum(sums)
-        return sums[0] / sums[1]
+    def _without_gradients(self, name: str, kept: StepBatches, domains: int) -> Tensor:
+        if name == "losses":
+            return self._losses.take()
+        if name == "train":
+            return self._by_domain(kept, domains, lambda batch, logps: -logps)
+        if name == "excess":
+            return self._by_domain(kept, domains, self._excess)
+        raise ValueError(f"`name` must be a key of `SIGNALS`, got {name!r}.")
 
     # On the batch of a step
 
-    def _train(self, kept, domains) -> Tensor:
-        return self._by_domain(kept, domains, lambda batch, logps: -logps)
+    def _excess(self, batch: dict, logps: Tensor) -> Tensor:
+        if self.reference is None:
+            raise ValueError("`reference` is None: the signal 'excess' needs a model to compare.")
+        with fused_head(self.reference):
+            return (token_logps(self.reference, batch)[0] - logps).clamp(min=0)
 
-    def _excess(self, kept, domains) -> Tensor:
-        def excess(batch, logps):
-            with fused_head(self.reference):
-                return (_token_logps(self.reference, batch)[0] - logps).clamp(min=0)
-
-        return self._by_domain(kept, domains, excess)
-
-    def _by_domain(self, kept, domains: int, measure) -> Tensor:
-        sums = self._zeros(2, domains)
+    def _by_domain(
+        self, kept: StepBatches, domains: int, measure: Callable[[dict, Tensor], Tensor]
+    ) -> Tensor:
+        """(m,) means of a measure of tokens, NaN where the step has none of a domain."""
+        sums = self._measured.zeros(2, domains)
         for drawn, batch in kept:
-            batch = self._to_device(batch)
-            logps, mask = _token_logps(self.trainer.model, batch)
+            batch = self._measured.to_device(batch)
+            logps, mask = token_logps(self._measured.module, batch)
             numbers = torch.as_tensor(drawn, device=sums.device)
             values = measure(batch, logps) * mask
             sums[0].index_add_(0, numbers, values.double().sum(1))
             sums[1].index_add_(0, numbers, mask.double().sum(1))
-        sums = self._sum(sums)
+        sums = self._measured.sum(sums)
         return torch.where(sums[1] > 0, sums[0] / sums[1], torch.nan)
 
     # Gradients
 
-    def _gradients(self, loader, domains: int) -> dict[str, Tensor]:
+    def _gradients(
+        self, loader: Callable[[int], list[dict]] | None, domains: int
+    ) -> dict[str, Tensor]:
         """Every process takes the same rows: nothing is to be exchanged."""
+        if loader is None:
+            raise ValueError("`loader` is None: the signal 'gradients' needs rows of each domain.")
         kind = self.trainer.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 f"Gradients by domain need the whole model on each process, and {kind} spreads it."
             )
-        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        parameters = [p for p in self._measured.module.parameters() if p.requires_grad]
         gradients = [self._gradient(parameters, loader(domain)) for domain in range(domains)]
-        products = self._zeros(domains, domains)
+        products = self._measured.zeros(domains, domains)
         for i, j in np.ndindex(domains, domains):
             pairs = zip(gradients[i], gradients[j], strict=True)
             products[i, j] = sum((a * b).sum() for a, b in pairs)
         return {"products": products, "norms": products.diagonal().sqrt()}
 
-    def _gradient(self, parameters: list[Tensor], rows: list[dict]) -> list[Tensor]:
-        """Of the mean loss of rows, a micro-batch at a time."""
-        size, tokens = self.trainer.args.per_device_train_batch_size, 0
+    def _gradient(self, parameters: list[nn.Parameter], rows: list[dict]) -> list[Tensor]:
+        """Gradient of the mean loss of rows, a micro-batch at a time."""
+        size = self.trainer.args.per_device_train_batch_size
+        tokens: int | Tensor = 0
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         for start in range(0, len(rows), size):
-            batch = self._to_device(self.trainer.data_collator(rows[start : start + size]))
-            logps, mask = _token_logps(self.trainer.model, batch)
+            collated = self.trainer.data_collator(rows[start : start + size])
+            logps, mask = token_logps(self._measured.module, self._measured.to_device(collated))
             tokens = tokens + mask.sum()
             found = torch.autograd.grad(-logps.sum(), parameters, allow_unused=True)
             for whole, part in zip(total, found, strict=True):
                 if part is not None:
                     whole += part
         return [whole / tokens for whole in total]
-
-    # Processes
-
-    def _share(self, groups: list[list[int]]) -> list[tuple[list[int], float]]:
-        """This process's groups, each with 1; as many on every process, made up with 0."""
-        rank, ranks = self.trainer.args.process_index, self.trainer.args.world_size
-        mine = [(group, 1.0) for group in groups[rank::ranks]]
-        return mine + [(groups[0], 0.0)] * (-(-len(groups) // ranks) - len(mine))
-
-    def _sum(self, values: Tensor) -> Tensor:
-        return self.trainer.accelerator.reduce(values, reduction="sum")
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.trainer.args.device)
-
-    def _to_device(self, batch: dict) -> dict:
-        device = self.trainer.args.device
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def rows_of(seed: int, step: int, domain: str, size: int, count: int) -> list[int]:
-    """Rows of a domain to take a gradient on at a step, with replacement."""
-    return (uniforms(seed, f"gradients {domain} {step}", 0, count) * size).astype(int).tolist()
-
-
-@contextmanager
-def fused_head(model: torch.nn.Module):
-    """Our head for the time being; what answered before answers afterwards."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.__dict__.get("forward")
-    attach_head(base)
-    try:
-        yield
-    finally:
-        del base.forward
-        if before is not None:
-            base.forward = before
-
-
-@contextmanager
-def _metrics_kept(trainer: Trainer):
-    """TRL's trainers note metrics in each call of the loss: a measurement's are forgotten."""
-    before = copy.deepcopy(getattr(trainer, "_metrics", None))
-    try:
-        yield
-    finally:
-        if before is not None:
-            trainer._metrics = before
-
-
-def _token_logps(model, batch: dict) -> tuple[Tensor, Tensor]:
-    """(B, T-1) log-probabilities and where they count."""
-    output = model(**batch, fused_lm_head=True)
-    return output.log_probs, output.label_mask

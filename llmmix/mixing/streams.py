@@ -26,7 +26,8 @@ class StreamedRows(torch.utils.data.Dataset):
             beforehand, by `IterableDataset.shuffle`.
 
     Raises:
-        ValueError: No stream, or rows that are none.
+        ValueError: `domains` is empty or has rows that are no `IterableDataset`, or a stream that
+            is read has no rows.
     """
 
     def __init__(self, domains: Mapping[str, IterableDataset]):

@@ -12,14 +12,14 @@ from torch.nn.functional import cross_entropy
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from llmmix import FLATConfig, FLATTrainer
-from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains, signals
+from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains
+from llmmix.mixing import targets as target_losses
 from llmmix.mixing.signals import Signals
-from tests.mixing.test_attach import (
+from tests.mixing.runs import (
     ONE_HOT,
     SETTINGS,
     WEIGHTS,
     Phases,
-    build,
     finish,
     mixed,
     pad_left,
@@ -30,14 +30,6 @@ from tests.mixing.test_attach import (
 )
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.2, init_lora_weights=False)
-
-
-@pytest.fixture
-def make(tokenizer, tmp_path):
-    def build_here(name="run", **given):
-        return build(tmp_path / name, tokenizer, **given)
-
-    return build_here
 
 
 def nll(model, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, int]:
@@ -74,7 +66,7 @@ def test_losses_are_means_over_tokens_by_hand(make, monkeypatch, case):
     if case == "lora":
         options["peft_config"] = LORA
     if case == "many forwards":
-        monkeypatch.setattr(signals, "BATCH_TOKENS", 10)
+        monkeypatch.setattr(target_losses, "BATCH_TOKENS", 10)
     trainer = make(trainer_options=options, dropout=0.3 if case == "dropout" else 0.0)
     found = Signals(trainer, trainer.eval_dataset)
     assert found.measure == "nll" and found.targets == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_attach.py: mixtures on two processes; each writes what it read."""
+"""Run under torchrun by test_loader.py: mixtures on two processes; each writes what it read."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from tests.mixing.test_attach import Moving, build, finish, mixed
+from tests.mixing.runs import Moving, build, finish, mixed
 
 
 def main(folder: Path) -> None:

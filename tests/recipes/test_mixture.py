@@ -59,7 +59,17 @@ def test_a_fixed_mixture_of_three_formats(files, checkpoint, capsys):
     assert "The mixture, and what was measured for it" in (out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("method", ["aioli", "skillit", "doremi", "doge", "odm", "stratified"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "aioli",
+        "skillit",
+        "doremi",
+        "doge",
+        pytest.param("odm", marks=pytest.mark.slow),  # made as skillit is
+        "stratified",
+    ],
+)
 def test_every_method_on_the_same_command(method, files, checkpoint):
     flags = ["--method", method, "--weights", "0.6", "0.4"]
     assert run("aioli", files, checkpoint, *flags, domains=("text", "pairs")) == 0
@@ -189,6 +199,7 @@ def test_what_is_amiss_with_domains_is_said(domains, options, message, files, to
         load_domains(args, tokenizer)
 
 
+@pytest.mark.slow
 def test_the_study_runs_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
     argv = ["run", "mixing_study", "--domains", "noise", "noise2", "--seeds", "2"]

@@ -1,0 +1,178 @@
+"""The rows of domains: pass after pass, each in another order, and where the passes end."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llmmix.mixing.blocks import Cursor
+from llmmix.mixing.draws import shuffles
+
+ENDLESS = 1 << 60  # rows of a domain without a length
+EXHAUSTED = ("reshuffle", "stop", "spill")
+
+
+class Passes:
+    """The rows that draws of a domain come to.
+
+        row of a domain's draw = the next of its shuffled pass, from the stream (seed, domain)
+
+    Args:
+        names: Names of the domains.
+        sizes: By name, the rows of each stratum: draw i comes from stratum i modulo their number.
+            None is without end: such a domain is read in its own order.
+        seed: Seed of the orders.
+
+    Attributes:
+        strata: (k, strata) rows of each stratum, `ENDLESS` where there is no end.
+        sizes: (k,) rows of each domain.
+        endless: Whether a domain has no length.
+
+    Raises:
+        ValueError: A domain or one of its strata has no rows.
+    """
+
+    def __init__(self, names: list[str], sizes: Mapping[str, Sequence[int | None]], seed: int):
+        for name, parts in sizes.items():
+            if 0 in parts:
+                which = "has no rows" if len(parts) == 1 else "has no rows in one of its strata"
+                raise ValueError(f"`domains`: {name!r} {which}; leave it out or give it some.")
+        self.strata = np.array(
+            [[ENDLESS if n is None else n for n in sizes[name]] for name in names]
+        )
+        self.sizes: np.ndarray = self.strata.sum(1)
+        self.endless = bool((self.strata == ENDLESS).any())
+        self._names, self._seed = names, seed
+        # By domain and stratum, the last pass that was shuffled, and its order
+        self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+    def first_rows(self) -> np.ndarray:
+        """(k,) index of each domain's first row, the domains one after the other.
+
+        Raises:
+            ValueError: A domain has no length.
+        """
+        if self.endless:
+            raise ValueError("A domain without a length has no indices: see llmmix.mixing.streams.")
+        return np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
+
+    def rows(self, domains: np.ndarray, cursor: Cursor) -> tuple[np.ndarray, np.ndarray]:
+        """The row of each draw, and the pass over its stratum that it belongs to.
+
+        Args:
+            domains: (n,) domain of each draw.
+            cursor: Where the draws stand before them.
+
+        Returns:
+            (n,) rows within the domain and (n,) passes, from 0 on.
+        """
+        stratum = (cursor.draws + np.arange(len(domains))) % self.strata.shape[1]
+        rows, passes = np.empty(len(domains), np.int64), np.zeros(len(domains), np.int64)
+        before = np.cumsum(self.strata, axis=1) - self.strata
+        for j, s in np.ndindex(self.strata.shape):
+            own = np.flatnonzero((domains == j) & (stratum == s))
+            if not len(own):
+                continue
+            places = cursor.counts[j, s] + np.arange(len(own))
+            if self.strata[j, s] == ENDLESS:
+                rows[own] = places
+                continue
+            passes[own], places = np.divmod(places, self.strata[j, s])
+            first, orders = self._shuffled(j, s, passes[own[0]], passes[own[-1]])
+            rows[own] = before[j, s] + orders[passes[own] - first, places]
+        return rows, passes
+
+    def _shuffled(self, j: int, s: int, first: int, last: int) -> tuple[int, np.ndarray]:
+        """The orders of some passes over a stratum, the last of which is kept."""
+        stream = f"rows of {self._names[j]}, {s}"
+        size = int(self.strata[j, s])
+        known, orders = self._orders.get((j, s), (-1, np.empty((0, size), np.int64)))
+        if known != first:
+            orders = shuffles(self._seed, stream, size, first, last)
+        elif last > first:
+            new = shuffles(self._seed, stream, size, first + 1, last)
+            orders = np.concatenate([orders, new])
+        self._orders[j, s] = (last, orders[-1:])
+        return first, orders
+
+
+class Limits:
+    """How many draws each domain allows, and what happens when one has no rows left.
+
+    Args:
+        names: Names of the domains.
+        exhausted: One of `EXHAUSTED`, as `MixtureSampler` describes them.
+        max_epochs: Passes over a domain, one number or by name.
+
+    Raises:
+        ValueError: `max_epochs` is not positive, no number, names an unknown domain, or is given
+            though `exhausted` is "reshuffle".
+    """
+
+    def __init__(
+        self, names: list[str], exhausted: str, max_epochs: float | Mapping[str, float] | None
+    ):
+        self.exhausted = exhausted
+        self.max_epochs = _check_max_epochs(names, exhausted, max_epochs)
+        self.capacity = self.max_epochs  # (k,) draws that each domain allows, once bound
+
+    def bind(self, sizes: np.ndarray) -> None:
+        """Count the draws that domains of so many rows (k,) allow."""
+        self.capacity = np.floor(self.max_epochs * sizes)
+
+    def open_shares(self, shares: np.ndarray, drawn: np.ndarray) -> np.ndarray | None:
+        """The shares of the domains that have rows left, None where none with a share has.
+
+        Args:
+            shares: (k,) on the simplex.
+            drawn: (k,) draws of each domain so far.
+        """
+        if self.exhausted != "spill":
+            return shares
+        shares = np.where(drawn < self.capacity, shares, 0.0)
+        return shares / shares.sum() if shares.any() else None
+
+    def draws_before_end(self, domains: np.ndarray, drawn: np.ndarray) -> int:
+        """How many of the draws come before the first that its domain has no row for.
+
+        With "spill", before the first that its domain's last row has changed the shares of.
+
+        Args:
+            domains: (n,) domain of each draw.
+            drawn: (k,) draws of each domain before them.
+        """
+        left = self.capacity - drawn
+        count, spill = len(domains), self.exhausted == "spill"
+        for j in np.flatnonzero(left <= len(domains)):
+            own = np.flatnonzero(domains == j)
+            if spill and 0 < left[j] <= len(own):
+                count = min(count, own[int(left[j]) - 1] + 1)
+            elif len(own) > left[j]:
+                count = min(count, own[int(left[j])])
+        return int(count)
+
+
+def _check_max_epochs(
+    names: list[str], exhausted: str, given: float | Mapping[str, float] | None
+) -> np.ndarray:
+    """(k,) passes that each domain allows, infinite where it has no limit."""
+    if exhausted == "reshuffle":
+        if given is not None:
+            raise ValueError(
+                f"`max_epochs={given}` needs `exhausted` 'stop' or 'spill': 'reshuffle' begins "
+                "another pass, however many there were."
+            )
+        return np.full(len(names), np.inf)
+    values: object = 1.0 if given is None else given
+    if isinstance(given, Mapping):
+        if unknown := set(given) - set(names):
+            raise ValueError(f"`max_epochs` names {sorted(unknown)}, no domain.")
+        values = [given.get(name, np.inf) for name in names]
+    try:
+        allowed = np.broadcast_to(np.asarray(values, float), len(names))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`max_epochs` must be one number, or numbers by name, got {given!r}."
+        ) from None
+    if not (allowed > 0).all():
+        raise ValueError(f"`max_epochs` must be positive, got {given}.")
+    return allowed
