@@ -73,7 +73,7 @@ class UnlearningArguments:
     )
     holdout: str | None = field(
         default=None,
-        metadata={"help": "Rows like the forget set in form that no model was trained on."},
+        metadata={"help": "Rows in the form of the forget set that no model was trained on."},
     )
     facts: list[str] | None = field(
         default=None, metadata={"help": "Sets of general knowledge that should be remembered."}
@@ -87,7 +87,7 @@ class UnlearningArguments:
     original: str | None = field(
         default=None,
         metadata={
-            "help": "Model before unlearning: the reference of an attack, and the judge of fluency."
+            "help": "Model before unlearning: an attack's reference, and the judge of fluency."
         },
     )
     retain_model: str | None = field(
@@ -96,22 +96,23 @@ class UnlearningArguments:
     )
     retain_log: str | None = field(
         default=None,
-        metadata={"help": "The unlearning.json of such a baseline, instead of --retain_model."},
+        metadata={"help": "Folder or unlearning.json of an earlier --retain_model, in its place."},
     )
     dataset_config: str | None = field(
         default=None,
         metadata={"help": "Configuration of the hub datasets, or size of builtin:authors."},
     )
     max_rows: int | None = field(
-        default=None, metadata={"help": "Rows of each set that are used, from the first on."}
+        default=None,
+        metadata={"help": "Number of rows to use from the start of each set; all by default."},
     )
-    max_new_tokens: int = field(default=200, metadata={"help": "Most tokens of a greedy answer."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest greedy answer, in tokens."})
     stop: list[str] = field(
         default_factory=list, metadata={"help": "Strings before which a greedy answer is cut."}
     )
     rouge_words: str = field(
         default="latin",
-        metadata={"help": "What ROUGE counts as words: latin, or unicode for those of any script."},
+        metadata={"help": "What ROUGE counts as words: latin, or unicode for words of any script."},
     )
     min_k: float = field(
         default=0.4,
@@ -123,11 +124,12 @@ class UnlearningArguments:
     fluency: str | None = field(
         default=None,
         metadata={
-            "help": "Your module:function from texts to scores, which are higher for fluent texts."
+            "help": "Your module:function that scores a list of texts, higher for more fluent ones."
         },
     )
     leak_samples: int = field(
-        default=0, metadata={"help": "Sampled answers to each forget row, to find leaks; 0 is off."}
+        default=0,
+        metadata={"help": "Answers to sample for each forget row, in search of leaks; 0 for none."},
     )
     leak_n: list[int] | None = field(
         default=None,
@@ -139,12 +141,12 @@ class UnlearningArguments:
     leak_scorer: str = field(
         default="auto",
         metadata={
-            "help": "What scores sampled answers: auto, extraction, rouge, a verifier, or your "
+            "help": "How sampled answers are scored: auto, extraction, rouge, a verifier, or your "
             "module:function."
         },
     )
     leak_max_new_tokens: int = field(
-        default=64, metadata={"help": "Most tokens of a sampled answer."}
+        default=64, metadata={"help": "Longest sampled answer, in tokens."}
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature of the answers searched for leaks."}
@@ -155,7 +157,9 @@ class UnlearningArguments:
     seed: int = field(default=0, metadata={"help": "Seed of sampled answers and of relearning."})
     probes: list[str] | None = field(
         default=None,
-        metadata={"help": "Ways to ask again: any of relearn, paraphrase, int8 and int4."},
+        metadata={
+            "help": "Attempts to bring answers back: any of relearn, paraphrase, int8 and int4."
+        },
     )
     relearn_steps: int = field(default=10, metadata={"help": "Optimizer steps of relearning."})
     relearn_learning_rate: float = field(
@@ -168,10 +172,12 @@ class UnlearningArguments:
     )
     compat: str | None = field(
         default=None,
-        metadata={"help": "open_unlearning: also write TOFU_EVAL.json, by its definitions."},
+        metadata={
+            "help": "Framework whose files to write too: open_unlearning, for TOFU_EVAL.json."
+        },
     )
     token_budget: int = field(
-        default=16384, metadata={"help": "Most tokens of a batch, padding included."}
+        default=16384, metadata={"help": "Size of a batch in tokens, padding included."}
     )
     dtype: str = field(
         default="auto",
