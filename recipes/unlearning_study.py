@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
 class StudyArguments:
     """The size of the study."""
 
-    output_dir: str = field(default="runs/unlearning_study", metadata={"help": "Results' folder."})
+    output_dir: str = field(default="runs/unlearning_study", metadata={"help": "Output folder."})
     losses: list[str] = field(
         default_factory=lambda: list(CONTENDERS), metadata={"help": "Losses to compare."}
     )
@@ -77,7 +77,7 @@ class StudyArguments:
     epochs: int = field(default=6, metadata={"help": "Epochs of unlearning."})
     batch_size: int = field(default=10, metadata={"help": "Rows to forget a step."})
     processes: int = field(
-        default_factory=lambda: min(os.cpu_count() or 1, 8), metadata={"help": "Runs at a time."}
+        default_factory=lambda: min(os.cpu_count() or 1, 8), metadata={"help": "Parallel runs."}
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmmix.unlearning.evaluation.vectors import Numbers, as_logps, as_vector, why_not
+from llmmix.unlearning.evaluation.vectors import Numbers, as_logps, as_vector, why_not_comparable
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def membership_auc(
     given = {"forget_scores": forget_scores, "holdout_scores": holdout_scores}
     sides = {name: as_vector(name, scores) for name, scores in given.items()}
     n, m = map(len, sides.values())
-    if reason := why_not(sides, least=1):
+    if reason := why_not_comparable(sides, least=1):
         return MembershipAUC(None, None, n, m, reason)
     scores = np.concatenate(list(sides.values()))
     value = float(roc_auc_score(np.arange(n + m) >= n, scores))

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import ks_2samp
 
-from llmmix.unlearning.evaluation.vectors import Numbers, as_nlls, as_vector, mean_of, why_not
+from llmmix.unlearning.evaluation.vectors import (
+    Numbers,
+    as_nlls,
+    as_vector,
+    mean_of,
+    why_not_comparable,
+)
 
 TRUTH_RATIOS = ("closer_to_1_better", "true_better", "prob_mean")
 WRONG_MEANS = ("geometric", "arithmetic")
@@ -119,7 +125,7 @@ def forget_quality(
     for name, side in (("unlearned", unlearned), ("retrained", retrained)):
         sides[name] = as_vector(name, side.ratios if isinstance(side, TruthRatio) else side)
     n, m = map(len, sides.values())
-    if reason := why_not(sides, least=2):
+    if reason := why_not_comparable(sides, least=2):
         return ForgetQuality(None, None, None, n, m, reason)
     test = ks_2samp(*sides.values())
     p, statistic = float(test.pvalue), float(test.statistic)

@@ -61,7 +61,7 @@ def mean_of(values: Numbers) -> tuple[float | None, int]:
     return (float(kept.mean()) if len(kept) else None), len(vector) - len(kept)
 
 
-def why_not(sides: Mapping[str, np.ndarray], least: int) -> str | None:
+def why_not_comparable(sides: Mapping[str, np.ndarray], least: int) -> str | None:
     """Why two samples cannot be compared, or None if they can.
 
     Args:
