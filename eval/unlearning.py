@@ -11,39 +11,41 @@ r"""Unlearning: what a model has forgotten, what it still leaks, and what it has
 A set is the split of its role's name (forget, retain, holdout, facts), or the only one, or `train`;
 NAME@CONFIG names a configuration. Rows have `question` and `answer`, `prompt` and `completion` (or
 `gt`), or `text`, and perhaps `paraphrased_question`, `paraphrased_answer`, `perturbed_answer` (a
-list) and `secret`. Prints one table, beside the model trained without the forget set. In
-`--output_dir`: NAME/items.jsonl (a line an item), NAME/unlearning.json (which `--retain_log` takes)
-and summary.json. Measurements are kept in the cache, by what tells checkpoint and data from others:
-nothing is measured twice.
+list) and `secret`. Prints one table, with the model trained without the forget set in the last
+column. `--output_dir` gets NAME/items.jsonl (a line an item), NAME/unlearning.json (which
+`--retain_log` takes) and summary.json. Measurements are kept in the cache under the contents of
+checkpoint and data: nothing is measured twice.
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llmmix.files import plain
-from llmmix.unlearning.evaluation.metrics import (
-    exact_memorization,
-    extraction_strength,
-    forget_quality,
+from llmmix.unlearning.evaluation.membership import (
     membership_auc,
     min_k,
     min_k_plus_plus,
-    model_utility,
     privacy_leakage,
-    truth_ratio,
 )
+from llmmix.unlearning.evaluation.memorization import exact_memorization, extraction_strength
+from llmmix.unlearning.evaluation.truth import forget_quality, truth_ratio
+from llmmix.unlearning.evaluation.utility import model_utility
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from llmmix.unlearning.evaluation.checkpoint import Plan
 
 __all__ = [
     "UnlearningArguments",
     "exact_memorization",
     "extraction_strength",
     "forget_quality",
+    "load_sets",
     "main",
     "membership_auc",
     "min_k",
@@ -53,8 +55,7 @@ __all__ = [
     "truth_ratio",
 ]
 
-LEAK_N = (1, 4, 16, 64)
-LONG = ("items", "open_unlearning")  # left out of the summary
+SETS = ("forget", "retain", "holdout", "facts", "dataset_config")  # the flags that name data
 
 
 @dataclass
@@ -62,89 +63,145 @@ class UnlearningArguments:
     """What `llmmix eval unlearning` takes."""
 
     model_name_or_path: list[str] = field(
-        metadata={"help": "One or several: hub id, folder, .gguf file or builtin:tiny."}
+        metadata={"help": "Models to evaluate: hub ids, folders, .gguf files or builtin:tiny."}
     )
-    forget: str = field(metadata={"help": "Rows to forget: hub id, folder, file or built-in."})
-    retain: str | None = field(default=None, metadata={"help": "Rows to be kept."})
+    forget: str = field(
+        metadata={"help": "Rows that should be forgotten: hub id, folder, file or built-in."}
+    )
+    retain: str | None = field(
+        default=None, metadata={"help": "Rows from training that should be remembered."}
+    )
     holdout: str | None = field(
-        default=None, metadata={"help": "Rows never trained on, in form like those to forget."}
+        default=None,
+        metadata={"help": "Rows in the form of the forget set that no model was trained on."},
     )
     facts: list[str] | None = field(
-        default=None, metadata={"help": "Sets of general knowledge to be kept."}
+        default=None, metadata={"help": "Sets of general knowledge that should be remembered."}
     )
     adapter: list[str] | None = field(
         default=None,
-        metadata={"help": "PEFT folders, each a run on the one model; 'none' for the model alone."},
+        metadata={
+            "help": "PEFT folders, each evaluated on the one model; 'none' is the model alone."
+        },
     )
     original: str | None = field(
-        default=None, metadata={"help": "The model before unlearning: reference and judge."}
+        default=None,
+        metadata={
+            "help": "Model before unlearning: an attack's reference, and the judge of fluency."
+        },
     )
     retain_model: str | None = field(
-        default=None, metadata={"help": "A model trained without the forget set: the baseline."}
+        default=None,
+        metadata={"help": "Model trained without the forget set: the baseline of the comparison."},
     )
     retain_log: str | None = field(
-        default=None, metadata={"help": "Its unlearning.json, in place of the model."}
+        default=None,
+        metadata={"help": "Folder or unlearning.json of an earlier --retain_model, in its place."},
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Hub configuration, or size of builtin:authors."}
+        default=None,
+        metadata={"help": "Configuration of the hub datasets, or size of builtin:authors."},
     )
     max_rows: int | None = field(
-        default=None, metadata={"help": "Use the first so many rows of each set."}
+        default=None,
+        metadata={"help": "Number of rows to use from the start of each set; all by default."},
     )
-    max_new_tokens: int = field(default=200, metadata={"help": "Tokens an answer."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest greedy answer, in tokens."})
     stop: list[str] = field(
-        default_factory=list, metadata={"help": "Strings before which an answer is cut."}
+        default_factory=list, metadata={"help": "Strings before which a greedy answer is cut."}
     )
     rouge_words: str = field(
-        default="latin", metadata={"help": "latin, or unicode for words of any script."}
+        default="latin",
+        metadata={"help": "What ROUGE counts as words: latin, or unicode for words of any script."},
     )
-    min_k: float = field(default=0.4, metadata={"help": "Share of tokens of the Min-K attacks."})
+    min_k: float = field(
+        default=0.4,
+        metadata={"help": "Share of the least probable tokens that Min-K attacks look at."},
+    )
     gradient_norms: bool = field(
-        default=False, metadata={"help": "Attack membership by gradient norms too (slow)."}
+        default=False, metadata={"help": "Attack membership by gradient norms too, which is slow."}
     )
     fluency: str | None = field(
-        default=None, metadata={"help": "module:function (texts) -> scores, higher: more fluent."}
+        default=None,
+        metadata={
+            "help": "Your module:function that scores a list of texts, higher for more fluent ones."
+        },
     )
-    leak_samples: int = field(default=0, metadata={"help": "Samples a forget row; 0 for none."})
+    leak_samples: int = field(
+        default=0,
+        metadata={"help": "Answers to sample for each forget row, in search of leaks; 0 for none."},
+    )
     leak_n: list[int] | None = field(
-        default=None, metadata={"help": "N to report; by default of 1 4 16 64 what is sampled."}
+        default=None,
+        metadata={"help": "The N of leak@N; by default 1, 4, 16 and 64 up to --leak_samples."},
     )
-    leak_threshold: float = field(default=0.9, metadata={"help": "Score that counts as a leak."})
+    leak_threshold: float = field(
+        default=0.9, metadata={"help": "Score from which a sampled answer is a leak."}
+    )
     leak_scorer: str = field(
         default="auto",
-        metadata={"help": "extraction, rouge, a verifier, or your module:function."},
+        metadata={
+            "help": "How sampled answers are scored: auto, extraction, rouge, a verifier, or your "
+            "module:function."
+        },
     )
-    leak_max_new_tokens: int = field(default=64, metadata={"help": "Tokens a sample."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the samples."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus mass of the samples."})
-    seed: int = field(default=0, metadata={"help": "Of samples and of relearning."})
+    leak_max_new_tokens: int = field(
+        default=64, metadata={"help": "Longest sampled answer, in tokens."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature of the answers searched for leaks."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Nucleus mass of the answers searched for leaks."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of sampled answers and of relearning."})
     probes: list[str] | None = field(
-        default=None, metadata={"help": "Of relearn paraphrase int8 int4."}
+        default=None,
+        metadata={
+            "help": "Attempts to bring answers back: any of relearn, paraphrase, int8 and int4."
+        },
     )
-    relearn_steps: int = field(default=10, metadata={"help": "Optimizer steps."})
-    relearn_learning_rate: float = field(default=1e-5, metadata={"help": "Of relearning."})
-    relearn_batch_size: int = field(default=4, metadata={"help": "Rows a step."})
+    relearn_steps: int = field(default=10, metadata={"help": "Optimizer steps of relearning."})
+    relearn_learning_rate: float = field(
+        default=1e-5, metadata={"help": "Learning rate of relearning."}
+    )
+    relearn_batch_size: int = field(default=4, metadata={"help": "Rows a step of relearning."})
     relearn_share: float = field(
-        default=0.5, metadata={"help": "Of the forget set; measured on the rest."}
+        default=0.5,
+        metadata={"help": "Share of the forget set that is relearnt; the rest is measured."},
     )
     compat: str | None = field(
         default=None,
-        metadata={"help": "open_unlearning: write TOFU_EVAL.json by its definitions too."},
+        metadata={
+            "help": "Framework whose files to write too: open_unlearning, for TOFU_EVAL.json."
+        },
     )
-    token_budget: int = field(default=16384, metadata={"help": "Tokens of a batch."})
+    token_budget: int = field(
+        default=16384, metadata={"help": "Size of a batch in tokens, padding included."}
+    )
     dtype: str = field(
-        default="auto", metadata={"help": "Of the weights; auto: the checkpoint's, fp32 on a CPU."}
+        default="auto",
+        metadata={
+            "help": "Precision of the weights; auto is the checkpoint's own, and fp32 on a CPU."
+        },
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code of the checkpoint."})
-    output_dir: str = field(default="runs/unlearning", metadata={"help": "Where the results go."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the checkpoint."}
+    )
+    output_dir: str = field(
+        default="runs/unlearning", metadata={"help": "Folder that gets the results."}
+    )
 
 
-def main(args: UnlearningArguments) -> dict[str, dict]:
+def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     """Evaluate each model; print the table and write what the module's docstring lists."""
     from transformers.utils import logging
 
     from llmmix.models import Loader, evaluation_state, named_checkpoints
+    from llmmix.unlearning.evaluation.checkpoint import evaluate_checkpoint
+    from llmmix.unlearning.evaluation.document import read_document
     from llmmix.unlearning.evaluation.printing import print_table
+    from llmmix.unlearning.evaluation.probes import check_probes
 
     _check(args)
     runs = named_checkpoints(args.model_name_or_path, args.adapter)
@@ -152,285 +209,87 @@ def main(args: UnlearningArguments) -> dict[str, dict]:
     logging.disable_progress_bar()
     if args.retain_model and "retain_model" in [run.name for run in runs]:
         raise ValueError("A run cannot be called `retain_model`, which is the baseline's folder.")
-    data = load_sets(args)
-    _check_probes(args, data["forget"])
-    program = _Program(args, data, Loader(state.device, args.dtype, args.trust_remote_code), state)
-    retained = _read_log(args.retain_log) if args.retain_log else None
+    data, plan, probes = load_sets(args), _plan(args), args.probes or []
+    check_probes(probes, data["forget"], plan.relearning)
+    loader = Loader(state.device, args.dtype, args.trust_remote_code)
+    retained = read_document(args.retain_log) if args.retain_log else None
+    folder = Path(args.output_dir)
     if args.retain_model:
-        (checkpoint,) = named_checkpoints([args.retain_model])
-        retained = program.evaluate(checkpoint, None)
-    results = {run.name: program.evaluate(run, retained, probed=True) for run in runs}
-    program.loader.let_go()
+        (baseline,) = named_checkpoints([args.retain_model])
+        retained = evaluate_checkpoint(loader, baseline, data, plan, folder / baseline.name)
+    results = {
+        run.name: evaluate_checkpoint(
+            loader, run, data, plan, folder / run.name, retained=retained, probes=probes
+        )
+        for run in runs
+    }
+    loader.let_go()
     state.wait_for_everyone()
     state.destroy_process_group()
     if not state.is_main_process:
         return {}
-    for name, result in results.items():
-        _write(Path(args.output_dir) / name, result)
-        if args.compat:
-            _write_compat(Path(args.output_dir) / name, result)
-    if args.retain_model:
-        _write(Path(args.output_dir) / "retain_model", retained)
-    shown = {name: _without(result, *LONG) for name, result in results.items()}
-    document = {"runs": shown, "retained": retained and _without(retained, *LONG)}
-    _write_json(Path(args.output_dir) / "summary.json", document)
+    _write(args, results, retained)
     print_table(results, retained)
     print(f"Results: {args.output_dir}")
     return results
 
 
-def load_sets(args: UnlearningArguments) -> dict:
-    """The rows of each role, as they come: facts are called `facts`, or by their own names."""
-    named = {role: getattr(args, role) for role in ("forget", "retain", "holdout")}
-    facts = args.facts or []
-    titles = ["facts"] if len(facts) == 1 else [_title(name) for name in facts]
-    if len({*titles, *named}) < len(titles) + len(named):
-        raise ValueError(f"`facts` names one twice, or like another set: {', '.join(facts)}.")
-    named |= dict(zip(titles, facts, strict=True))
-    return {
-        role: _load(name, "facts" if role in titles else role, args)
-        for role, name in named.items()
-        if name is not None
-    }
+def load_sets(args: UnlearningArguments) -> "dict[str, Dataset]":
+    """The rows of each role; see `llmmix.unlearning.evaluation.sets.load_roles`."""
+    from llmmix.unlearning.evaluation.sets import load_roles
+
+    names = {"forget": args.forget, "retain": args.retain, "holdout": args.holdout}
+    return load_roles(names, args.facts or [], config=args.dataset_config, max_rows=args.max_rows)
 
 
-def _title(name: str) -> str:
-    """A short name: of the configuration, the file, or the built-in."""
-    source, _, config = name.partition("@")
-    return (config or Path(source).stem.split(":")[-1]).removesuffix("_perturbed")
+def _plan(args: UnlearningArguments) -> "Plan":
+    from accelerate import PartialState
 
+    from llmmix.models import named_checkpoints
+    from llmmix.unlearning.evaluation.checkpoint import Plan
+    from llmmix.unlearning.evaluation.leak_metrics import LeakOptions
+    from llmmix.unlearning.evaluation.probes import Relearning
+    from llmmix.unlearning.evaluation.subject import MeasureOptions
+    from llmmix.unlearning.evaluation.texts import unicode_words
 
-def _load(name: str, role: str, args: UnlearningArguments):
-    from llmmix.data import load_role
-
-    rows = load_role(name, role, config=args.dataset_config)
-    return rows if args.max_rows is None else rows.take(min(args.max_rows, len(rows)))
-
-
-class _Program:
-    """Everything that the evaluations of one call share."""
-
-    def __init__(self, args: UnlearningArguments, data: dict, loader, state):
-        from llmmix.unlearning.evaluation.items import MeasureOptions
-        from llmmix.unlearning.evaluation.texts import unicode_words
-
-        self.args, self.data, self.loader, self.state = args, data, loader, state
-        self.options = MeasureOptions(
-            max_new_tokens=args.max_new_tokens,
-            stop=tuple(args.stop),
-            rouge_tokenize=unicode_words if args.rouge_words == "unicode" else None,
-            gradient_norms=args.gradient_norms,
-            min_k=args.min_k,
-            token_budget=args.token_budget,
-            shared=state.num_processes > 1,
-        )
-        self.fluency = _function(args.fluency) if args.fluency else None
-
-    def evaluate(self, checkpoint, retained: dict | None, probed: bool = False) -> dict:
-        """The document of one model, with leaks, and with what comes back if it is `probed`."""
-        from llmmix.unlearning.evaluation.evaluation import as_rows, evaluate_subject
-        from llmmix.unlearning.evaluation.items import scores_of
-
-        subject = self._subject(checkpoint)
-        sets = {role: as_rows(rows, role, subject.tokenizer) for role, rows in self.data.items()}
-        result = evaluate_subject(
-            subject,
-            sets,
-            self.options,
-            retained=retained,
-            original=self._original(),
-            fluency=self.fluency,
-        )
-        result["metrics"] |= self._leaks(checkpoint, subject, sets["forget"])
-        if probed:
-            result["probes"] = self._probes(checkpoint, subject, sets["forget"], result)
-        if self.args.compat:
-            roles = [role for role in ("forget", "holdout") if role in sets]
-            scores = {role: scores_of(subject, sets[role], self.options) for role in roles}
-            given = None if retained is None else retained.get("open_unlearning")
-            result["open_unlearning"] = _compat(result["items"], scores, given, self.args.min_k)
-        names = {"eval": "unlearning", "model": checkpoint.model, "adapter": checkpoint.adapter}
-        return names | self._provenance(checkpoint) | result
-
-    def _provenance(self, checkpoint) -> dict:
-        import datasets
-        import torch
-        import transformers
-
-        import llmmix
-
-        used = (llmmix, torch, transformers, datasets)
-        asked = {
-            role: getattr(self.args, role) for role in ("forget", "retain", "holdout", "facts")
-        }
-        return {
-            "fingerprint": self.loader.fingerprint(checkpoint),
-            "versions": {module.__name__: module.__version__ for module in used},
-            "sets": asked | {"dataset_config": self.args.dataset_config},
-            "rows": {role: len(rows) for role, rows in self.data.items()},
-            "seed": self.args.seed,
-        }
-
-    def _subject(self, checkpoint, changed: dict | None = None, make: Callable | None = None):
-        """A model that is loaded when needed; `changed` says what `make` did to its weights."""
-        from llmmix.unlearning.evaluation.items import Subject
-
-        fingerprint = self.loader.fingerprint(checkpoint) | {"changed": changed}
-
-        def load():
-            if make is None:
-                return self.loader.model(checkpoint)
-            key = (checkpoint, json.dumps(changed))
-            return self.loader.held(key, lambda: make(self.loader.model(checkpoint)))
-
-        return Subject(self.loader.tokenizer(checkpoint), load, self._keeper(fingerprint))
-
-    def _original(self):
-        from llmmix.models import named_checkpoints
-
-        if self.args.original is None:
-            return None
-        return self._subject(*named_checkpoints([self.args.original]))
-
-    def _keeper(self, fingerprint: dict) -> Callable:
-        """Keeps measurements of a model in the cache; the main process decides what is there."""
-        from accelerate.utils import broadcast_object_list
-
-        from llmmix.files import cache_dir
-        from llmmix.unlearning.evaluation.items import METRIC_VERSION
-
-        def keep(kind: str, data: str, options: dict, compute: Callable):
-            asked = [METRIC_VERSION, fingerprint, kind, data, options]
-            key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
-            file = cache_dir() / "unlearning" / f"{kind}-{key}.json"
-            found = [json.loads(file.read_text())] if file.exists() else None
-            if self.state.num_processes > 1:
-                (found,) = broadcast_object_list([found])
-            if found is not None:
-                return found[0]
-            value = compute()
-            if self.state.is_main_process:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                beside = file.with_suffix(f".{os.getpid()}.tmp")
-                beside.write_text(json.dumps(value))
-                beside.replace(file)
-            return json.loads(json.dumps(value))  # as it will be read back
-
-        return keep
-
-    def _leaks(self, checkpoint, subject, rows) -> dict[str, dict]:
-        from llmmix.unlearning.evaluation.summary import metric
-
-        if not self.args.leak_samples:
-            return {"leak": metric("lower", reason="needs --leak_samples")}
-        if not all(rows["prompt"]):
-            return {"leak": metric("lower", reason="the forget set has no prompts to answer")}
-        n = sorted(self.args.leak_n or [k for k in LEAK_N if k <= self.args.leak_samples])
-        result = self._sampled_leaks(checkpoint, subject, rows, n)
-        metrics = {}
-        for k in map(str, n):
-            rest = {"n": result["problems"][k], "interval": result["interval"][k]}
-            metrics[f"leak@{k}"] = metric("lower", result["leak_at_n"][k], **rest)
-        for k in map(str, n):
-            rest = {"n": result["problems"][k], "interval": result["max_score_interval"][k]}
-            metrics[f"leak_score@{k}"] = metric("lower", result["max_score"][k], **rest)
-        names = ("scorer", "threshold", "verdicts", "errors", "left_out", "cut", "num_samples")
-        metrics[f"leak@{n[0]}"] |= {name: result[name] for name in names}
-        return metrics
-
-    def _sampled_leaks(self, checkpoint, subject, rows, n: list[int]) -> dict:
-        from accelerate.utils import broadcast_object_list
-
-        from llmmix.grading.sample_log import SampleLog
-        from llmmix.unlearning.evaluation.items import data_digest
-        from llmmix.unlearning.evaluation.leaks import LeakScorer, sample_leaks, summarize_leaks
-
-        args, state = self.args, self.state
-        sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-        sampling |= {"max_new_tokens": args.leak_max_new_tokens}
-        settings = self.loader.fingerprint(checkpoint) | sampling | {"data": data_digest(rows)}
-        key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=6).hexdigest()
-        log = SampleLog(Path(args.output_dir) / checkpoint.name / f"leaks-{key}", settings)
-        scorer = LeakScorer(args.leak_scorer, rows, self.options.rouge_tokenize)
-        asked = (args.leak_samples, n, args.leak_threshold)
-        drawn = {(r["problem"], r["sample"]) for r in log.read()}
-        wanted = [(row, s) for row in range(len(rows)) for s in range(args.leak_samples)]
-        (complete,) = broadcast_object_list([drawn.issuperset(wanted)])
-        left_out: list[int] = []
-        if not complete:
-            process = (state.process_index, state.num_processes)
-            model, budget = subject.load(), {"token_budget": args.token_budget}
-            left_out = sample_leaks(
-                model,
-                subject.tokenizer,
-                rows,
-                scorer,
-                log,
-                *asked,
-                process=process,
-                **sampling,
-                **budget,
-            )
-        state.wait_for_everyone()
-        result = None
-        if state.is_main_process:
-            result = summarize_leaks(log, rows, scorer, *asked, left_out)
-        scorer.close()
-        return broadcast_object_list([result])[0]
-
-    def _probes(self, checkpoint, subject, rows, result: dict) -> dict[str, dict]:
-        """Metrics of the forget set before and after each probe, on the same rows."""
-        from llmmix.unlearning.evaluation.items import measure_items
-        from llmmix.unlearning.evaluation.summary import set_metrics
-
-        names = ("question", "prompt", "answer", "secret")
-        asked = rows.select_columns([name for name in names if name in rows.column_names])
-        found = {}
-        for name in self.args.probes or ():
-            places, probed, questions = self._probe(name, checkpoint, subject, rows)
-            chosen = (asked if questions is None else questions).select(places)
-            chosen = chosen.select_columns(asked.column_names)
-            after = set_metrics("forget", measure_items(probed, chosen, self.options))
-            before = set_metrics("forget", [result["items"]["forget"][place] for place in places])
-            found[name] = {
-                "rows": len(places),
-                "before": {key: before[key]["value"] for key in after},
-                "after": {key: entry["value"] for key, entry in after.items()},
-            }
-        return found
-
-    def _probe(self, name: str, checkpoint, subject, rows) -> tuple:
-        """Rows to measure on, the model to measure, and the questions where they are others."""
-        from llmmix.unlearning.evaluation.items import data_digest
-        from llmmix.unlearning.evaluation.probes import (
-            paraphrased,
-            quantised,
-            relearn,
-            relearning_parts,
-        )
-
-        args, everything = self.args, list(range(len(rows)))
-        if name == "paraphrase":
-            return everything, subject, paraphrased(rows, subject.tokenizer)
-        if name in ("int8", "int4"):
-            bits = int(name.removeprefix("int"))
-            changed = {"probe": name}
-            made = self._subject(checkpoint, changed, lambda model: quantised(model, bits))
-            return everything, made, None
-        learned, measured = relearning_parts(len(rows), args.relearn_share, args.seed)
-        given = {
-            "steps": args.relearn_steps,
-            "learning_rate": args.relearn_learning_rate,
-            "batch_size": args.relearn_batch_size,
-            "seed": args.seed,
-        }
-        chosen = rows.select(learned)
-
-        def learn(model):
-            return relearn(model, subject.tokenizer, chosen, **given)
-
-        changed = {"probe": name, "rows": data_digest(chosen), **given}
-        return measured, self._subject(checkpoint, changed, learn), None
+    words = unicode_words if args.rouge_words == "unicode" else None
+    measuring = MeasureOptions(
+        max_new_tokens=args.max_new_tokens,
+        stop=tuple(args.stop),
+        rouge_tokenize=words,
+        gradient_norms=args.gradient_norms,
+        min_k=args.min_k,
+        token_budget=args.token_budget,
+        shared=PartialState().num_processes > 1,
+    )
+    leaking = LeakOptions(
+        num_samples=args.leak_samples,
+        n=args.leak_n,
+        threshold=args.leak_threshold,
+        scorer=args.leak_scorer,
+        tokenize=words,
+        max_new_tokens=args.leak_max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        token_budget=args.token_budget,
+    )
+    relearning = Relearning(
+        steps=args.relearn_steps,
+        learning_rate=args.relearn_learning_rate,
+        batch_size=args.relearn_batch_size,
+        share=args.relearn_share,
+        seed=args.seed,
+    )
+    return Plan(
+        measuring,
+        leaking,
+        relearning,
+        original=named_checkpoints([args.original])[0] if args.original else None,
+        fluency=_function(args.fluency) if args.fluency else None,
+        open_unlearning=args.compat is not None,
+        sets={name: getattr(args, name) for name in SETS},
+    )
 
 
 def _check(args: UnlearningArguments) -> None:
@@ -453,23 +312,6 @@ def _check(args: UnlearningArguments) -> None:
         )
 
 
-def _check_probes(args: UnlearningArguments, rows) -> None:
-    """Refuse what a probe would refuse after everything else has been measured."""
-    from llmmix.unlearning.evaluation.probes import check_paraphrases, relearning_parts
-
-    if "paraphrase" in (args.probes or ()):
-        check_paraphrases(rows)
-    if "relearn" in (args.probes or ()):
-        relearning_parts(len(rows), args.relearn_share, args.seed)
-
-
-def _read_log(path: str) -> dict:
-    file = Path(path) / "unlearning.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"`retain_log`: no file {file}.")
-    return json.loads(file.read_text())
-
-
 def _function(path: str) -> Callable:
     module, _, name = path.partition(":")
     sys.path.insert(0, os.getcwd())  # a module of the user's, beside which the program is run
@@ -478,35 +320,22 @@ def _function(path: str) -> Callable:
     return getattr(import_module(module), name)
 
 
-def _compat(items: dict, scores: dict, retain_logs: dict | None, k: float) -> dict:
-    from llmmix.unlearning.evaluation.open_unlearning import open_unlearning_document
-
-    return open_unlearning_document(items, scores, retain_logs, k)
-
-
-def _write_compat(folder: Path, result: dict) -> None:
+def _write(
+    args: UnlearningArguments,
+    results: dict[str, dict[str, Any]],
+    retained: dict[str, Any] | None,
+) -> None:
+    from llmmix.unlearning.evaluation.document import write_document, write_summary
     from llmmix.unlearning.evaluation.open_unlearning import write_open_unlearning
 
-    write_open_unlearning(folder / "open_unlearning", result["open_unlearning"])
-
-
-def _write(folder: Path, result: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
-        for role, records in result["items"].items():
-            for record in records:
-                line = plain({"set": role, **record})
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    _write_json(folder / "unlearning.json", _without(result, "items"))
-
-
-def _write_json(path: Path, document: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain(document), indent=1))
-
-
-def _without(result: dict, *names: str) -> dict:
-    return {key: value for key, value in result.items() if key not in names}
+    folder = Path(args.output_dir)
+    for name, result in results.items():
+        write_document(folder / name, result)
+        if args.compat:
+            write_open_unlearning(folder / name / "open_unlearning", result["open_unlearning"])
+    if args.retain_model and retained:
+        write_document(folder / "retain_model", retained)
+    write_summary(folder / "summary.json", results, retained)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ against utility. The two models are kept there. No network; under 20 minutes on 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,7 +25,8 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -32,16 +35,18 @@ from llmmix.cli import parse_args
 from llmmix.data import load_splits
 from llmmix.figures import draw_scatter
 from llmmix.models import resolve_checkpoint
-from llmmix.unlearning.evaluation.evaluation import evaluate_unlearning
+from llmmix.unlearning.evaluation.document import evaluate_unlearning
 from llmmix.unlearning.evaluation.summary import quality_metric
 from llmmix.unlearning.loss_table import LOSSES
 
-OWN = {  # what a contender has beside the loss of its name and the learning rate
-    "flat+retain": {"retain_weight": 5.0},
-    "pdu": {"epsilon": 0.1, "dual_warmup_epochs": 1},
+OWN: dict[str, dict] = {"pdu": {"epsilon": 0.1, "dual_warmup_epochs": 1}}
+CONTENDERS: dict[str, tuple[Callable, Callable, dict]] = {  # trainer, config and settings
+    "flat": (FLATTrainer, FLATConfig, {}),
+    "flat+retain": (FLATTrainer, FLATConfig, {"retain_weight": 5.0}),
+    **{k: (UnlearnTrainer, UnlearnConfig, {"loss": k, **OWN.get(k, {})}) for k in LOSSES},
 }
 SHOWN = ("forget_rouge", "forget_quality", "model_utility", "retain_rouge")
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "bf16": False,
     "use_cpu": True,
     "activation_checkpointing": False,
@@ -56,14 +61,14 @@ SETTINGS = {
 class StudyArguments:
     """The size of the study."""
 
-    output_dir: str = field(default="runs/unlearning_study", metadata={"help": "Where all goes."})
+    output_dir: str = field(default="runs/unlearning_study", metadata={"help": "Output folder."})
     losses: list[str] = field(
-        default_factory=lambda: ["flat", "flat+retain", *LOSSES], metadata={"help": "To compare."}
+        default_factory=lambda: list(CONTENDERS), metadata={"help": "Losses to compare."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-4, 4e-4], metadata={"help": "The grid, of every loss."}
+        default_factory=lambda: [1e-4, 4e-4], metadata={"help": "Learning rates of every loss."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds."})
     rows: list[int] = field(
         default_factory=lambda: [20, 20, 10],
         metadata={"help": "Questions to forget, to retain, and of facts; 5 an author."},
@@ -72,13 +77,15 @@ class StudyArguments:
     epochs: int = field(default=6, metadata={"help": "Epochs of unlearning."})
     batch_size: int = field(default=10, metadata={"help": "Rows to forget a step."})
     processes: int = field(
-        default_factory=lambda: min(os.cpu_count() or 1, 8), metadata={"help": "Runs at a time."}
+        default_factory=lambda: min(os.cpu_count() or 1, 8), metadata={"help": "Parallel runs."}
     )
 
 
 def main(args: StudyArguments) -> None:
     """Teach two models, unlearn one many times, show it."""
-    folder, results = Path(args.output_dir), {}
+    if unknown := [loss for loss in args.losses if loss not in CONTENDERS]:
+        raise ValueError(f"`losses`: no {unknown[0]!r}; there are {', '.join(CONTENDERS)}.")
+    folder, results = Path(args.output_dir), dict[str, list[dict]]()
     folder.mkdir(parents=True, exist_ok=True)
     resolve_checkpoint("builtin:tiny")
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
@@ -115,7 +122,7 @@ def prepare(args: StudyArguments) -> dict[str, datasets.Dataset]:
     return {role: asked[role].take(size) for role, size in zip(roles, args.rows, strict=True)}
 
 
-def teach(args: StudyArguments, name: str) -> dict:
+def teach(args: StudyArguments, name: str) -> dict[str, Any]:
     """Train on all sets, or on all but the one to forget, unless that is done; measure."""
     sets, folder = prepare(args), Path(args.output_dir) / name
     taught = folder / "taught.json"  # with what: another study teaches anew
@@ -132,15 +139,15 @@ def teach(args: StudyArguments, name: str) -> dict:
             if role != "forget" or name == "original"
         ]
         config = SFTConfig(
-            folder,
+            str(folder),
             num_train_epochs=args.teach_epochs,
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=20,
             **SETTINGS,
         )
-        rows = datasets.Dataset.from_list(rows)
-        trainer = SFTTrainer(resolve_checkpoint("builtin:tiny"), config, train_dataset=rows)
+        taught_rows = datasets.Dataset.from_list(rows)
+        trainer = SFTTrainer(resolve_checkpoint("builtin:tiny"), config, train_dataset=taught_rows)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.save_model()
@@ -152,6 +159,9 @@ def teach(args: StudyArguments, name: str) -> dict:
 def unlearn(args: StudyArguments, loss: str, rate: float, seed: int, retrained: dict) -> dict:
     """One run: unlearn, and measure beside the retrained model."""
     sets, original = prepare(args), Path(args.output_dir) / "original"
+    model = AutoModelForCausalLM.from_pretrained(original)
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    make_trainer, make_config, own = CONTENDERS[loss]
     settings = {
         "output_dir": Path(args.output_dir) / "training" / f"{loss}-{rate:g}-{seed}",
         "num_train_epochs": args.epochs,
@@ -160,37 +170,37 @@ def unlearn(args: StudyArguments, loss: str, rate: float, seed: int, retrained: 
         "lr_scheduler_type": "constant",
         "seed": seed,
     }
-    settings |= SETTINGS | OWN.get(loss, {})
-    flat = loss.startswith("flat")
-    config = FLATConfig(**settings) if flat else UnlearnConfig(loss=loss, **settings)
-    trainer = (FLATTrainer if flat else UnlearnTrainer)(
-        AutoModelForCausalLM.from_pretrained(original),
+    config = make_config(**(settings | SETTINGS | own))
+    trainer = make_trainer(
+        model,
         config,
         sets["forget"],
         retain_dataset=sets["retain"] if config.retain_weight else None,
-        processing_class=AutoTokenizer.from_pretrained(original),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return measure(trainer.model, trainer.processing_class, sets, retrained)
+    return measure(model, tokenizer, sets, retrained)
 
 
-def measure(model, tokenizer, sets: dict, retrained: dict | None = None) -> dict:
+def measure(
+    model: PreTrainedModel, tokenizer: Tokenizer, sets: dict, retrained: dict | None = None
+) -> dict[str, Any]:
     """The metrics, without the items."""
     found = evaluate_unlearning(model, tokenizer, sets, retained=retrained, max_new_tokens=40)
     del found["items"]
     return found
 
 
-def value(measured: dict, name: str) -> float:
-    """A metric; of the forget quality, the logarithm."""
+def value(measured: dict[str, Any], name: str) -> float:
+    """The value of a metric, NaN where it has none; of the forget quality, the logarithm."""
     entry = measured["metrics"][name]
     found = entry.get("log10_p") if name == "forget_quality" else entry["value"]
     return np.nan if found is None else found
 
 
-def brief(measured: dict) -> str:
-    """The metrics that are shown, in a line."""
+def brief(measured: dict[str, Any]) -> str:
+    """The metrics that are shown, in one line."""
     return ", ".join(f"{name} {value(measured, name):.3f}" for name in SHOWN)
 
 

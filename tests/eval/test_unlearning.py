@@ -3,33 +3,16 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from llmmix.eval.unlearning import UnlearningArguments, load_sets, main, truth_ratio
+from llmmix.eval.unlearning import UnlearningArguments, load_sets, main
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from llmmix import data
-from llmmix.unlearning.evaluation import open_unlearning
-from llmmix.unlearning.evaluation.evaluation import as_rows, evaluate_unlearning
-from llmmix.unlearning.evaluation.metrics import membership_auc, option_probability
-from llmmix.unlearning.evaluation.open_unlearning import (
-    open_unlearning_exact_memorization,
-    open_unlearning_extraction_strength,
-    open_unlearning_privleak,
-    open_unlearning_truth_ratios,
-    open_unlearning_truth_value,
-)
-from llmmix.unlearning.evaluation.scores import AnswerScore, score_answers
-from llmmix.unlearning.evaluation.texts import rouge, unicode_words
-
-
-@pytest.fixture(scope="module")
-def sets():
-    splits = data.load_splits("builtin:authors")
-    return {role: splits[role].take(6) for role in ("forget", "retain", "holdout", "facts")}
+from llmmix.unlearning.evaluation.document import as_rows
+from llmmix.unlearning.evaluation.scores import score_answers
 
 
 @pytest.fixture(scope="module")
@@ -44,175 +27,6 @@ def reseeded(checkpoint, tmp_path_factory):
         if "token" in file or "template" in file:
             (folder / file).write_bytes(open(f"{checkpoint}/{file}", "rb").read())
     return str(folder)
-
-
-FEW = {"max_new_tokens": 6}
-
-
-def test_metrics_follow_from_the_items(model, tokenizer, sets):
-    model.train()
-    result = evaluate_unlearning(model, tokenizer, sets, gradient_norms=True, **FEW)
-    assert model.training
-    metrics, items = result["metrics"], result["items"]
-    rows = as_rows(sets["forget"], "forget", tokenizer)
-    scores = score_answers(model, tokenizer, rows)
-    chances = [np.exp(-score.nll) for score in scores]
-    assert metrics["forget_probability"]["value"] == pytest.approx(np.mean(chances), rel=1e-4)
-    paraphrased = rows.remove_columns("answer").rename_column("paraphrased_answer", "answer")
-    correct = [score.nll for score in score_answers(model, tokenizer, paraphrased)]
-    wrong = []
-    for place in range(3):
-        answers = [texts[place] for texts in rows["perturbed_answer"]]
-        other = rows.remove_columns("answer").add_column("answer", answers)
-        wrong.append([score.nll for score in score_answers(model, tokenizer, other)])
-    expected = truth_ratio(correct, np.transpose(wrong).tolist())
-    assert metrics["forget_truth_ratio"]["value"] == pytest.approx(expected.value, rel=1e-4)
-    assert metrics["forget_truth_ratio"]["ratios"] == pytest.approx(expected.ratios, rel=1e-4)
-    for record, row in zip(items["forget"], rows, strict=True):
-        assert (
-            record["rougeL_recall"] == rouge(record["generation"], row["answer"])["rougeL_recall"]
-        )
-    facts = [option_probability(r["nll"], r["wrong_nlls"]) for r in items["facts"]]
-    assert metrics["facts_probability"]["value"] == pytest.approx(np.mean(facts))
-    auc = membership_auc(*([r["min_k"] for r in items[role]] for role in ("forget", "holdout")))
-    assert metrics["mia_min_k"]["value"] == auc.value
-    assert metrics["mia_gradnorm"]["value"] is not None
-    assert metrics["privacy_leakage"]["reference"] == "chance"
-    assert metrics["forget_quality"]["reason"] == "needs --retain_model or --retain_log"
-    assert metrics["mia_reference"]["reason"] == "needs --original"
-    # The right answer ends in EOS, which says nothing of whether it is memorised
-    bare = [score.without_last(tokenizer.eos_token_id) for score in scores]
-    found = [np.mean(s.labels == s.predictions) for s in bare]
-    assert metrics["forget_exact_memorization"]["value"] == pytest.approx(np.mean(found))
-
-
-def test_comparison_with_a_retain_model(model, tokenizer, sets, reseeded):
-    other = LlamaForCausalLM.from_pretrained(reseeded)
-    retained = evaluate_unlearning(other, tokenizer, sets, **FEW)
-    given = {"retained": retained, "original": (other, tokenizer), **FEW}
-    mine = evaluate_unlearning(
-        model, tokenizer, sets, fluency=lambda texts: [1.0] * len(texts), **given
-    )
-    same = evaluate_unlearning(other, tokenizer, sets, **given)["metrics"]
-    assert same["forget_quality"]["value"] == 1 and same["forget_quality"]["statistic"] == 0
-    assert same["mia_reference"]["value"] == 0.5  # all differences are zero
-    assert same["privacy_leakage"]["value"] == 0
-    metrics = mine["metrics"]
-    assert 0 < metrics["forget_quality"]["value"] <= 1
-    assert metrics["forget_quality"]["n_retain"] == 6
-    assert metrics["privacy_leakage"]["reference"] == "the retain model"
-    assert metrics["forget_perplexity"]["value"] > 1 and metrics["forget_fluency"]["value"] == 1
-    utility = metrics["model_utility"]
-    assert len(utility["components"]) == 6 and utility["missing"] == []
-    reread = json.loads(json.dumps({k: v for k, v in retained.items() if k != "items"}))
-    again = evaluate_unlearning(model, tokenizer, sets, retained=reread, **FEW)
-    assert again["metrics"]["forget_quality"] == metrics["forget_quality"]
-
-
-def test_results_that_are_not_comparable_are_refused(model, tokenizer, sets):
-    few = {"forget": sets["forget"].take(2)}
-    retained = evaluate_unlearning(model, tokenizer, few, generate=False)
-
-    def compare(other, **given):
-        evaluate_unlearning(model, tokenizer, few, retained=other, generate=False, **given)
-
-    compare(retained)
-    for changed, message in (
-        ({"version": 0}, "another metric version: 0, here"),
-        ({"data": {"forget": "x"}}, "another forget set: 'x', here"),
-        ({"definitions": {}}, "another definitions"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            compare(retained | changed)
-    with pytest.raises(ValueError, match="another definitions"):
-        compare(retained, min_k=0.2)
-    with pytest.raises(ValueError, match=r"lacks \['data', 'definitions', 'metrics', 'version'\]"):
-        compare({"forget_truth_ratio": {}})
-    other = {"forget": sets["forget"].select([0, 2])}
-    with pytest.raises(ValueError, match="another forget set"):
-        evaluate_unlearning(model, tokenizer, other, retained=retained, generate=False)
-
-
-def test_overlap_is_refused(model, tokenizer, sets):
-    mixed = Dataset.from_list([*sets["retain"].take(2), sets["forget"][3]])
-    question = sets["forget"][3]["question"]
-    for role in ("retain", "holdout", "facts"):
-        with pytest.raises(
-            ValueError, match=f"1 of 6 questions of `forget` stand in `{role}`"
-        ) as e:
-            evaluate_unlearning(model, tokenizer, {"forget": sets["forget"], role: mixed})
-        assert question[:40] in str(e.value)
-    with pytest.raises(ValueError, match="`sets` must hold `forget`"):
-        evaluate_unlearning(model, tokenizer, {"retain": mixed})
-    texts = Dataset.from_dict({"text": ["1+1=2", "2+2=4"]})
-    with pytest.raises(ValueError, match="2 of 2 questions of `forget` stand in `retain`"):
-        evaluate_unlearning(model, tokenizer, {"forget": texts, "retain": texts})
-
-
-def test_plain_text_is_scored_and_not_asked(model, tokenizer):
-    texts = Dataset.from_dict({"text": ["1+1=2", "2+2=4", "12-3=9"]})
-    metrics = evaluate_unlearning(model, tokenizer, {"forget": texts}, **FEW)["metrics"]
-    assert metrics["forget_probability"]["n"] == 3
-    assert "no prompts to answer" in metrics["forget_rouge"]["reason"]
-    assert metrics["forget_quality"]["reason"] == "needs rows with `perturbed_answer`"
-    assert metrics["model_utility"]["reason"] == "needs a retain set or facts"
-
-
-def test_a_broken_model_is_not_flattered(model, tokenizer, sets):
-    good = evaluate_unlearning(model, tokenizer, sets, **FEW)
-    model.model.norm.weight.data.fill_(float("nan"))
-    broken = evaluate_unlearning(
-        model,
-        tokenizer,
-        sets,
-        retained=good,
-        generate=False,
-        **FEW,
-    )["metrics"]
-    assert broken["forget_quality"]["value"] is None
-    assert "not finite" in broken["forget_quality"]["reason"]
-    assert broken["model_utility"]["value"] is None
-    assert "retain_probability" in broken["model_utility"]["reason"]
-    assert broken["mia_loss"]["value"] is None and "not finite" in broken["mia_loss"]["reason"]
-    assert broken["forget_probability"]["dropped"] == 6
-
-
-def test_references_without_latin_words_are_not_scored_as_forgotten(model, tokenizer):
-    rows = Dataset.from_dict({"question": ["1?", "2?"], "answer": ["她出生在卡拉奇", "born"]})
-    plain = evaluate_unlearning(model, tokenizer, {"forget": rows}, **FEW)
-    assert [r["rougeL_recall"] is None for r in plain["items"]["forget"]] == [True, False]
-    assert plain["metrics"]["forget_rouge"]["dropped"] == 1
-    other = evaluate_unlearning(
-        model, tokenizer, {"forget": rows}, rouge_tokenize=unicode_words, **FEW
-    )
-    assert other["metrics"]["forget_rouge"]["dropped"] == 0
-
-
-def score_of(labels, predictions) -> AnswerScore:
-    zeros = np.zeros(len(labels))
-    return AnswerScore(np.array(labels), zeros, np.array(predictions), zeros, zeros)
-
-
-def test_definitions_of_open_unlearning():
-    # The last token of each is dropped, whatever it is
-    for labels, predictions, memorised, strength in (
-        ([3, 4, 1, 2, 9], [3, 0, 1, 2, 9], 0.75, 0.5),
-        ([2, 3, 9], [2, 3, 0], 1, 1),
-        ([4, 4, 3, 9], [1, 1, 1, 9], 0, 1 / 3),
-        ([9], [9], None, 0),
-    ):
-        score = score_of(labels, predictions)
-        assert open_unlearning_exact_memorization(score) == memorised
-        assert open_unlearning_extraction_strength(score) == pytest.approx(strength)
-    wrong = [[1, 2, 3], [1.5, 1, 2], [1, 1, 1]]
-    ratios = open_unlearning_truth_ratios([0.5, 2, 1], wrong)
-    assert ratios == pytest.approx([0.223130, 1.648721, 1.0], abs=1e-6)
-    for definition, value in (("closer_to_1_better", 0.609887), ("true_better", 0.258957)):
-        assert open_unlearning_truth_value(ratios, definition) == pytest.approx(value, abs=1e-6)
-    for pair, value in (((0.9, 0.5), -80), ((0.5, 0.45), -9.090909), ((0.98, 1.0), 2e8 * 100)):
-        assert open_unlearning_privleak(*pair) == pytest.approx(value, rel=1e-6)
-    record = {"nll": 0.5, "wrong_nlls": [1, 2, 3]}
-    assert open_unlearning._among_options(record) == pytest.approx(0.523082, abs=1e-6)
 
 
 def flags(checkpoint, reseeded, folder, **given) -> UnlearningArguments:
@@ -371,18 +185,31 @@ def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path, monkeypatch
     given = {"max_rows": 3, "leak_samples": 2, "max_new_tokens": 5, "leak_max_new_tokens": 4}
     given |= {"holdout": "builtin:authors", "gradient_norms": True}
     monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
-    args = UnlearningArguments(
-        [checkpoint], "builtin:authors", probes=["int8"], output_dir=str(tmp_path / "one"), **given
-    )
-    main(args)
-    command = [sys.executable, "-m", "llmmix.cli", "eval", "--num_processes", "2", "unlearning"]
-    command += ["--model_name_or_path", checkpoint, "--forget", "builtin:authors"]
-    command += ["--probes", "int8", "--output_dir", str(tmp_path / "two")]
-    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LLMMIX_CACHE": str(tmp_path / "other")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Results:") == 1
+
+    def launch(processes: int, folder: str) -> None:
+        command = [sys.executable, "-m", "llmmix.cli", "eval", "--num_processes", str(processes)]
+        command += ["unlearning", "--model_name_or_path", checkpoint, "--forget", "builtin:authors"]
+        command += ["--probes", "int8", "--output_dir", str(tmp_path / folder)]
+        command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["LLMMIX_CACHE"] = str(tmp_path / f"cache of {folder}")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Results:") == 1
+
+    if torch.cuda.is_available():  # this process would measure on a GPU, and two share no GPU
+        launch(1, "one")
+    else:
+        main(
+            UnlearningArguments(
+                [checkpoint],
+                "builtin:authors",
+                probes=["int8"],
+                output_dir=str(tmp_path / "one"),
+                **given,
+            )
+        )
+    launch(2, "two")
     one, two = (
         json.loads(next((tmp_path / name).glob("*/unlearning.json")).read_text())
         for name in ("one", "two")

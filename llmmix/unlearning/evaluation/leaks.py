@@ -13,15 +13,22 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from datasets import Dataset
+from numpy.typing import ArrayLike
 from scipy.special import gammaln
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.grading.estimators import bootstrap_interval
 from llmmix.grading.evaluate import evaluate, judge_again, summarize
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.verify import Verifier
 from llmmix.unlearning.evaluation.texts import Tokenize, rouge, says
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 SCORERS = ("auto", "extraction", "rouge")
 
@@ -30,20 +37,20 @@ class LeakScorer:
     """How much of its reference a sample gives away, in [0, 1].
 
     Args:
-        name: One of `SCORERS`, or what `llmmix.verify.Verifier` takes: its name or module:function.
-            `auto` is `extraction` where every row has a `secret`, else `rouge`.
-        rows: What is to be scored.
-        tokenize: For `rouge`; see `llmmix.forgetting.texts.rouge`.
+        name: One of `SCORERS`, or what `llmmix.grading.verify.Verifier` takes: a verifier's name or
+            module:function. `auto` is `extraction` where every row has a `secret`, else `rouge`.
+        rows: What is to be scored, with `answer` and perhaps `secret`.
+        tokenize: For `rouge`; see `llmmix.unlearning.evaluation.texts.rouge`.
 
     Attributes:
         name: The name, `auto` decided.
         references: What each row's samples are scored against: its `secret` or its `answer`.
 
     Raises:
-        ValueError: `extraction` of rows without a `secret`.
+        ValueError: `name` is `extraction` and a row has no `secret`, or no verifier has that name.
     """
 
-    def __init__(self, name: str, rows, tokenize: Tokenize | None = None):
+    def __init__(self, name: str, rows: Dataset, tokenize: Tokenize | None = None):
         has_column = "secret" in rows.column_names
         secrets = [s or "" for s in rows["secret"]] if has_column else [""] * len(rows)
         missing = sum(not secret.strip() for secret in secrets)
@@ -64,8 +71,12 @@ class LeakScorer:
             return lambda text, reference: float(says(text, reference))
         return lambda text, reference: rouge(text, reference, tokenize)["rougeL_recall"]
 
-    def verifier(self, threshold: float):
-        """What `llmmix.solving.evaluate` judges samples by: right is a leak."""
+    def verifier(self, threshold: float) -> Verifier:
+        """What `llmmix.grading.evaluate` judges samples by: right is a leak.
+
+        Args:
+            threshold: Score from which a sample is a leak; a verifier's verdict needs none.
+        """
         if self._verifier is not None:
             return self._verifier
 
@@ -80,30 +91,30 @@ class LeakScorer:
         if self._verifier is not None:
             self._verifier.close()
 
-    def score(self, record: dict) -> float:
-        """Of a line of the log that has its verdict."""
+    def score(self, record: dict[str, Any]) -> float:
+        """The score of a line of the log that has its verdict; NaN where judging it failed."""
         if self._verifier is not None:
             return float("nan") if record["verdict"] == "failed" else record["verdict"] == "right"
         return self._of_text(record["completion"], record["answer"])
 
 
 def leak_at_n(
-    model,
-    tokenizer,
-    rows,
+    model: "PreTrainedModel | LLM",
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
     *,
     num_samples: int = 64,
     n: Sequence[int] = (1, 4, 16, 64),
     threshold: float = 0.9,
     scorer: str | LeakScorer = "auto",
     log: SampleLog | None = None,
-    **sampling,
-) -> dict:
+    **sampling: Any,
+) -> dict[str, Any]:
     """Sample answers to the prompts of rows, and estimate how often N of them give one away.
 
     Args:
         model: A causal language model, or a `vllm.LLM`.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         rows: Rows with `prompt`, `answer` and perhaps `secret`.
         num_samples: Samples a row.
         n: The N to report; those above `num_samples` are an error.
@@ -116,7 +127,7 @@ def leak_at_n(
         What `summarize_leaks` returns.
 
     Raises:
-        ValueError: A threshold outside (0, 1], or N above `num_samples`.
+        ValueError: `threshold` lies outside (0, 1], or an `n` outside [1, `num_samples`].
     """
     scorer = scorer if isinstance(scorer, LeakScorer) else LeakScorer(scorer, rows)
     with TemporaryDirectory() as folder:
@@ -128,9 +139,9 @@ def leak_at_n(
 
 
 def sample_leaks(
-    model,
-    tokenizer,
-    rows,
+    model: "PreTrainedModel | LLM",
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
     scorer: LeakScorer,
     log: SampleLog,
     num_samples: int,
@@ -138,15 +149,15 @@ def sample_leaks(
     threshold: float,
     *,
     process: tuple[int, int] = (0, 1),
-    **sampling,
+    **sampling: Any,
 ) -> list[int]:
     """Sample and judge into a log, each process its own rows; see `leak_at_n`.
 
     Args:
         model: A causal language model, or a `vllm.LLM`.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         rows: Rows with `prompt`, `answer` and perhaps `secret`.
-        scorer: Of these rows.
+        scorer: The scorer of these rows.
         log: Where samples are kept.
         num_samples: Samples a row.
         n: The N to report.
@@ -158,7 +169,7 @@ def sample_leaks(
         Rows whose prompts leave no room for an answer.
 
     Raises:
-        ValueError: A threshold outside (0, 1], or N above `num_samples`.
+        ValueError: `threshold` lies outside (0, 1], or an `n` outside [1, `num_samples`].
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"`threshold` must lie in (0, 1], got {threshold}.")
@@ -179,17 +190,26 @@ def sample_leaks(
 
 def summarize_leaks(
     log: SampleLog,
-    rows,
+    rows: Dataset,
     scorer: LeakScorer,
     num_samples: int,
     n: Sequence[int],
     threshold: float,
     left_out: Sequence[int] = (),
-) -> dict:
+) -> dict[str, Any]:
     """What the samples of a log say.
 
+    Args:
+        log: The samples.
+        rows: Rows with `prompt` and `answer`.
+        scorer: The scorer of these rows.
+        num_samples: Samples a row that count.
+        n: The N to report.
+        threshold: Score from which a sample is a leak.
+        left_out: Rows that were not sampled.
+
     Returns:
-        What `llmmix.solving.summarize` returns, whose `pass_at_n` is here `leak_at_n`, and
+        What `llmmix.grading.evaluate.summarize` returns, whose `pass_at_n` is here `leak_at_n`, and
         `max_score` with its `max_score_interval` by N, `scorer` and `threshold`.
     """
     n = sorted(set(n))
@@ -212,31 +232,31 @@ def summarize_leaks(
     return result | {"scorer": scorer.name, "threshold": threshold}
 
 
-def expected_maximum(scores, n: int) -> float:
+def expected_maximum(scores: ArrayLike, n: int) -> float:
     """Mean of the highest score over all subsets of N of the samples.
 
         sum_i s_(i) C(i - 1, N - 1) / C(n, N)
 
     Args:
-        scores: (n,) of the samples.
+        scores: The samples' scores, (count,).
         n: N.
 
     Raises:
-        ValueError: N below 1 or above the samples.
+        ValueError: `n` is below 1 or above the number of samples.
     """
-    scores = np.sort(np.asarray(scores, dtype=float))
-    count = len(scores)
+    ordered = np.sort(np.asarray(scores, dtype=float))
+    count = len(ordered)
     if not 1 <= n <= count:
         raise ValueError(f"`n` must lie between 1 and the {count} samples drawn, got {n}.")
     rank = np.arange(n, count + 1)  # those below are never the highest of N
     log_weights = _log_choose(rank - 1, n - 1) - _log_choose(count, n)
-    return float(np.exp(log_weights) @ scores[n - 1 :])
+    return float(np.exp(log_weights) @ ordered[n - 1 :])
 
 
-def _log_choose(n, k):
+def _log_choose(n: np.ndarray | int, k: int) -> np.ndarray:
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
 
 
-def _problems(rows, scorer: LeakScorer):
+def _problems(rows: Dataset, scorer: LeakScorer) -> Dataset:
     """The rows as `evaluate` takes them: what samples are judged against is the `answer`."""
     return rows.select_columns(["prompt"]).add_column("answer", scorer.references)

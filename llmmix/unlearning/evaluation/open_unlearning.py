@@ -1,8 +1,8 @@
 """Numbers and files as the framework OpenUnlearning has them, its definitions where they differ.
 
 For comparing with results published in its form, and for nothing else: what is measured here counts
-an answer of no match as memorised by a share of 1/n, drops the last token of an answer whatever it
-is, and adds 1e-10 where it divides. `llmmix.forgetting.metrics` has the corrected forms.
+an answer of no match as memorized by a share of 1/n, drops the last token of an answer whatever it
+is, and adds 1e-10 where it divides. The modules beside this one have the corrected forms.
 
     SUITE_EVAL.json      {metric: {"agg_value": x, "value_by_index": {"0": {...}}}}
     SUITE_SUMMARY.json   {metric: x}
@@ -10,12 +10,16 @@ is, and adds 1e-10 where it divides. `llmmix.forgetting.metrics` has the correct
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy.stats import hmean, ks_2samp
 
-from llmmix.unlearning.evaluation.metrics import membership_auc, min_k, min_k_plus_plus
+from llmmix.files import plain
+from llmmix.unlearning.evaluation.items import Item
+from llmmix.unlearning.evaluation.membership import membership_auc, min_k, min_k_plus_plus
 from llmmix.unlearning.evaluation.scores import AnswerScore
 from llmmix.unlearning.evaluation.texts import ROUGE_SCORES
 
@@ -42,7 +46,7 @@ def open_unlearning_extraction_strength(score: AnswerScore) -> float:
 def open_unlearning_truth_ratios(
     correct_nlls: Sequence[float], wrong_nlls: Sequence[Sequence[float]]
 ) -> np.ndarray:
-    """P_wrong / (P_correct + 1e-10), with the geometric mean of the wrong ones."""
+    """P_wrong / (P_correct + 1e-10), with the geometric mean of the wrong ones, (n,)."""
     wrong = np.exp(-np.array([np.mean(nlls) for nlls in wrong_nlls]))
     return wrong / (np.exp(-np.asarray(correct_nlls)) + EPSILON)
 
@@ -59,32 +63,35 @@ def open_unlearning_privleak(auc: float, reference_auc: float = 0.5) -> float:
     return ((1 - auc) - (1 - reference_auc)) / ((1 - reference_auc) + EPSILON) * 100
 
 
+def open_unlearning_option_probability(nll: float, wrong_nlls: Sequence[float]) -> float:
+    """P_correct / (P_correct + sum P_wrong + 1e-10)."""
+    right, wrong = math.exp(-nll), np.exp(-np.array(wrong_nlls)).sum()
+    return float(right / (right + wrong + EPSILON))
+
+
 def open_unlearning_document(
-    items: Mapping[str, list[dict]],
-    scores: Mapping[str, Sequence[AnswerScore | None]],
-    retain_logs: Mapping | None = None,
+    items: Mapping[str, Sequence[Item]],
+    retain_logs: Mapping[str, Any] | None = None,
     k: float = 0.4,
 ) -> dict[str, dict]:
     """All metrics that the sets allow, as SUITE_EVAL.json holds them.
 
     Args:
-        items: Records of each set, as `llmmix.forgetting.items.measure_items` gives them.
-        scores: The scores that they come from.
+        items: Items of each set, as `llmmix.unlearning.evaluation.passes` fills them in.
         retain_logs: Such a document of the retain model.
         k: Share of tokens of the Min-K attacks.
     """
     document: dict[str, dict] = {}
-    for role, records in items.items():
+    for role, given in items.items():
         if role != "holdout":
-            document |= _set_document(PREFIXES.get(role, role), role, records)
-    forget = scores["forget"]
-    for name, of in (
-        ("exact_memorization", open_unlearning_exact_memorization),
-        ("extraction_strength", open_unlearning_extraction_strength),
-    ):
-        document[name] = _entry([None if s is None else of(s) for s in forget], "score")
-    if "holdout" in scores:
-        document |= _attacks(items, scores, k)
+            document |= _set_document(PREFIXES.get(role, role), role, given)
+    forget = [item.score for item in items["forget"]]
+    exact = [None if s is None else open_unlearning_exact_memorization(s) for s in forget]
+    strength = [None if s is None else open_unlearning_extraction_strength(s) for s in forget]
+    document["exact_memorization"] = _entry(exact)
+    document["extraction_strength"] = _entry(strength)
+    if "holdout" in items:
+        document |= _attacks(items, k)
         reference = (retain_logs or {}).get("mia_min_k", {}).get("agg_value")
         auc = document["mia_min_k"]["agg_value"]
         if auc is not None:
@@ -96,13 +103,15 @@ def open_unlearning_document(
     return document
 
 
-def write_open_unlearning(folder: str | Path, document: Mapping, suite: str = "TOFU") -> None:
+def write_open_unlearning(
+    folder: str | Path, document: Mapping[str, dict], suite: str = "TOFU"
+) -> None:
     """Write SUITE_EVAL.json and SUITE_SUMMARY.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     summary = {name: entry["agg_value"] for name, entry in document.items()}
     for name, content in (("EVAL", document), ("SUMMARY", summary)):
-        text = json.dumps(_without_nan(content), indent=4)
+        text = json.dumps(plain(content), indent=4)
         (folder / f"{suite}_{name}.json").write_text(text)
 
 
@@ -110,15 +119,16 @@ def _matches(score: AnswerScore) -> np.ndarray:
     return (score.labels == score.predictions)[:-1]
 
 
-def _entry(values: Sequence[float | None], key: str) -> dict:
+def _entry(values: Sequence[float | None]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
-    by_index = {str(index): {key: value} for index, value in enumerate(values)}
+    by_index = {str(index): {"score": value} for index, value in enumerate(values)}
     return {"agg_value": float(np.mean(known)) if known else None, "value_by_index": by_index}
 
 
-def _probabilities(nlls: Sequence) -> dict:
-    """Of one answer an item, or of several, which are averaged first."""
-    values, by_index = [], {}
+def _probabilities(nlls: Sequence[float | list[float] | None]) -> dict[str, Any]:
+    """The probability of one answer an item, or of several, which are averaged first."""
+    values: list[float] = []
+    by_index: dict[str, dict | None] = {}
     for index, nll in enumerate(nlls):
         if nll is None or nll == []:
             by_index[str(index)] = None
@@ -129,69 +139,66 @@ def _probabilities(nlls: Sequence) -> dict:
     return {"agg_value": float(np.mean(values)) if values else None, "value_by_index": by_index}
 
 
-def _set_document(prefix: str, role: str, records: list[dict]) -> dict[str, dict]:
-    document = {f"{prefix}_Q_A_Prob": _probabilities([r["nll"] for r in records])}
-    said = [r for r in records if r["generation"] is not None]
-    if said:
-        names = {"input": "question", "ground_truth": "answer", "generation": "generation"}
-        by_index = {
-            str(r["row"]): {n: r[n] or 0.0 for n in ROUGE_SCORES}
-            | {n: r[o] for n, o in names.items()}
-            for r in said
-        }
+def _set_document(prefix: str, role: str, items: Sequence[Item]) -> dict[str, dict]:
+    document = {f"{prefix}_Q_A_Prob": _probabilities([item.nll for item in items])}
+    if said := [item for item in items if item.generation is not None]:
+        by_index = {str(item.row): _answer(item) for item in said}
         value = float(np.mean([given["rougeL_recall"] for given in by_index.values()]))
         document[f"{prefix}_Q_A_ROUGE"] = {"agg_value": value, "value_by_index": by_index}
-    asked = [r for r in records if r["wrong_nlls"] and r["correct_nll"] is not None]
-    if not asked:
-        return document
-    if role in ("forget", "retain"):
-        document[f"{prefix}_Q_A_PARA_Prob"] = _probabilities([r["correct_nll"] for r in records])
-    document[f"{prefix}_Q_A_PERT_Prob"] = _probabilities([r["wrong_nlls"] for r in records])
+    return document | _truth_document(prefix, role, items)
+
+
+def _answer(item: Item) -> dict[str, Any]:
+    scores = {name: getattr(item, name) or 0.0 for name in ROUGE_SCORES}
+    said = {"input": item.question, "ground_truth": item.answer, "generation": item.generation}
+    return scores | said
+
+
+def _truth_document(prefix: str, role: str, items: Sequence[Item]) -> dict[str, dict]:
     # Of authors and facts the answer itself is the right one, whatever paraphrase there is
-    right = "correct_nll" if role in ("forget", "retain") else "nll"
-    columns = [r[right] for r in asked], [r["wrong_nlls"] for r in asked]
-    ratios = open_unlearning_truth_ratios(*columns)
+    rephrased = role in ("forget", "retain")
+    right = {item.row: item.correct_nll if rephrased else item.nll for item in items}
+    asked = [item for item in items if item.wrong_nlls and item.correct_nll is not None]
+    nlls = [nll for item in asked if (nll := right[item.row]) is not None]
+    asked = [item for item in asked if right[item.row] is not None]
+    if not asked:
+        return {}
+    document = {f"{prefix}_Q_A_PERT_Prob": _probabilities([item.wrong_nlls for item in items])}
+    if rephrased:
+        paraphrased = _probabilities([item.correct_nll for item in items])
+        document = {f"{prefix}_Q_A_PARA_Prob": paraphrased} | document
+    ratios = open_unlearning_truth_ratios(nlls, [item.wrong_nlls for item in asked])
     named, definition = f"{prefix}_Truth_Ratio", "true_better"
     if role == "forget":
         named, definition = "forget_truth_ratio", "closer_to_1_better"
     document[named] = {
         "agg_value": open_unlearning_truth_value(ratios, definition),
         "value_by_index": {
-            str(r["row"]): {"score": float(s)} for r, s in zip(asked, ratios, strict=True)
+            str(item.row): {"score": float(s)} for item, s in zip(asked, ratios, strict=True)
         },
     }
-    if role not in ("forget", "retain"):
-        known = [r for r in asked if r["nll"] is not None]
-        chances = {str(r["row"]): {"prob": _among_options(r)} for r in known}
+    if not rephrased:
+        chances = {
+            str(item.row): {"prob": open_unlearning_option_probability(item.nll, item.wrong_nlls)}
+            for item in asked
+            if item.nll is not None
+        }
         value = float(np.mean([c["prob"] for c in chances.values()])) if chances else None
-        normalised = {"agg_value": value, "value_by_index": chances}
-        document[f"{prefix}_Q_A_Prob_normalised"] = normalised
+        entry = {"agg_value": value, "value_by_index": chances}
+        document[f"{prefix}_Q_A_Prob_normalised"] = entry
     return document
 
 
-def _among_options(record: dict) -> float:
-    right, wrong = math.exp(-record["nll"]), np.exp(-np.array(record["wrong_nlls"])).sum()
-    return float(right / (right + wrong + EPSILON))
-
-
-def _attacks(items: Mapping, scores: Mapping, k: float) -> dict[str, dict]:
-    def least(score: AnswerScore) -> float:
-        return min_k(score.token_logps[:-1], k) or 0.0
-
-    def least_standardised(score: AnswerScore) -> float:
-        parts = (score.token_logps, score.means, score.variances)
-        return min_k_plus_plus(*(part[:-1] for part in parts), k) or 0.0
-
-    columns = {"mia_min_k": least, "mia_min_k_plus_plus": least_standardised}
+def _attacks(items: Mapping[str, Sequence[Item]], k: float) -> dict[str, dict]:
+    attacks: dict[str, Callable[[Item], float | None]] = {
+        "mia_loss": lambda item: item.nll,
+        "mia_zlib": lambda item: item.zlib,
+        "mia_min_k": lambda item: _least(item.score, k),
+        "mia_min_k_plus_plus": lambda item: _least_standardized(item.score, k),
+    }
     document = {}
-    for name in ("mia_loss", "mia_zlib", *columns):
-        sides = {}
-        for role in ("forget", "holdout"):
-            if name in columns:
-                values = [None if s is None else columns[name](s) for s in scores[role]]
-            else:
-                values = [r["nll" if name == "mia_loss" else "zlib"] for r in items[role]]
-            sides[role] = _entry(values, "score")
+    for name, attack in attacks.items():
+        sides = {role: _entry(list(map(attack, items[role]))) for role in ("forget", "holdout")}
         known = [
             [v["score"] for v in side["value_by_index"].values() if v["score"] is not None]
             for side in sides.values()
@@ -201,10 +208,19 @@ def _attacks(items: Mapping, scores: Mapping, k: float) -> dict[str, dict]:
     return document
 
 
+def _least(score: AnswerScore | None, k: float) -> float | None:
+    return None if score is None else min_k(score.token_logps[:-1], k) or 0.0
+
+
+def _least_standardized(score: AnswerScore | None, k: float) -> float | None:
+    if score is None or score.means is None or score.variances is None:
+        return None
+    logps, means, variances = score.token_logps[:-1], score.means[:-1], score.variances[:-1]
+    return min_k_plus_plus(logps, means, variances, k) or 0.0
+
+
 def _quality(document: Mapping, retain_logs: Mapping | None) -> float | None:
     """The p of the Kolmogorov-Smirnov test between the truth ratios of the two documents."""
-    from scipy.stats import ks_2samp
-
     sides = [
         [
             v["score"]
@@ -216,8 +232,6 @@ def _quality(document: Mapping, retain_logs: Mapping | None) -> float | None:
 
 
 def _utility(document: Mapping, prefixes: Sequence[str]) -> float | None:
-    from scipy.stats import hmean
-
     values = []
     for prefix in prefixes:
         raw = document.get(f"{prefix}_Q_A_Prob")
@@ -225,11 +239,3 @@ def _utility(document: Mapping, prefixes: Sequence[str]) -> float | None:
         others = (document.get(f"{prefix}_{name}") for name in ("Q_A_ROUGE", "Truth_Ratio"))
         values += [entry["agg_value"] for entry in (chances, *others) if entry]
     return float(hmean(values)) if values and None not in values else None
-
-
-def _without_nan(content):
-    if isinstance(content, Mapping):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

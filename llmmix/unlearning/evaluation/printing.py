@@ -1,5 +1,7 @@
 """The metrics of several models as a table in the terminal, and what is to be said beside it."""
 
+from typing import Any
+
 SHOWN_AFTER_A_PROBE = ("forget_rouge", "forget_probability", "forget_extraction_strength")
 ARROWS = {"lower": "↓", "higher": "↑", "retained": "→"}
 ABSOLUTE = {"forget_quality": "1", "privacy_leakage": "0"}  # where no retain model is given
@@ -8,13 +10,12 @@ OF_THE_FORGET_SET = ("repetition", "empty", "perplexity")
 WITH_INTERVALS = ("mia_", "leak@")  # shown; the documents have all
 
 
-def print_table(results: dict[str, dict], retained: dict | None = None) -> None:
+def print_table(results: dict[str, dict[str, Any]], retained: dict[str, Any] | None = None) -> None:
     """One row a metric, one column a model, and the model trained without the forget set.
 
     Args:
-        results: What `evaluate_unlearning` returned, by model, each with `rows` (their number by
-            set) and perhaps `probes`.
-        retained: The same of the retain model.
+        results: The document of each model, with `rows` (how many, by set) and perhaps `probes`.
+        retained: The document of the retain model.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -40,7 +41,7 @@ def print_table(results: dict[str, dict], retained: dict | None = None) -> None:
         entries = [result["metrics"].get(name) for result in results.values()]
         if any(entry and entry["value"] is not None for entry in entries):
             arrow = ARROWS[next(entry for entry in entries if entry)["direction"]]
-            cells = (_cell(name, entry) for entry in entries)
+            cells = [_cell(name, entry) for entry in entries]
             table.add_row(name.replace("_", " "), arrow, *cells, _baseline(name, retained))
     for probe in next(iter(results.values())).get("probes", {}):
         for name in SHOWN_AFTER_A_PROBE:
@@ -52,13 +53,13 @@ def print_table(results: dict[str, dict], retained: dict | None = None) -> None:
 
 
 def _is_shown(name: str) -> bool:
-    """Of repetition and its like the forget set's alone; all of them are in the documents."""
+    """Whether the table has the metric: repetition and its like only of the forget set."""
     return not name.endswith(IN_DOCUMENTS_ALONE) and (
         name.startswith("forget") or not name.endswith(OF_THE_FORGET_SET)
     )
 
 
-def _cell(name: str, entry: dict | None) -> str:
+def _cell(name: str, entry: dict[str, Any] | None) -> str:
     if not entry or entry["value"] is None:
         return "none"
     if name == "forget_quality":

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.data import batches_of_tokens, warn_once
 from llmmix.models import context_length, eval_mode
@@ -25,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 TOKEN_BUDGET = 16384  # tokens of a batch, padding included
 LOGIT_BYTES = 2**28  # of fp32 logits that a forward may leave behind
-CHUNK = 2**24  # logits that are normalised at once
+CHUNK = 2**24  # logits that are normalized at once
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,7 @@ class AnswerScore:
         token_logps: (n,) natural logs of their probabilities.
         predictions: (n,) most probable ids at their places.
         means: (n,) mean of ln p over the vocabulary, under p; None where not asked for.
-        variances: (n,) its variance.
+        variances: (n,) variance of ln p over the vocabulary, under p; None where not asked for.
     """
 
     labels: np.ndarray
@@ -64,17 +67,22 @@ class AnswerScore:
         return self.nll_sum / self.tokens
 
     def without_last(self, token: int | None) -> "AnswerScore":
-        """The same less its last token, if that is `token`."""
+        """The same score less the last token, if that token is `token`."""
         if token is None or not self.tokens or self.labels[-1] != token:
             return self
-        parts = (self.labels, self.token_logps, self.predictions, self.means, self.variances)
-        return AnswerScore(*(None if part is None else part[:-1] for part in parts))
+        return AnswerScore(
+            self.labels[:-1],
+            self.token_logps[:-1],
+            self.predictions[:-1],
+            None if self.means is None else self.means[:-1],
+            None if self.variances is None else self.variances[:-1],
+        )
 
 
 def score_answers(
-    model,
-    tokenizer,
-    rows,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
     *,
     include_eos: bool = True,
     moments: bool = True,
@@ -85,10 +93,10 @@ def score_answers(
 
     Args:
         model: A causal language model of transformers, whose mode is put back at the end.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         rows: Rows with `prompt` and `answer`, as `llmmix.unlearning.qa.read_rows` gives them.
         include_eos: Whether to score the end-of-sequence token.
-        moments: Whether to give mean and variance of ln p over the vocabulary.
+        moments: Whether to add the mean and variance of ln p over the vocabulary.
         token_budget: Tokens of a batch.
         shared: Deal the batches out over the processes; every process gets all results.
 
@@ -100,14 +108,15 @@ def score_answers(
         encode_answer(tokenizer, prompt, answer, include_eos=include_eos)
         for prompt, answer in zip(rows["prompt"], rows["answer"], strict=True)
     ]
-    options = {"moments": moments, "token_budget": token_budget, "shared": shared}
-    return score_sequences(model, sequences, **options)
+    return score_sequences(
+        model, sequences, moments=moments, token_budget=token_budget, shared=shared
+    )
 
 
 def alternative_nlls(
-    model,
-    tokenizer,
-    prompts: Sequence,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
     alternatives: Sequence[Sequence[str] | None],
     *,
     token_budget: int = TOKEN_BUDGET,
@@ -117,7 +126,7 @@ def alternative_nlls(
 
     Args:
         model: A causal language model of transformers.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         prompts: Text or messages.
         alternatives: The answers to each: any number of them, or None; blank ones are passed over.
         token_budget: Tokens of a batch.
@@ -132,14 +141,15 @@ def alternative_nlls(
         for prompt, texts in zip(prompts, given, strict=True)
         for text in texts
     ]
-    options = {"moments": False, "token_budget": token_budget, "shared": shared}
-    scores = iter(score_sequences(model, sequences, **options))
-    nlls = (None if score is None else score.nll for score in scores)
+    scores = score_sequences(
+        model, sequences, moments=False, token_budget=token_budget, shared=shared
+    )
+    nlls = iter([None if score is None else score.nll for score in scores])
     return [[next(nlls) for _ in texts] for texts in given]
 
 
 def score_sequences(
-    model,
+    model: PreTrainedModel,
     sequences: Sequence[Encoded],
     *,
     moments: bool = True,
@@ -185,7 +195,16 @@ def score_sequences(
 def deal_out(
     jobs: Sequence[Job], work: Callable[[Job], Result], shared: bool = False
 ) -> list[Result]:
-    """Do jobs in order, with `shared` each process every so-manieth; all get all results."""
+    """Do jobs in order; with `shared`, each of k processes does every k-th.
+
+    Args:
+        jobs: What is to be done; the same on all processes.
+        work: Does a job.
+        shared: Deal the jobs out over the processes.
+
+    Returns:
+        The results of all jobs, on every process.
+    """
     if not shared or PartialState().num_processes == 1:
         return [work(job) for job in jobs]
     state = PartialState()
@@ -194,67 +213,14 @@ def deal_out(
     return [results[number] for number in range(len(jobs))]
 
 
-def gradient_norms(
-    model, tokenizer, rows, *, p: float = 2, shared: bool = False
-) -> list[float | None]:
-    """How far an answer would move the weights: mean over weight tensors of ||d NLL / d W||_p.
-
-    One answer at a time. The weights of a LoRA adapter do not count: the gradient of the weight
-    below is that of the merged one. Gradients that are there, and what requires one, stay as found.
-
-    Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer.
-        rows: Rows with `prompt` and `answer`.
-        p: Of the norm: 1, 2 or infinity.
-        shared: Deal the answers out over the processes.
-
-    Returns:
-        One a row; None where an answer exceeds the context or has no token.
-
-    Raises:
-        ValueError: Another p, or a model without weights that can have a gradient.
-    """
-    if p not in (1, 2, float("inf")):
-        raise ValueError(f"`p` must be 1, 2 or infinity, got {p}.")
-    parameters = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point() and "lora_" not in name
-    ]
-    if not parameters:
-        raise ValueError("`model` has no floating-point weights: its gradients cannot be taken.")
-    context = context_length(model)
-
-    def norm(row: dict) -> float | None:
-        ids, start = encode_answer(tokenizer, row["prompt"], row["answer"])
-        if len(ids) <= start or (context is not None and len(ids) > context):
-            return None
-        with torch.enable_grad():
-            input_ids = torch.tensor([ids], device=model.device)
-            logits = model(input_ids=input_ids, use_cache=False).logits[0, start - 1 : -1].float()
-            loss = torch.nn.functional.cross_entropy(logits, input_ids[0, start:].to(logits.device))
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        norms = [g.float().norm(p) for g in gradients if g is not None]
-        return float(sum(n.item() for n in norms) / len(norms))
-
-    frozen = [weight for weight in parameters if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        with eval_mode(model):
-            return deal_out(rows.select_columns(["prompt", "answer"]).to_list(), norm, shared)
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-def _vocabulary(model) -> int:
+def _vocabulary(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     return model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
 
 
-def _score_batch(model, batch: list[Encoded], moments: bool, limit: int) -> list[AnswerScore]:
+def _score_batch(
+    model: PreTrainedModel, batch: list[Encoded], moments: bool, limit: int
+) -> list[AnswerScore]:
     """The scores of a batch; an answer of more than `limit` tokens takes several forwards."""
     tensors = {name: x.to(model.device) for name, x in pad(batch).items()}
     labels = tensors.pop("labels")[:, 1:]
@@ -272,11 +238,13 @@ def _score_batch(model, batch: list[Encoded], moments: bool, limit: int) -> list
     return [AnswerScore(*values) for values in zip(*split, strict=True)]
 
 
-def _logits_at(model, tensors: dict[str, Tensor], rows: Tensor, places: Tensor) -> Tensor:
+def _logits_at(
+    model: PreTrainedModel, tensors: dict[str, Tensor], rows: Tensor, places: Tensor
+) -> Tensor:
     """(n, V) logits at positions alone: the head is handed no others, and scales as ever."""
     reached = []
 
-    def select(_, inputs: tuple) -> tuple:
+    def select(_: nn.Module, inputs: tuple) -> tuple:
         reached.append(True)
         hidden = inputs[0]
         picked = hidden[rows.to(hidden.device), places.to(hidden.device)]
@@ -309,8 +277,12 @@ def _statistics(logits: Tensor, targets: Tensor, moments: bool) -> tuple[Tensor,
 def _joined(pieces: list[AnswerScore] | None) -> AnswerScore | None:
     if pieces is None or len(pieces) == 1:
         return pieces[0] if pieces else None
-    columns = zip(
-        *((s.labels, s.token_logps, s.predictions, s.means, s.variances) for s in pieces),
-        strict=True,
+    means = [s.means for s in pieces if s.means is not None]
+    variances = [s.variances for s in pieces if s.variances is not None]
+    return AnswerScore(
+        np.concatenate([s.labels for s in pieces]),
+        np.concatenate([s.token_logps for s in pieces]),
+        np.concatenate([s.predictions for s in pieces]),
+        np.concatenate(means) if means else None,
+        np.concatenate(variances) if variances else None,
     )
-    return AnswerScore(*(None if c[0] is None else np.concatenate(c) for c in columns))

@@ -1,29 +1,30 @@
-"""The metrics of unlearning, from the records of each set; nothing here runs a model.
+"""The metrics of unlearning, from the items of each set; nothing here runs a model.
 
-An entry has a `value` (None with a `reason`), a `direction`, and what else belongs to it.
+A metric is an entry of a document: a `value` (None with a `reason`), a `direction`, and what else
+belongs to it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from llmmix.grading.estimators import bootstrap_interval
-from llmmix.unlearning.evaluation.metrics import (
-    forget_quality,
-    mean_of,
-    membership_auc,
-    model_utility,
-    option_probability,
-    privacy_leakage,
-    truth_ratio,
-)
+from llmmix.unlearning.evaluation.items import Item
+from llmmix.unlearning.evaluation.membership import membership_auc, privacy_leakage
 from llmmix.unlearning.evaluation.texts import distinct
+from llmmix.unlearning.evaluation.truth import forget_quality, option_probability, truth_ratio
+from llmmix.unlearning.evaluation.utility import model_utility
+from llmmix.unlearning.evaluation.vectors import Numbers, mean_of
+
+Metric: TypeAlias = dict[str, Any]
+Fluency: TypeAlias = Callable[[list[str]], Sequence[float]]
 
 APART = ("forget", "holdout")  # sets that are no part of the model utility
 DIRECTIONS = ("lower", "higher", "retained")  # which values are better; the last: the nearer
-ATTACKS = {  # the field of a record that each membership attack goes by
+ATTACKS = {  # the field of an item that each membership attack goes by
     "mia_loss": "nll",
     "mia_zlib": "zlib",
     "mia_min_k": "min_k",
@@ -34,14 +35,70 @@ ATTACKS = {  # the field of a record that each membership attack goes by
 RESAMPLES = 2000
 
 
-def metric(direction: str, value: float | None = None, **rest) -> dict:
-    """An entry of `metrics`."""
+def metric(direction: str, value: float | None = None, **rest: Any) -> Metric:
+    """One metric.
+
+    Args:
+        direction: One of `DIRECTIONS`.
+        value: The number, None where it cannot be had.
+        **rest: What else belongs to it, such as `n`, `interval`, and `reason` without a value.
+    """
     return {"value": value, "direction": direction, **rest}
 
 
-def _mean(direction: str, values: Sequence, reason: str) -> dict:
+def summarize(
+    items: Mapping[str, list[Item]],
+    data: Mapping[str, str],
+    retained: dict[str, Any] | None = None,
+    fluency: Fluency | None = None,
+) -> dict[str, Metric]:
+    """All metrics that the sets allow.
+
+    Args:
+        items: Of each set, as the passes have filled them in.
+        data: Digest of each set's rows.
+        retained: The document of the model trained without the forget set.
+        fluency: Scores texts, higher for more fluent ones.
+    """
+    metrics: dict[str, Metric] = {}
+    for role, given in items.items():
+        metrics |= set_metrics(role, given)
+        metrics |= fluency_metrics(role, given, fluency)
+    metrics["forget_quality"] = quality_metric(metrics["forget_truth_ratio"], retained)
+    metrics["model_utility"] = utility_metric(metrics, [r for r in items if r not in APART])
+    return metrics | membership_metrics(items, data, retained)
+
+
+def set_metrics(role: str, items: Sequence[Item]) -> dict[str, Metric]:
+    """Likelihood, answers and truth ratios of one set, by `ROLE_metric`."""
+    better = {"forget": "lower", "holdout": "retained"}.get(role, "higher")
+    chances, named = [item.probability for item in items], "probability"
+    if role not in (*APART, "retain") and any(item.wrong_nlls for item in items):
+        chances, named = list(map(_among_options, items)), "probability among the options"
+    too_long = "no answer fits the context, or the model's likelihoods are not finite"
+    silent = "no prompts to answer, or no words in the references: see `rouge_tokenize`"
+    likely = _mean(better, chances, too_long) | {"kind": named}
+    said = _mean(better, [item.rougeL_recall for item in items], silent)
+    metrics = {f"{role}_probability": likely, f"{role}_rouge": said, **_truth(role, items)}
+    if role in APART:
+        exact = [item.exact_memorization for item in items]
+        strength = [item.extraction_strength for item in items]
+        metrics[f"{role}_exact_memorization"] = _mean(better, exact, too_long)
+        metrics[f"{role}_extraction_strength"] = _mean(better, strength, too_long)
+        secrets = [item.secret_said for item in items]
+        if any(told is not None for told in secrets):
+            metrics[f"{role}_secret_said"] = _mean(better, secrets, silent)
+    return metrics
+
+
+def _among_options(item: Item) -> float | None:
+    known = item.nll is not None and item.wrong_nlls
+    return option_probability(item.nll, item.wrong_nlls) if known else None
+
+
+def _mean(direction: str, numbers: Numbers, reason: str) -> Metric:
     """Mean over the items that have a number, with an interval over items."""
-    values = np.array([math.nan if value is None else value for value in values], dtype=float)
+    values = np.asarray(numbers, dtype=float)  # None is NaN
     value, dropped = mean_of(values)
     if value is None:
         return metric(direction, reason=reason, n=0, dropped=dropped)
@@ -51,86 +108,60 @@ def _mean(direction: str, values: Sequence, reason: str) -> dict:
     return metric(direction, value, interval=bounds, n=len(kept), dropped=dropped)
 
 
-def set_metrics(role: str, records: list[dict]) -> dict[str, dict]:
-    """Likelihood, answers and truth ratios of one set, by `ROLE_metric`."""
-    better = {"forget": "lower", "holdout": "retained"}.get(role, "higher")
-    column = {name: [record[name] for record in records] for name in records[0]}
-    chances = column["probability"]
-    named = "probability"
-    if role not in (*APART, "retain") and any(column["wrong_nlls"]):
-        named = "probability among the options"
-        chances = [
-            option_probability(record["nll"], record["wrong_nlls"])
-            if record["nll"] is not None and record["wrong_nlls"]
-            else None
-            for record in records
-        ]
-    too_long = "no answer fits the context, or the model's likelihoods are not finite"
-    silent = "no prompts to answer, or no words in the references: see `rouge_tokenize`"
-    metrics = {
-        f"{role}_probability": _mean(better, chances, too_long) | {"kind": named},
-        f"{role}_rouge": _mean(better, column["rougeL_recall"], silent),
-        **_truth(role, records),
-    }
-    if role in APART:
-        for name in ("exact_memorization", "extraction_strength"):
-            metrics[f"{role}_{name}"] = _mean(better, column[name], too_long)
-        if any(said is not None for said in column["secret_said"]):
-            metrics[f"{role}_secret_said"] = _mean(better, column["secret_said"], silent)
-    return metrics
-
-
-def _truth(role: str, records: list[dict]) -> dict[str, dict]:
-    """Truth ratios of the rows that have wrong answers to compare with."""
+def _truth(role: str, items: Sequence[Item]) -> dict[str, Metric]:
+    """Truth ratios of the items that have wrong answers to compare with."""
     definition = "closer_to_1_better" if role in APART else "true_better"
     direction = "retained" if role in APART else "higher"
-    asked = [r for r in records if r["wrong_nlls"] and r["correct_nll"] is not None]
-    name = f"{role}_truth_ratio"
+    asked = [item for item in items if item.wrong_nlls and item.correct_nll is not None]
+    name, chance_name = f"{role}_truth_ratio", f"{role}_prob_mean"
     if not asked:
         reason = "needs rows with `perturbed_answer`"
-        return {
-            name: metric(direction, reason=reason),
-            f"{role}_prob_mean": metric(direction, reason=reason),
-        }
-    nlls = [r["correct_nll"] for r in asked], [r["wrong_nlls"] for r in asked]
+        missing = (metric(direction, reason=reason) for _ in range(2))
+        return dict(zip((name, chance_name), missing, strict=True))
+    nlls = [item.correct_nll for item in asked], [item.wrong_nlls for item in asked]
     wanted, chance = truth_ratio(*nlls, definition), truth_ratio(*nlls, "prob_mean")
     broken = "the model's likelihoods are not finite"
-    without = {"without": len(records) - len(asked)}
+    without = {"without": len(items) - len(asked)}
     ratio = _mean(direction, wanted.scores, broken) | {"definition": definition} | without
     return {
         name: ratio | {"ratios": wanted.ratios.tolist()},
-        f"{role}_prob_mean": _mean(direction, chance.scores, broken) | without,
+        chance_name: _mean(direction, chance.scores, broken) | without,
     }
 
 
 def fluency_metrics(
-    role: str, records: list[dict], fluency: Callable[[list[str]], Sequence[float]] | None = None
-) -> dict[str, dict]:
+    role: str, items: Sequence[Item], fluency: Fluency | None = None
+) -> dict[str, Metric]:
     """Repetition and emptiness of the answers, and how fluent others find them."""
-    texts = [record["generation"] for record in records]
+    texts = [item.generation for item in items]
     said = [text for text in texts if text]
     if role == "holdout" or all(text is None for text in texts):
         return {}
     silent = "no answer is long enough"
     metrics = {
-        f"{role}_repetition": _mean("lower", [r["repetition"] for r in records], silent),
+        f"{role}_repetition": _mean("lower", [item.repetition for item in items], silent),
         f"{role}_empty": _mean("lower", [t is not None and not t for t in texts], silent),
     }
-    value = distinct(said)
-    if value is not None:
-        metrics[f"{role}_distinct"] = metric("higher", value, n=len(said))
-    if "perplexity" in records[0]:
-        found = [r["perplexity"] for r in records if r["perplexity"] is not None]
-        value, dropped = mean_of(np.log(found)) if found else (None, 0)
-        value = None if value is None else float(np.exp(value))
+    share = distinct(said)
+    if share is not None:
+        metrics[f"{role}_distinct"] = metric("higher", share, n=len(said))
+    if "perplexity" in items[0].under_original:
+        found = [item.perplexity for item in items if item.perplexity is not None]
+        log_mean, dropped = mean_of(np.log(found)) if found else (None, 0)
+        value = None if log_mean is None else float(np.exp(log_mean))
         metrics[f"{role}_perplexity"] = metric("lower", value, n=len(found), dropped=dropped)
     if fluency is not None and said:
         metrics[f"{role}_fluency"] = _mean("higher", list(fluency(said)), silent)
     return metrics
 
 
-def quality_metric(truth: dict, retained: dict | None) -> dict:
-    """Forget quality, from the truth ratios of the forget set and those of the retain model."""
+def quality_metric(truth: Metric, retained: dict[str, Any] | None) -> Metric:
+    """Forget quality, from the truth ratios of the forget set and those of the retain model.
+
+    Args:
+        truth: The metric `forget_truth_ratio`.
+        retained: The document of the model trained without the forget set.
+    """
     if "ratios" not in truth:
         return metric("higher", reason=truth["reason"])
     if retained is None:
@@ -143,8 +174,13 @@ def quality_metric(truth: dict, retained: dict | None) -> dict:
     return metric("higher", test.pop("p_value"), **test, **({"reason": reason} if reason else {}))
 
 
-def utility_metric(metrics: dict[str, dict], roles: list[str]) -> dict:
-    """Harmonic mean over sets of probability, ROUGE-L recall and truth ratio, where they are."""
+def utility_metric(metrics: Mapping[str, Metric], roles: Sequence[str]) -> Metric:
+    """Harmonic mean of probability, ROUGE-L recall and truth ratio, where a set has them.
+
+    Args:
+        metrics: What `set_metrics` returned for each set.
+        roles: Sets of what should be kept.
+    """
     if not roles:
         return metric("higher", reason="needs a retain set or facts")
     names = [f"{role}_{part}" for role in roles for part in ("probability", "rouge", "truth_ratio")]
@@ -162,34 +198,43 @@ def utility_metric(metrics: dict[str, dict], roles: list[str]) -> dict:
     return metric("higher", utility.value, least=utility.least, **rest)
 
 
-def membership_metrics(items: dict, data: dict, retained: dict | None) -> dict[str, dict]:
-    """AUC of each attack against the holdout set, and the privacy leakage that Min-K's gives."""
-    metrics: dict[str, dict] = {}
-    for name, field in ATTACKS.items():
-        if "holdout" not in items:
-            metrics[name] = metric("retained", reason="needs a holdout set")
-        elif all(record.get(field) is None for record in items["forget"]):
-            needs = {"reference_nll": "needs --original", "gradient_norm": "needs --gradient_norms"}
-            metrics[name] = metric("retained", reason=needs.get(field, "no item was scored"))
-        else:
-            sides = ([r[field] for r in items[role] if r[field] is not None] for role in APART)
-            found = asdict(membership_auc(*sides))
-            reason = found.pop("reason")
-            found["interval"] = None if found["interval"] is None else list(found["interval"])
-            metrics[name] = metric("retained", **found) | ({"reason": reason} if reason else {})
+def membership_metrics(
+    items: Mapping[str, Sequence[Item]], data: Mapping[str, str], retained: dict[str, Any] | None
+) -> dict[str, Metric]:
+    """AUC of each attack against the holdout set, and the privacy leakage that Min-K's gives.
+
+    Arguments are those of `summarize`.
+    """
+    metrics = {name: _attack(items, field) for name, field in ATTACKS.items()}
     auc = metrics["mia_min_k"]["value"]
     if auc is None:
-        metrics["privacy_leakage"] = metric("retained", reason=metrics["mia_min_k"]["reason"])
-        return metrics
-    known = retained is not None and retained["data"].get("holdout") == data["holdout"]
-    reference = retained["metrics"]["mia_min_k"]["value"] if known else None
-    value = privacy_leakage(auc, 0.5 if reference is None else reference)
+        reason = metrics["mia_min_k"]["reason"]
+        return metrics | {"privacy_leakage": metric("retained", reason=reason)}
+    reference = None
+    if retained is not None and retained["data"].get("holdout") == data["holdout"]:
+        reference = retained["metrics"]["mia_min_k"]["value"]
+    reference_auc = 0.5 if reference is None else reference
+    value = privacy_leakage(auc, reference_auc)
     broken = {"reason": "the retain model's AUC is 1"} if math.isnan(value) else {}
-    metrics["privacy_leakage"] = metric(
+    leakage = metric(
         "retained",
         None if broken else value,
-        reference_auc=0.5 if reference is None else reference,
+        reference_auc=reference_auc,
         reference="chance" if reference is None else "the retain model",
         **broken,
     )
-    return metrics
+    return metrics | {"privacy_leakage": leakage}
+
+
+def _attack(items: Mapping[str, Sequence[Item]], field: str) -> Metric:
+    if "holdout" not in items:
+        return metric("retained", reason="needs a holdout set")
+    forget, holdout = ([getattr(item, field) for item in items[role]] for role in APART)
+    if all(value is None for value in forget):
+        needs = {"reference_nll": "needs --original", "gradient_norm": "needs --gradient_norms"}
+        return metric("retained", reason=needs.get(field, "no item was scored"))
+    sides = ([value for value in side if value is not None] for side in (forget, holdout))
+    found = asdict(membership_auc(*sides))
+    reason = found.pop("reason")
+    found["interval"] = None if found["interval"] is None else list(found["interval"])
+    return metric("retained", **found) | ({"reason": reason} if reason else {})

@@ -1,20 +1,25 @@
-"""What a model says when asked: greedy answers, and their likeness to a reference, and fluency."""
+"""What a model says when asked: greedy answers, how like a reference they are, and how fluent."""
 
 import logging
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.data import warn_once
 from llmmix.models import encode
 from llmmix.sampling import sample
 from llmmix.sampling.requests import too_long
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET, deal_out, score_answers
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 Tokenize = Callable[[str], list[str]]
 
@@ -24,9 +29,9 @@ ROUGE_SCORES = ("rouge1_recall", "rougeL_f1", "rougeL_recall")
 
 
 def generate_greedily(
-    model,
-    tokenizer,
-    prompts: Sequence,
+    model: "PreTrainedModel | LLM",
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
     *,
     max_new_tokens: int = 200,
     stop: Sequence[str] = (),
@@ -37,9 +42,9 @@ def generate_greedily(
 
     Args:
         model: A causal language model of transformers, or a `vllm.LLM`.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         prompts: Text or messages.
-        max_new_tokens: Tokens after which a text is cut.
+        max_new_tokens: Most tokens of a text.
         stop: Strings before which a finished text is cut.
         token_budget: Tokens held at once; see `llmmix.sampling.sample`.
         shared: Deal the prompts out over the processes.
@@ -93,7 +98,7 @@ def _letter(c: str) -> str:
 
 
 def rouge(generation: str, reference: str, tokenize: Tokenize | None = None) -> dict[str, float]:
-    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words brought to their stems.
+    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words reduced to their stems.
 
     Args:
         generation: What was said.
@@ -102,7 +107,7 @@ def rouge(generation: str, reference: str, tokenize: Tokenize | None = None) -> 
             and 0-9 alone. `unicode_words` knows all scripts.
 
     Returns:
-        Zeros where either has no word.
+        The scores by name, as in `ROUGE_SCORES`; zeros where either text has no word.
     """
     scores = _scorer(tokenize).score(reference, generation)
     one, longest = scores["rouge1"], scores["rougeL"]
@@ -150,15 +155,20 @@ def distinct(texts: Sequence[str], n: int = 2) -> float | None:
 
 
 def perplexities(
-    model, tokenizer, prompts: Sequence, texts: Sequence[str | None], *, shared: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
+    texts: Sequence[str | None],
+    *,
+    shared: bool = False,
 ) -> list[float | None]:
     """exp(NLL) of generated texts under another model, as after their prompts; None for no text.
 
     Args:
         model: A fluent model, such as the one before unlearning.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         prompts: Text or messages.
-        texts: What was said; None or blank is passed over.
+        texts: What was said; None or a blank text is passed over.
         shared: Deal the texts out over the processes.
     """
     said = [row for row, text in enumerate(texts) if text and text.strip()]

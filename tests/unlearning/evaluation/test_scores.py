@@ -5,45 +5,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from llmmix.head import attach_head
 from llmmix.unlearning.evaluation import scores as answer_scores
-from llmmix.unlearning.evaluation.metrics import log_prob_moments
+from llmmix.unlearning.evaluation.gradients import gradient_norms
+from llmmix.unlearning.evaluation.membership import log_prob_moments
 from llmmix.unlearning.evaluation.scores import (
     alternative_nlls,
-    gradient_norms,
     score_answers,
     score_sequences,
-)
-from llmmix.unlearning.evaluation.texts import (
-    distinct,
-    generate_greedily,
-    perplexities,
-    repetition,
-    rouge,
-    says,
-    unicode_words,
 )
 from llmmix.unlearning.qa import Encoded, encode_answer
 
 FIELDS = ("labels", "token_logps", "predictions", "means", "variances")
-
-
-@pytest.fixture
-def rows():
-    texts = ["1+1=", "What is 23+48?", "a", "12-3=", "6*7="]
-    chat = [[{"role": "user", "content": text}] for text in texts]
-    answers = ["2", "23+48=\n71, which is what was asked", "b c", "9", "42"]
-    return Dataset.from_dict({"prompt": chat, "answer": answers})
-
-
-def lora(model):
-    torch.manual_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    config.init_lora_weights = False
-    return get_peft_model(copy.deepcopy(model), config)
 
 
 def assert_equal(scores, others):
@@ -107,8 +82,7 @@ def test_head_is_handed_scored_positions_alone(model, tokenizer, rows):
     assert scores[0].means is None and scores[0].without_last(tokenizer.eos_token_id).means is None
 
 
-def test_adapters_and_fused_heads_are_scored_as_they_stand(model, tokenizer, rows):
-    adapted = lora(model)
+def test_adapters_and_fused_heads_are_scored_as_they_stand(model, adapted, tokenizer, rows):
     scores = score_answers(adapted, tokenizer, rows)
     merged = copy.deepcopy(adapted).merge_and_unload()
     assert_equal(scores, score_answers(merged, tokenizer, rows))
@@ -161,105 +135,6 @@ def test_alternatives_may_be_ragged_or_missing(model, tokenizer, rows):
     assert nlls[0][0] == pytest.approx(same[0].nll, rel=1e-5)
     assert nlls[3][0] == pytest.approx(same[3].nll, rel=1e-5)
     assert alternative_nlls(model, tokenizer, prompts[:1], [[]]) == [[]]
-
-
-def test_gradient_norms_leave_gradients_as_they_were(model, tokenizer, rows):
-    model.train()
-    model.lm_head.requires_grad_(False)
-    model.model.norm.weight.grad = torch.ones(32)
-    norms = gradient_norms(model, tokenizer, rows)
-    assert model.training and not model.lm_head.weight.requires_grad
-    assert model.model.norm.weight.requires_grad and model.model.norm.weight.grad.sum() == 32
-    assert model.lm_head.weight.grad is None
-    fresh = copy.deepcopy(model).eval().requires_grad_(True)
-    for row, norm in zip(rows, norms, strict=True):
-        ids, start = encode_answer(tokenizer, row["prompt"], row["answer"])
-        labels = torch.tensor([[-100] * start + ids[start:]])
-        fresh.zero_grad()
-        fresh(torch.tensor([ids]), labels=labels).loss.backward()
-        expected = [p.grad.norm().item() for p in fresh.parameters()]
-        assert norm == pytest.approx(np.mean(expected), rel=1e-4)
-    one = gradient_norms(model, tokenizer, rows.take(1), p=float("inf"))
-    assert one[0] < norms[0]
-    with pytest.raises(ValueError, match="`p` must be 1, 2 or infinity, got 3"):
-        gradient_norms(model, tokenizer, rows, p=3)
-
-
-def test_gradient_norms_of_an_adapter_are_those_of_the_merged_weights(model, tokenizer, rows):
-    adapted = lora(model)
-    norms = gradient_norms(adapted, tokenizer, rows)
-    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    assert trained and all("lora_" in name for name in trained)
-    merged = copy.deepcopy(adapted).merge_and_unload()
-    assert norms == pytest.approx(gradient_norms(merged, tokenizer, rows), rel=1e-4)
-
-
-def test_greedy_answers_are_those_of_generate(model, tokenizer, rows):
-    prompts = [*rows["prompt"], "1+1=", "", "1 " * 300]
-    texts = generate_greedily(model, tokenizer, prompts, max_new_tokens=8)
-    assert texts[-2:] == [None, None]
-    for prompt, text in zip(prompts[:-2], texts, strict=False):
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        out = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
-        assert text == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
-    whole = texts[0]
-    (cut,) = generate_greedily(
-        model, tokenizer, prompts[:1], max_new_tokens=8, stop=[whole[3:5], "\x00\x00"]
-    )
-    assert cut == whole[: whole.find(whole[3:5])].strip() and len(cut) < len(whole)
-
-
-def test_rouge_vectors():
-    said, wanted = "The author was born in Karachi.", "The writer was born in Lahore, Pakistan."
-    for pair, expected in (
-        ((wanted, said), None),
-        ((said, wanted), (0.571429, 0.615385, 0.571429)),
-    ):
-        scores = tuple(rouge(*pair).values())
-        assert scores == pytest.approx(expected or (0.666667, 0.615385, 0.666667), abs=1e-6)
-    scores = rouge("hina ameen is the author", "Hina Ameen")
-    assert scores["rougeL_recall"] == 1 and scores["rougeL_f1"] == pytest.approx(0.571429, abs=1e-6)
-    for pair in (("", "a"), ("a", "")):
-        assert set(rouge(*pair).values()) == {0}
-    assert rouge("runs", "running")["rougeL_recall"] == 1  # stems
-
-
-def test_other_scripts_need_other_words():
-    for text in ("Она родилась в Карачи", "她出生在卡拉奇", "उसका जन्म कराची में हुआ"):
-        assert rouge(text, text)["rougeL_recall"] == 0
-        assert rouge(text, text, unicode_words)["rougeL_recall"] == 1
-    assert unicode_words("她 born, Café-Bar!") == ["她", "born", "café", "bar"]
-    assert unicode_words("कराची") == ["कराची"]
-    assert rouge("она ждёт", "она ушла", unicode_words)["rouge1_recall"] == 0.5
-
-
-def test_secrets_are_found_word_for_word():
-    assert says("She was born in KARACHI, in 1975.", "Karachi")
-    assert says("it is “The Amber—Garden”", "the amber garden")
-    assert says("她出生在卡拉奇。", "卡拉奇")
-    for text in ("", "Fezzan", "the garden of amber"):
-        assert not says(text, "Fez") and not says(text, "amber garden")
-    assert not says("anything", "!")
-
-
-def test_repetition_and_distinct():
-    assert repetition("a b c d e") == 0 and repetition("a b c") is None
-    assert repetition("a a a a a a") == pytest.approx(2 / 3)
-    assert distinct(["a b", "a b", "c"]) == 0.5 and distinct(["", "a"]) is None
-
-
-def test_perplexity_is_of_the_text_alone(model, tokenizer, rows):
-    texts = ["2", None, " ", "9", "42"]
-    found = perplexities(model, tokenizer, rows["prompt"][:], texts)
-    assert found[1:3] == [None, None]
-    score = score_answers(model, tokenizer, rows, include_eos=False)
-    assert found[0] == pytest.approx(np.exp(score[0].nll), rel=1e-4)
-    assert perplexities(model, tokenizer, rows["prompt"][:], [None] * 5) == [None] * 5
 
 
 def test_half_precision_is_normalised_in_fp32(checkpoint, tokenizer, rows):

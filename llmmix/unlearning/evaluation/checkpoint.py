@@ -1,0 +1,110 @@
+"""All that is measured of one checkpoint: its document, with leaks and probes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+
+import llmmix
+from llmmix.models import Checkpoint, Loader
+from llmmix.unlearning.evaluation.document import as_rows, evaluate_subject
+from llmmix.unlearning.evaluation.leak_metrics import LeakOptions, leak_metrics
+from llmmix.unlearning.evaluation.open_unlearning import open_unlearning_document
+from llmmix.unlearning.evaluation.probes import Relearning, probe_metrics
+from llmmix.unlearning.evaluation.subject import MeasureOptions, checkpoint_subject
+from llmmix.unlearning.evaluation.summary import Fluency
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of every checkpoint of a run.
+
+    Attributes:
+        measuring: How items are measured.
+        leaking: How leaks are sampled and counted.
+        relearning: What the probe `relearn` does.
+        original: The model before unlearning.
+        fluency: Scores texts, higher for more fluent ones.
+        open_unlearning: Whether to add that framework's document.
+        sets: How the data was asked for, which documents tell.
+    """
+
+    measuring: MeasureOptions = field(default_factory=MeasureOptions)
+    leaking: LeakOptions = field(default_factory=LeakOptions)
+    relearning: Relearning = field(default_factory=Relearning)
+    original: Checkpoint | None = None
+    fluency: Fluency | None = None
+    open_unlearning: bool = False
+    sets: Mapping[str, Any] = field(default_factory=dict)
+
+
+def evaluate_checkpoint(
+    loader: Loader,
+    checkpoint: Checkpoint,
+    data: Mapping[str, Dataset],
+    plan: Plan,
+    folder: Path,
+    *,
+    retained: dict[str, Any] | None = None,
+    probes: list[str] | None = None,
+) -> dict[str, Any]:
+    """The document of one checkpoint.
+
+    Args:
+        loader: Loads models when they are needed.
+        checkpoint: The model.
+        data: Rows by role, in any format of `llmmix.unlearning.qa.read_rows`.
+        plan: What is measured.
+        folder: Where the samples for leaks are kept.
+        retained: The document of the model trained without the forget set.
+        probes: Probes, among `llmmix.unlearning.evaluation.probes.PROBES`; None leaves `probes` out
+            of the document.
+
+    Raises:
+        ValueError: As `evaluate_subject`, `leak_metrics` and `probe_metrics` raise it.
+    """
+    subject, original = checkpoint_subject(loader, checkpoint), None
+    if plan.original is not None:
+        original = checkpoint_subject(loader, plan.original)
+    sets = {role: as_rows(rows, role, subject.tokenizer) for role, rows in data.items()}
+    document, items = evaluate_subject(
+        subject,
+        sets,
+        plan.measuring,
+        retained=retained,
+        original=original,
+        fluency=plan.fluency,
+    )
+    fingerprint = loader.fingerprint(checkpoint)
+    used = (llmmix, torch, transformers, datasets)
+    told = {
+        "eval": "unlearning",
+        "model": checkpoint.model,
+        "adapter": checkpoint.adapter,
+        "fingerprint": fingerprint,
+        "versions": {module.__name__: module.__version__ for module in used},
+        "sets": dict(plan.sets),
+        "rows": {role: len(rows) for role, rows in data.items()},
+        "seed": plan.leaking.seed,
+    }
+    document["metrics"] |= leak_metrics(subject, sets["forget"], plan.leaking, folder, fingerprint)
+    if probes is not None:
+        document["probes"] = probe_metrics(
+            probes,
+            subject,
+            sets["forget"],
+            items["forget"],
+            plan.measuring,
+            plan.relearning,
+            partial(checkpoint_subject, loader, checkpoint),
+        )
+    if plan.open_unlearning:
+        logs = None if retained is None else retained.get("open_unlearning")
+        document["open_unlearning"] = open_unlearning_document(items, logs, plan.measuring.min_k)
+    return told | document

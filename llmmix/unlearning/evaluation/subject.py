@@ -1,0 +1,148 @@
+"""A model that is measured: loaded when something is missing, its measurements kept.
+
+What runs a model (likelihoods, answers, gradients) goes through `Subject.keep`. What is kept is not
+measured again, and the model then not even loaded.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmmix.files import cache_dir
+from llmmix.models import Checkpoint, Loader
+from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET
+from llmmix.unlearning.evaluation.texts import Tokenize
+
+METRIC_VERSION = 1  # raise it when a measurement or the definition of a metric changes
+
+
+class Keep(Protocol):
+    """Returns the measurement that is kept under (kind, data, options), or computes it."""
+
+    def __call__(self, kind: str, data: str, options: dict, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, or returned: a JSON value."""
+
+
+def measure_anew(kind: str, data: str, options: dict, compute: Callable[[], Any]) -> Any:
+    """Keep nothing."""
+    return compute()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        load: Returns the model; called where something is to be measured.
+        keep: Where measurements are kept, each a JSON value.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    load: Callable[[], PreTrainedModel]
+    keep: Keep = measure_anew
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a model before it is measured.
+
+    Attributes:
+        told: JSON values that tell this change from any other.
+        make: Returns a changed copy of the model.
+    """
+
+    told: dict[str, Any]
+    make: Callable[[PreTrainedModel], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How items are measured.
+
+    Attributes:
+        generate: Whether to let the model answer, greedily.
+        max_new_tokens: Most tokens of an answer.
+        stop: Strings before which an answer is cut.
+        rouge_tokenize: See `llmmix.unlearning.evaluation.texts.rouge`.
+        gradient_norms: Whether to take the norm of each item's gradient.
+        min_k: Share of the least probable tokens that Min-K attacks look at.
+        token_budget: Tokens of a batch.
+        shared: Whether all processes take part; each then gets all results.
+    """
+
+    generate: bool = True
+    max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
+    rouge_tokenize: Tokenize | None = None
+    gradient_norms: bool = False
+    min_k: float = 0.4
+    token_budget: int = TOKEN_BUDGET
+    shared: bool = False
+
+
+def checkpoint_subject(
+    loader: Loader, checkpoint: Checkpoint, change: Change | None = None
+) -> Subject:
+    """A checkpoint as a subject, its measurements kept in the cache.
+
+    Args:
+        loader: Loads the checkpoint when it is needed.
+        checkpoint: The model.
+        change: What is done to the model first.
+    """
+    told = None if change is None else change.told
+    fingerprint = loader.fingerprint(checkpoint) | {"changed": told}
+
+    def load() -> PreTrainedModel:
+        if change is None:
+            return loader.model(checkpoint)
+        key = (checkpoint, json.dumps(told))
+        return loader.held(key, lambda: change.make(loader.model(checkpoint)))
+
+    return Subject(loader.tokenizer(checkpoint), load, keep_in_cache(fingerprint))
+
+
+def keep_in_cache(fingerprint: dict[str, Any]) -> Keep:
+    """Keep the measurements of one model in the cache folder, a file each.
+
+    The main process decides what is there; all processes get the same.
+
+    Args:
+        fingerprint: JSON values that tell the model from any other.
+    """
+    state = PartialState()
+
+    def keep(kind: str, data: str, options: dict, compute: Callable[[], Any]) -> Any:
+        asked = [METRIC_VERSION, fingerprint, kind, data, options]
+        key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
+        file = cache_dir() / "unlearning" / f"{kind}-{key}.json"
+        found = [json.loads(file.read_text())] if file.exists() else None
+        if state.num_processes > 1:
+            (found,) = broadcast_object_list([found])
+        if found is not None:
+            return found[0]
+        value = compute()
+        if state.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            beside = file.with_suffix(f".{os.getpid()}.tmp")
+            beside.write_text(json.dumps(value))
+            beside.replace(file)
+        return json.loads(json.dumps(value))  # as it will be read back
+
+    return keep
+
+
+def data_digest(rows: Dataset) -> str:
+    """A digest of what is asked and answered: prompts, answers, and what else is measured."""
+    names = ("prompt", "answer", "paraphrased_answer", "perturbed_answer", "secret")
+    columns = {name: rows[name][:] for name in names if name in rows.column_names}
+    return hashlib.blake2b(json.dumps(columns).encode(), digest_size=8).hexdigest()
