@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
-from trl.trainer.utils import pad
 
 from llmmix.head import attach_head
 from llmmix.models import encode
@@ -55,6 +53,8 @@ def reference_loss(
     Returns:
         The mean over all tokens, or None where the completions have no token.
     """
+    from trl.trainer.utils import pad  # a second of a program's start, where no loss is asked for
+
     attach_head(model)
     nll, tokens = 0.0, 0
     for start in range(0, len(dataset), batch_size):
@@ -79,6 +79,8 @@ def _ids_and_labels(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
 ) -> tuple[list[int], list[int]]:
     """Token ids of prompt and completion, and the same with -100 in the place of the prompt's."""
+    from trl.data_utils import common_prefix_length
+
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(completion, str) and not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": completion}]
