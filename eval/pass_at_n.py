@@ -38,14 +38,12 @@ class PassAtNArguments:
     """What `llmmix eval pass_at_n` takes."""
 
     model_name_or_path: list[str] = field(
-        metadata={
-            "help": "Models to evaluate: hub ids, folders, .gguf files or builtin:tiny."
-        }
+        metadata={"help": "Models to evaluate: hub ids, folders, .gguf files or builtin:tiny."}
     )
     adapter: list[str] | None = field(
         default=None,
         metadata={
-            "help": "PEFT folders, each a run on the one model; 'none' for the model without any."
+            "help": "PEFT folders, each evaluated on the one model; 'none' evaluates the model alone."
         },
     )
     dataset_name: str = field(
@@ -67,7 +65,7 @@ class PassAtNArguments:
     )
     prompt_template: str = field(
         default="{prompt}",
-        metadata={"help": "Text around a prompt of text, which stands where {prompt} is."},
+        metadata={"help": "Template for a prompt of text, which takes the place of {prompt}."},
     )
     apply_chat_template: bool = field(
         default=False,
@@ -124,9 +122,7 @@ class PassAtNArguments:
     )
     dtype: str = field(
         default="auto",
-        metadata={
-            "help": "Type of the weights. Default auto: the checkpoint's, fp32 on a CPU."
-        },
+        metadata={"help": "Type of the weights. Default auto: the checkpoint's, fp32 on a CPU."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the checkpoint."}

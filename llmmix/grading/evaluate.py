@@ -1,8 +1,7 @@
 """How often a model solves problems: sample, judge, and estimate with intervals over the problems.
 
-Three packages and modules meet here: `llmmix.sampling` draws, `llmmix.grading.verify` judges,
-`llmmix.grading.summary` estimates. A `SampleLog` may keep what was drawn, so that nothing is drawn
-twice.
+`llmmix.sampling` draws, `llmmix.grading.verify` judges and `llmmix.grading.summary` estimates. A
+`SampleLog` may keep what was drawn, so that nothing is drawn twice.
 """
 
 import time

@@ -60,8 +60,8 @@ def reference_loss(
     for start in range(0, len(dataset), batch_size):
         rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
         examples = [_ids_and_labels(tokenizer, row) for row in rows]
-        ids = [torch.tensor(full) for full, _ in examples]
-        labels = [torch.tensor(targets) for _, targets in examples]
+        ids = [torch.tensor(full, dtype=torch.long) for full, _ in examples]
+        labels = [torch.tensor(targets, dtype=torch.long) for _, targets in examples]
         batch = {
             "input_ids": pad(ids, padding_value=0),
             "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),

@@ -3,6 +3,9 @@
 The asker holds a `Worker`. Its process runs `serve` (`python -m llmmix.grading.worker`), which
 reads a question a line on standard input and writes a verdict a line on standard output. It imports
 neither torch nor the program that asks, and a new one takes its place after a hang or a crash.
+
+Pools on multiprocessing (pebble's among them) do not serve here: each of their processes imports
+the program that asks, and what a crashed answer has started lives on.
 """
 
 import json

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,24 @@ def test_samples_of_other_settings_are_not_mixed_in(checkpoint, tmp_path):
     main(PassAtNArguments([checkpoint], **args))
     with pytest.raises(ValueError, match="samples of another prompt in row 0"):
         main(PassAtNArguments([checkpoint], prompt_template="Q: {prompt}", **args))
+
+
+def test_samples_are_those_of_the_checkpoints_contents(checkpoint, tmp_path, monkeypatch):
+    folder = shutil.copytree(checkpoint, tmp_path / "model", copy_function=shutil.copyfile)
+    args = PassAtNArguments([str(folder)], output_dir=str(tmp_path / "out"), **SMALL)
+    (first,) = main(args).values()
+    for file in folder.iterdir():
+        os.utime(file, ns=(0, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr("llmmix.sampling.completions.Engine", None)  # it would fail if it were used
+        (again,) = main(args).values()
+    assert again["n_correct"] == first["n_correct"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="holds samples drawn with model '"):
+        main(args)
 
 
 def texts(tmp_path, args) -> dict:
