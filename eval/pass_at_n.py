@@ -42,9 +42,7 @@ class PassAtNArguments:
     )
     adapter: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "PEFT folders, each evaluated on the one model; 'none' evaluates the model alone."
-        },
+        metadata={"help": "PEFT folders, each on the one model; 'none' evaluates the model alone."},
     )
     dataset_name: str = field(
         default="builtin:math",

@@ -44,7 +44,7 @@ def evaluate(
         model: A causal language model of transformers, or a `vllm.LLM`.
         tokenizer: Its tokenizer.
         dataset: Rows with `prompt` and `answer`.
-        num_samples: Samples a problem.
+        num_samples: Samples of each problem.
         n: The N to report.
         verifier: A `Verifier`, or what it takes: a name, "module:function", or a function
             (completion, answer) -> bool.

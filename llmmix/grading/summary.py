@@ -28,7 +28,7 @@ def summarize(
     Args:
         records: Lines of a `SampleLog`.
         problems: Rows of the dataset.
-        num_samples: Samples a problem; further ones in the records are not used.
+        num_samples: Samples of each problem; further ones in the records are not used.
         n: The N to report.
         left_out: Problems that could not be sampled.
         maj: Whether to estimate maj@N too.
