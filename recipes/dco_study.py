@@ -11,20 +11,27 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import logging
 
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits
 from llmmix.figures import draw_panels
-from llmmix.grading.estimators import pass_at_n
-from llmmix.grading.verify import Verifier, judge
+from llmmix.grading import Verifier, judge, pass_at_n
 from llmmix.models import resolve_checkpoint
 from llmmix.sampling import sample
 
@@ -33,44 +40,66 @@ from llmmix.sampling import sample
 class StudyArguments:
     """The size of the study."""
 
-    output_dir: str = field(default="runs/dco_study", metadata={"help": "Where it all goes."})
+    output_dir: str = field(
+        default="runs/dco_study", metadata={"help": "Folder for the results and the figure."}
+    )
     n_samples: list[int] = field(
-        default_factory=lambda: [1, 4, 16, 64], metadata={"help": "N of each training."}
+        default_factory=lambda: [1, 4, 16, 64],
+        metadata={"help": "Values of N to train with; 1 is cross-entropy."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each N."})
-    train_rows: int = field(default=256, metadata={"help": "Problems to train on."})
-    test_rows: int = field(default=128, metadata={"help": "Held-out problems to sample."})
-    num_samples: int = field(default=64, metadata={"help": "Samples a held-out problem."})
-    n: list[int] = field(default_factory=lambda: [1, 16, 64], metadata={"help": "N to report."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to train each N with."}
+    )
+    train_rows: int = field(default=256, metadata={"help": "Number of problems to train on."})
+    test_rows: int = field(default=128, metadata={"help": "Number of held-out problems to sample."})
+    num_samples: int = field(
+        default=64, metadata={"help": "Number of samples drawn for each held-out problem."}
+    )
+    n: list[int] = field(
+        default_factory=lambda: [1, 16, 64],
+        metadata={"help": "Values of N for which pass@N is reported."},
+    )
     steps: list[int] = field(
-        default_factory=lambda: [80, 160, 240, 320], metadata={"help": "When to sample."}
+        default_factory=lambda: [80, 160, 240, 320],
+        metadata={"help": "Training steps after which held-out problems are sampled."},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Constant after 20 steps."})
-    batch_size: int = field(default=32, metadata={"help": "Problems a step."})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate, constant after 20 steps of warm-up."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Number of problems of a training step."})
 
 
 class Coverage(TrainerCallback):
     """Samples held-out problems at the given steps."""
 
-    def __init__(self, args: StudyArguments, tokenizer, rows):
-        self.args, self.tokenizer, self.rows = args, tokenizer, rows
+    def __init__(self, study: StudyArguments, rows: Dataset):
+        self.study, self.rows = study, rows
         self.points: dict[int, dict[int, float]] = {}
 
-    def on_step_end(self, _, state, control, model, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Estimate pass@N."""
-        if state.global_step not in self.args.steps:
+        step, study = state.global_step, self.study
+        if step not in study.steps:
             return
-        options = {"max_new_tokens": 16, "token_budget": 65536, "seed": state.global_step}
-        answers = dict(enumerate(self.rows["answer"]))
-        draws = sample(model, self.tokenizer, self.rows["prompt"], self.args.num_samples, **options)
+        draws = sample(
+            kwargs["model"],
+            kwargs["processing_class"],
+            self.rows["prompt"],
+            study.num_samples,
+            max_new_tokens=16,
+            token_budget=65536,
+            seed=step,
+        )
         correct = np.zeros(len(self.rows), dtype=int)
         with Verifier("exact") as verifier:
-            for completion, verdict in judge(draws, answers, verifier):
+            for completion, verdict in judge(draws, dict(enumerate(self.rows["answer"])), verifier):
                 correct[completion.prompt] += verdict == "right"
-        estimates = {n: pass_at_n(self.args.num_samples, correct, n).mean() for n in self.args.n}
-        self.points[state.global_step] = estimates
+        estimates = {n: pass_at_n(study.num_samples, correct, n).mean() for n in study.n}
+        self.points[step] = estimates
         found = "  ".join(f"pass@{n} {value:.3f}" for n, value in estimates.items())
-        print(f"  step {state.global_step}: {found}", flush=True)
+        print(f"  step {step}: {found}", flush=True)
 
 
 def main(args: StudyArguments) -> None:
@@ -80,28 +109,14 @@ def main(args: StudyArguments) -> None:
     checkpoint = resolve_checkpoint("builtin:tiny")
     splits = load_splits("builtin:math", "1")
     train, test = splits["train"].take(args.train_rows), splits["test"].take(args.test_rows)
-    folder, results = Path(args.output_dir), {}
+    folder = Path(args.output_dir)
+    results: dict[str, dict[int, dict[int, float]]] = {}
     for n in args.n_samples:
         for seed in args.seeds:
             print(f"N = {n}, seed {seed}", flush=True)
-            config = DCOConfig(
-                folder / "training",
-                n_samples=n,
-                max_steps=max(args.steps),
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="constant_with_warmup",
-                warmup_steps=20,
-                per_device_train_batch_size=args.batch_size,
-                activation_checkpointing=False,
-                save_strategy="no",
-                report_to="none",
-                logging_strategy="no",
-                disable_tqdm=True,
-                seed=seed,
-            )
-            trainer = DCOTrainer(checkpoint, config, train_dataset=train)
-            coverage = Coverage(args, trainer.processing_class, test)
-            trainer.add_callback(coverage)
+            coverage = Coverage(args, test)
+            config = training(args, n, seed)
+            trainer = DCOTrainer(checkpoint, config, train_dataset=train, callbacks=[coverage])
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             results[f"N={n} seed={seed}"] = coverage.points
@@ -110,7 +125,26 @@ def main(args: StudyArguments) -> None:
     show(args, results)
 
 
-def show(args: StudyArguments, results: dict) -> None:
+def training(args: StudyArguments, n: int, seed: int) -> DCOConfig:
+    """How each model is trained."""
+    return DCOConfig(
+        str(Path(args.output_dir) / "training"),
+        n_samples=n,
+        max_steps=max(args.steps),
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=20,
+        per_device_train_batch_size=args.batch_size,
+        activation_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def show(args: StudyArguments, results: dict[str, dict[int, dict[int, float]]]) -> None:
     """Mean and range over the seeds, printed and drawn."""
     epochs = [step * args.batch_size / args.train_rows for step in args.steps]
     panels: dict[str, dict[str, np.ndarray]] = {f"pass@{n}": {} for n in args.n}
@@ -130,9 +164,8 @@ def show(args: StudyArguments, results: dict) -> None:
             last = values[:, -1]
             table.add_row(name, *cells[:-1], f"{cells[-1]} ({last.min():.2f} to {last.max():.2f})")
     Console().print(table)
-    print(
-        f"Figure: {draw_panels(Path(args.output_dir) / 'dco_study.png', epochs, panels, 'epoch')}"
-    )
+    figure = draw_panels(Path(args.output_dir) / "dco_study.png", epochs, panels, "epoch")
+    print(f"Figure: {figure}")
 
 
 if __name__ == "__main__":

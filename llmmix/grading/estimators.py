@@ -7,10 +7,16 @@ nothing is extrapolated beyond them: the plug-in 1 - (1 - c/n)^N is biased, and 
 The estimator is that of Chen et al., arXiv 2107.03374.
 """
 
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 
-def pass_at_n(n_samples, n_correct, n):
+def pass_at_n(n_samples: ArrayLike, n_correct: ArrayLike, n: ArrayLike) -> Any:
     """Unbiased estimate of pass@N from the samples of each problem.
 
     Args:
@@ -22,37 +28,37 @@ def pass_at_n(n_samples, n_correct, n):
         A float, or an array in the broadcast shape of the arguments.
 
     Raises:
-        ValueError: N above the samples drawn (there is no unbiased estimate then), N below 1, more
-            right answers than samples, or numbers that are not whole.
+        ValueError: An N is below 1 or above the samples drawn (there is no unbiased estimate
+            then), there are more right answers than samples, or a number is not whole.
     """
     given = {"n_samples": n_samples, "n_correct": n_correct, "n": n}
-    n_samples, n_correct, n = np.broadcast_arrays(
+    samples, correct, drawn = np.broadcast_arrays(
         *(_whole(name, value) for name, value in given.items())
     )
-    if n.size and ((n > n_samples).any() or (n < 1).any()):
+    if drawn.size and ((drawn > samples).any() or (drawn < 1).any()):
         raise ValueError(
-            f"`n` must lie between 1 and the {n_samples.min()} samples drawn, got {n.min()} to "
-            f"{n.max()}; draw more samples."
+            f"`n` must lie between 1 and the {samples.min()} samples drawn, got {drawn.min()} to "
+            f"{drawn.max()}; draw more samples."
         )
-    if n.size and ((n_correct > n_samples).any() or (n_correct < 0).any()):
+    if drawn.size and ((correct > samples).any() or (correct < 0).any()):
         raise ValueError(
-            f"`n_correct` must lie between 0 and `n_samples`, got {n_correct.min()} to "
-            f"{n_correct.max()}."
+            f"`n_correct` must lie between 0 and `n_samples`, got {correct.min()} to "
+            f"{correct.max()}."
         )
-    estimates = np.empty(n.shape)
-    for samples, draws in set(zip(n_samples.flat, n.flat, strict=True)):
-        here = (n_samples == samples) & (n == draws)
-        estimates[here] = _estimates(int(samples), int(draws), n_correct[here])
+    estimates = np.empty(drawn.shape)
+    for count, k in set(zip(samples.flat, drawn.flat, strict=True)):
+        here = (samples == count) & (drawn == k)
+        estimates[here] = _estimates(int(count), int(k), correct[here])
     return float(estimates) if estimates.ndim == 0 else estimates
 
 
-def _whole(name: str, value) -> np.ndarray:
-    value = np.asarray(value)
-    if not np.issubdtype(value.dtype, np.integer):
-        if value.size and (value != np.floor(value)).any():  # NaN too
-            raise ValueError(f"`{name}` must hold whole numbers, got {value}.")
-        value = value.astype(np.int64)
-    return value
+def _whole(name: str, value: ArrayLike) -> np.ndarray:
+    numbers = np.asarray(value)
+    if not np.issubdtype(numbers.dtype, np.integer):
+        if numbers.size and (numbers != np.floor(numbers)).any():  # NaN too
+            raise ValueError(f"`{name}` must hold whole numbers, got {numbers}.")
+        numbers = numbers.astype(np.int64)
+    return numbers
 
 
 def _estimates(samples: int, n: int, correct: np.ndarray) -> np.ndarray:
@@ -65,7 +71,15 @@ def _estimates(samples: int, n: int, correct: np.ndarray) -> np.ndarray:
     return -np.expm1(missed)
 
 
-def maj_at_n(votes, n_right: int, n: int, *, n_silent: int = 0, resamples: int = 2000, seed=0):
+def maj_at_n(
+    votes: Sequence[int],
+    n_right: int,
+    n: int,
+    *,
+    n_silent: int = 0,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> float:
     """Chance that the most frequent of N sampled answers is the right one; ties share it.
 
     Subsets of the samples are drawn without replacement.
@@ -74,12 +88,12 @@ def maj_at_n(votes, n_right: int, n: int, *, n_silent: int = 0, resamples: int =
         votes: Samples that gave each distinct wrong answer.
         n_right: Samples that gave the right answer.
         n: N.
-        n_silent: Samples without an answer: drawn, and without a vote.
+        n_silent: Samples without an answer, which are drawn and have no vote.
         resamples: Subsets drawn.
-        seed: Of the subsets.
+        seed: Seed of the subsets.
 
     Raises:
-        ValueError: N above the samples, or below 1.
+        ValueError: N is below 1 or above the number of samples.
     """
     counts = np.array([n_right, n_silent, *votes])
     if not 1 <= n <= counts.sum():
@@ -94,7 +108,7 @@ def maj_at_n(votes, n_right: int, n: int, *, n_silent: int = 0, resamples: int =
 
 
 def bootstrap_interval(
-    values, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile interval of the mean over problems, by drawing problems with replacement.
 
@@ -103,59 +117,74 @@ def bootstrap_interval(
 
     Args:
         values: (problems,) or (problems, quantities); for estimates in [0, 1] or differences.
-        level: Coverage.
+        level: Coverage of the interval.
         resamples: Bootstrap samples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         Lower and upper bounds, of shape () or (quantities,); NaN for fewer than two problems.
     """
-    values = np.asarray(values, dtype=float)
-    low, high = _percentiles(values, level, resamples, seed)
+    known = np.asarray(values, dtype=float)
+    low, high = _percentiles(known, level, resamples, seed)
     tail = (1 - level) / 2
-    if len(values) > 1:
-        high = np.where((values == 0).all(0), 1 - tail ** (1 / len(values)), high)
-        low = np.where((values == 1).all(0), tail ** (1 / len(values)), low)
+    if len(known) > 1:
+        high = np.where((known == 0).all(0), 1 - tail ** (1 / len(known)), high)
+        low = np.where((known == 1).all(0), tail ** (1 / len(known)), low)
     return low, high
 
 
 def paired_difference(
-    values, baseline, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: ArrayLike,
+    baseline: ArrayLike,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean difference over the same problems, and its bootstrap interval.
 
     Args:
         values: (problems, quantities) of one model.
         baseline: The same of another, problem for problem.
-        level: Coverage.
+        level: Coverage of the interval.
         resamples: Bootstrap samples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         Mean, lower and upper bounds, each (quantities,).
 
     Raises:
-        ValueError: Other problems.
+        ValueError: `values` and `baseline` have different shapes.
     """
-    values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
-    if values.shape != baseline.shape:
+    one, other = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
+    if one.shape != other.shape:
         raise ValueError(
-            f"`values` and `baseline` must hold the same problems, got {values.shape} and "
-            f"{baseline.shape}."
+            f"`values` and `baseline` must hold the same problems, got {one.shape} and "
+            f"{other.shape}."
         )
-    difference = values - baseline
+    difference = one - other
     return difference.mean(0), *_percentiles(difference, level, resamples, seed)
 
 
-def _percentiles(values: np.ndarray, level: float, resamples: int, seed: int):
-    problems = len(values)
-    if problems < 2:
-        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 500):  # bounds the memory of many problems
-        size = min(500, resamples - start)
-        weights = rng.multinomial(problems, np.full(problems, 1 / problems), size=size)
-        means.append(weights @ values / problems)
-    tail = (1 - level) / 2
-    return np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+def _percentiles(
+    values: np.ndarray, level: float, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if len(values) < 2:
+        unknown = np.full(values.shape[1:], np.nan)
+        return unknown, unknown
+    bounds = np.empty((2, *values.shape[1:]))
+    for quantity in np.ndindex(values.shape[1:]):  # each alone, so that none depends on the others
+        with warnings.catch_warnings():
+            # A NaN among the values makes both bounds NaN, as it should
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            found = bootstrap(
+                (values[:, *quantity].copy(),),
+                np.mean,
+                method="percentile",
+                confidence_level=level,
+                n_resamples=resamples,
+                batch=500,  # bounds the memory of many problems
+                rng=np.random.default_rng(seed),
+            )
+        bounds[:, *quantity] = found.confidence_interval
+    return bounds[0], bounds[1]

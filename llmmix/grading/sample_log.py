@@ -9,10 +9,15 @@ Several processes append to one file, each under a lock.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
+
+SECONDS_UNWRITTEN = 1.0  # what a killed run may lose, besides what waits for its verdict
 
 
 class SampleLog:
@@ -20,13 +25,16 @@ class SampleLog:
 
     Args:
         folder: Where the two files are, or will be.
-        settings: What decides the samples. Those found must have been drawn with the same.
+        settings: What decides the samples. Those found must have been drawn with the same. The
+            identity of a checkpoint folder among them goes by the contents of its files
+            (`llmmix.files.checkpoint_id`), so that samples outlive a copy of the checkpoint or a
+            new time of change, and are refused for one that was trained anew in its place.
 
     Raises:
-        ValueError: The folder holds samples drawn otherwise, with the settings that differ.
+        ValueError: The folder holds samples that were drawn with other settings, which are named.
     """
 
-    def __init__(self, folder: str | Path, settings: dict):
+    def __init__(self, folder: str | Path, settings: dict[str, Any]):
         self.path = Path(folder) / "samples.jsonl"
         self._lock = FileLock(str(self.path) + ".lock")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +47,7 @@ class SampleLog:
             self._check(json.loads(document.read_text()), settings)
             self._drop_half_a_line()
 
-    def _check(self, found: dict, settings: dict) -> None:
+    def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
         differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
         if differing:
             was = ", ".join(f"{key} {found.get(key)!r}" for key in differing)
@@ -64,7 +72,7 @@ class SampleLog:
             if end < size:
                 file.truncate(end)
 
-    def read(self) -> Iterator[dict]:
+    def read(self) -> Iterator[dict[str, Any]]:
         """Every sample; of two of one number, the first."""
         with self._lock:
             lines = self.path.read_text(encoding="utf-8").split("\n")
@@ -76,7 +84,7 @@ class SampleLog:
                 seen.add(key)
                 yield record
 
-    def append(self, records: list[dict]) -> None:
+    def append(self, records: list[dict[str, Any]]) -> None:
         """Write samples, and let them reach the disk."""
         if not records:
             return
@@ -85,22 +93,41 @@ class SampleLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_lines(records))
 
-    def replace(self, records: list[dict]) -> None:
+    @contextmanager
+    def writer(self) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """A context with a function that writes one sample: about each second, and at the end."""
+        unwritten: list[dict[str, Any]] = []
+        written = time.perf_counter()
+
+        def write(record: dict[str, Any]) -> None:
+            nonlocal written
+            unwritten.append(record)
+            if time.perf_counter() - written > SECONDS_UNWRITTEN:
+                self.append(unwritten)
+                unwritten.clear()
+                written = time.perf_counter()
+
+        try:
+            yield write
+        finally:
+            self.append(unwritten)
+
+    def replace(self, records: list[dict[str, Any]]) -> None:
         """Write all samples anew, as when they have been judged again."""
         beside = self.path.with_suffix(".tmp")
         with self._lock:
             beside.write_text(_lines(records), encoding="utf-8")
             beside.replace(self.path)
 
-    def locked(self):
+    def locked(self) -> BaseFileLock:
         """A context in which no other process writes."""
         return self._lock
 
 
-def _lines(records: list[dict]) -> str:
+def _lines(records: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def prompt_id(prompt: str | list[dict]) -> str:
+def prompt_id(prompt: str | list[dict[str, Any]]) -> str:
     """A short digest of a prompt, by which a sample knows its problem."""
     return hashlib.blake2b(json.dumps(prompt).encode(), digest_size=6).hexdigest()

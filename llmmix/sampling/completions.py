@@ -9,17 +9,18 @@ within it of the edge between two tokens: about one token in a million in fp32, 
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.models import encode
 from llmmix.sampling.engine import Engine
-from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions, check_room
+from llmmix.sampling.requests import Completion, SamplingOptions, check_room, requests_for
 
 
 def sample(
-    model,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | list[dict]],
     num_samples: int,
@@ -39,48 +40,30 @@ def sample(
             end, or a `vllm.LLM`.
         tokenizer: Its tokenizer; it needs no pad token, since nothing is padded.
         prompts: Text, or lists of chat messages.
-        num_samples: Completions a prompt.
+        num_samples: Completions of each prompt.
         temperature: Divisor of the logits, positive.
         top_p: Nucleus mass in (0, 1]; 1 samples from the whole distribution.
         max_new_tokens: Tokens after which a completion is cut.
-        seed: Of the draws, 0 or above.
+        seed: Seed of the draws, 0 or above.
         token_budget: Tokens of prompts and completions whose keys and values are held at once; it
             bounds the memory and decides how many completions run side by side. vLLM has its own.
         numbers: What to call the prompts, which decides their random streams: 0, 1, ... by default.
         done: Pairs (prompt, sample) that are not wanted.
 
     Raises:
-        ValueError: A temperature, nucleus or seed out of range, a prompt that is
-            empty or leaves no room for a completion, a budget below one completion, or a model that
-            cannot be decoded this way.
+        ValueError: A temperature, nucleus, seed or number is out of its range; a prompt is empty or
+            leaves no room for a completion; the budget is below one completion; or the model cannot
+            be decoded this way.
     """
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"`top_p` must lie in (0, 1], got {top_p}.")
-    if min(num_samples, max_new_tokens) < 1:
-        raise ValueError(
-            f"`num_samples` and `max_new_tokens` must be 1 or more, got {num_samples} and "
-            f"{max_new_tokens}."
-        )
-    if seed < 0:
-        raise ValueError(f"`seed` must be 0 or above, got {seed}.")
+    options = SamplingOptions(temperature, top_p, max_new_tokens, seed, num_samples, token_budget)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     numbers = range(len(ids)) if numbers is None else numbers
-    if empty := [number for number, row in zip(numbers, ids, strict=True) if not row]:
-        raise ValueError(f"{len(empty)} prompts have no token (first: prompt {empty[0]}).")
-    done = set(done)
-    wanted = [
-        (number, row, [s for s in range(num_samples) if (number, s) not in done])
-        for number, row in zip(numbers, ids, strict=True)
-    ]
-    wanted = [PromptRequest(*given) for given in wanted if given[2]]
-    options = SamplingOptions(temperature, top_p, max_new_tokens, seed, num_samples, token_budget)
+    wanted = requests_for(ids, num_samples, numbers, done)
     check_room(ids, model, max_new_tokens, token_budget, numbers)
-    if not isinstance(model, torch.nn.Module):
+    in_torch = isinstance(model, torch.nn.Module)
+    if not in_torch:
         from llmmix.sampling.vllm_backend import sample_vllm
 
         yield from sample_vllm(model, wanted, options)
-        return
-    if wanted:
+    elif wanted:
         yield from Engine(model, tokenizer, wanted, options).run()

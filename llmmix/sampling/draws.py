@@ -6,6 +6,8 @@ from torch import Tensor
 
 from llmmix.sampling.requests import SamplingOptions
 
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together
+
 
 def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
     """The random stream of one completion: the first `count` uniforms in [0, 1)."""
@@ -15,9 +17,14 @@ def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
 
 
 def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """(R, V) fp32, not normalised: exp((logits - max) / temperature), the tail cut by `top_p`.
+    """What to draw tokens from: exp((logits - max) / temperature), the tail cut by `top_p`.
 
-    V is padded by zeros to a whole number of blocks.
+    Args:
+        logits: (R, V), of any type.
+        options: With temperature and nucleus mass.
+
+    Returns:
+        (R, V') fp32, not normalized; V padded by zeros to a whole number of blocks.
     """
     logits = logits.float()
     p = logits - logits.amax(-1, keepdim=True)
@@ -33,21 +40,18 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
     return torch.nn.functional.pad(p, (0, -p.size(1) % BLOCK)) if p.size(1) % BLOCK else p
 
 
-BLOCK = 256
-
-
 def draw(p: Tensor, u: Tensor) -> Tensor:
     """Invert the cumulative distribution: first over blocks of the vocabulary, then inside one.
 
     Args:
-        p: (R, V) probabilities, not normalised; V a whole number of blocks.
+        p: (R, V) probabilities, not normalized; V a whole number of blocks.
         u: (R,) uniforms in fp64.
 
     Returns:
         (R,) tokens.
 
     Raises:
-        ValueError: A row that sums to NaN or infinity.
+        ValueError: A row sums to NaN or infinity.
     """
     rows = len(p)
     p = p.view(rows, -1, BLOCK)

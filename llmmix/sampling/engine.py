@@ -1,40 +1,61 @@
 """The decoding loop on transformers: rows start, decode side by side and make way when they end."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.models import eval_mode
 from llmmix.sampling.draws import draw, probabilities, uniforms
 from llmmix.sampling.kv_cache import ATTENTION, SharedPromptCache
 from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
 
+ROWS_STARTED_AT_ONCE = 1024
+
+
+@dataclass
+class _Prompt:
+    """A prompt whose keys and values are in the cache."""
+
+    request: PromptRequest
+    place: int
+    unstarted: list[int]  # samples
+    running: int = 0  # samples
+
 
 @dataclass
 class _Row:
-    prompt: PromptRequest
-    place: int
+    """A completion that is being decoded."""
+
+    prompt: _Prompt
     sample: int
     tokens: list[int] = field(default_factory=list)
 
 
-ROWS_STARTED_AT_ONCE = 1024
-
-
 class Engine:
-    """The decoding loop: rows [0, len(rows)) of the cache are alive."""
+    """Decodes what is wanted of a model; rows [0, len(rows)) of the cache are alive.
+
+    Args:
+        model: A causal language model with plain attention, on one device.
+        tokenizer: Its tokenizer.
+        wanted: Prompts, one or more, and their samples.
+        options: How to sample.
+
+    Raises:
+        ValueError: The model stands on several devices, or attends in chunks.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer,
-        wanted: list[PromptRequest],
+        tokenizer: PreTrainedTokenizerBase,
+        wanted: Sequence[PromptRequest],
         options: SamplingOptions,
     ):
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -45,28 +66,32 @@ class Engine:
         self.stop = _stop_tokens(model, tokenizer)
         configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
         self.configs = list({id(config): config for config in configs}.values())
-        self.waiting = deque(wanted)
         longest = max(len(prompt.ids) for prompt in wanted)
         self.capacity, places = _capacity(options, [len(p.samples) for p in wanted], longest)
         # The last token of a completion is never read, so it needs no key
         own = max(1, options.max_new_tokens - 1)
         self.cache = SharedPromptCache(self.capacity, places, longest, own)
         self.free = list(range(places))[::-1]
+        self.waiting = deque(wanted)
+        # The prompt whose samples are being started, and what their first tokens are drawn from
+        self.open: tuple[_Prompt, Tensor] | None = None
         self.rows: list[_Row] = []
-        self.open: tuple[PromptRequest, int] | None = (
-            None  # the prompt whose samples are being started
-        )
         device = model.device
         self.places = torch.zeros(self.capacity, dtype=torch.long, device=device)
         self.inputs = torch.zeros_like(self.places)  # last token of each row
-        self.lengths = torch.zeros_like(self.places)  # keys of each row, its prompt's aside
+        self.lengths = torch.zeros_like(self.places)  # keys of each row, without its prompt's
         self.starts = torch.zeros_like(self.places)  # tokens of each row's prompt
         self.uniforms = torch.zeros(
             self.capacity, options.max_new_tokens, dtype=torch.float64, device=device
         )
 
     def run(self) -> Iterator[Completion]:
-        """Start rows, decode, retire rows, until none is left."""
+        """Start rows, decode, retire rows, until none is left.
+
+        Raises:
+            ValueError: The model keeps more state than keys and values, has attention sinks, or
+                gives NaN or infinity.
+        """
         checked = False
         while True:
             with eval_mode(self.model), torch.inference_mode():
@@ -82,52 +107,53 @@ class Engine:
 
     def _admit(self) -> list[Completion]:
         """Fill the free rows; what stops or is cut at its first token is finished here."""
-        finished = []
+        finished: list[Completion] = []
         # Where all stop at their first token, what is finished is handed over before more starts
         while len(self.rows) < self.capacity and len(finished) < ROWS_STARTED_AT_ONCE:
             if self.open is None:
                 if not (self.waiting and self.free):
                     break
                 self.open = self._prefill(self.waiting.popleft(), self.free.pop())
-            prompt, place = self.open
+            prompt, weights = self.open
             room = min(self.capacity - len(self.rows), ROWS_STARTED_AT_ONCE)
-            samples, prompt.samples = prompt.samples[:room], prompt.samples[room:]
-            streams = torch.from_numpy(
-                np.stack(
-                    [
-                        uniforms(self.options.seed, prompt.number, s, self.options.max_new_tokens)
-                        for s in samples
-                    ]
-                )
-            ).to(self.uniforms.device)
-            tokens = draw(
-                prompt.probabilities.expand(len(samples), -1), streams[:, 0].contiguous()
-            ).tolist()
-            for sample_number, stream, token in zip(samples, streams, tokens, strict=True):
-                row = _Row(prompt, place, sample_number)
-                prompt.running += 1
-                if (completion := self._take(row, token)) is not None:
-                    finished.append(completion)
-                    continue
-                at = len(self.rows)
-                self.rows.append(row)
-                self.places[at], self.inputs[at], self.lengths[at] = place, token, 0
-                self.starts[at], self.uniforms[at] = len(prompt.ids), stream
-            if not prompt.samples:
-                prompt.probabilities = self.open = None
-                self._release(prompt, place)
+            samples, prompt.unstarted = prompt.unstarted[:room], prompt.unstarted[room:]
+            finished += self._start(prompt, samples, weights)
+            if not prompt.unstarted:
+                self.open = None
+                self._release(prompt)
         return finished
 
-    def _prefill(self, prompt: PromptRequest, place: int) -> tuple[PromptRequest, int]:
+    def _prefill(self, request: PromptRequest, place: int) -> tuple[_Prompt, Tensor]:
+        """Compute a prompt once, for all of its samples."""
         computed = DynamicCache()
-        ids = torch.tensor([prompt.ids], device=self.model.device)
+        ids = torch.tensor([request.ids], device=self.model.device)
         logits = self.model(input_ids=ids, past_key_values=computed, logits_to_keep=1).logits
-        prompt.probabilities = probabilities(logits[:, -1], self.options)
+        weights = probabilities(logits[:, -1], self.options)
         layers = computed.layers  # none, or without keys, where the model's state is another one
         if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
             raise self._refusal("it keeps no keys and values")
         self.cache.put_prompt(place, computed)
-        return prompt, place
+        return _Prompt(request, place, list(request.samples)), weights
+
+    def _start(self, prompt: _Prompt, samples: list[int], weights: Tensor) -> list[Completion]:
+        """Draw the first token of some samples; those that go on become rows."""
+        seed, number, length = self.options.seed, prompt.request.number, len(prompt.request.ids)
+        count = self.options.max_new_tokens
+        drawn = np.stack([uniforms(seed, number, sample, count) for sample in samples])
+        streams = torch.from_numpy(drawn).to(self.uniforms.device)
+        tokens = draw(weights.expand(len(samples), -1), streams[:, 0].contiguous()).tolist()
+        finished = []
+        for sample, stream, token in zip(samples, streams, tokens, strict=True):
+            row = _Row(prompt, sample)
+            prompt.running += 1
+            if (completion := self._take(row, token)) is not None:
+                finished.append(completion)
+                continue
+            at = len(self.rows)
+            self.rows.append(row)
+            self.places[at], self.inputs[at], self.lengths[at] = prompt.place, token, 0
+            self.starts[at], self.uniforms[at] = length, stream
+        return finished
 
     def _step(self) -> list[Completion]:
         """One token of every row."""
@@ -147,6 +173,7 @@ class Engine:
         return finished
 
     def _logits(self) -> Tensor:
+        """(R, V) of the next token of every row."""
         count = len(self.rows)
         self.cache.begin_step(self.places[:count], self.lengths[:count])
         with _attention(self.configs, ATTENTION):
@@ -165,14 +192,17 @@ class Engine:
             if len(row.tokens) < self.options.max_new_tokens:
                 return None
         row.prompt.running -= 1
-        self._release(row.prompt, row.place)
-        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        return Completion(row.prompt.number, row.sample, text, len(row.tokens), stopped)
+        self._release(row.prompt)
+        # Its type leaves open that a batch is decoded
+        text = cast(str, self.tokenizer.decode(row.tokens, skip_special_tokens=True))
+        number = row.prompt.request.number
+        return Completion(number, row.sample, text, len(row.tokens), stopped)
 
-    def _release(self, prompt: PromptRequest, place: int) -> None:
+    def _release(self, prompt: _Prompt) -> None:
         """Give a prompt's place back once nothing reads it any more."""
-        if not prompt.running and not prompt.samples and (self.open or (None,))[0] is not prompt:
-            self.free.append(place)
+        is_open = self.open is not None and self.open[0] is prompt
+        if not (prompt.running or prompt.unstarted or is_open):
+            self.free.append(prompt.place)
 
     def _leave(self, at: int) -> None:
         """The last row takes the place of a finished one."""
@@ -187,7 +217,7 @@ class Engine:
     def _check_decoding(self) -> None:
         """Refuse a model whose state is more than what its attention layers are given."""
         row = self.rows[0]
-        ids = torch.tensor([[*row.prompt.ids, *row.tokens]], device=self.model.device)
+        ids = torch.tensor([[*row.prompt.request.ids, *row.tokens]], device=self.model.device)
         truth = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
         ours = self._logits()[:1]
         distance = (truth.float().softmax(-1) - ours.float().softmax(-1)).abs().sum().item() / 2
@@ -209,7 +239,7 @@ def _capacity(options: SamplingOptions, samples: list[int], longest: int) -> tup
 
     Args:
         options: With the budget.
-        samples: Wanted of each prompt.
+        samples: How many are wanted of each prompt.
         longest: Tokens of the longest prompt.
     """
     own, each = options.max_new_tokens, -(-sum(samples) // len(samples))
@@ -228,13 +258,14 @@ def _capacity(options: SamplingOptions, samples: list[int], longest: int) -> tup
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a completion."""
     stop = model.generation_config.eos_token_id
     stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
     return {*stop, tokenizer.eos_token_id} - {None}
 
 
 @contextmanager
-def _attention(configs: list, name: str):
+def _attention(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
     """The attention that these configurations of a model name, replaced and put back."""
     before = [config._attn_implementation for config in configs]
     try:

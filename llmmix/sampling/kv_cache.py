@@ -10,6 +10,8 @@ length of the moment.
 The model calls it through transformers' attention interface, under the name of `ATTENTION`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
@@ -33,34 +35,28 @@ class SharedPromptCache:
         # By layer: keys and values (place, heads, tokens, head size), of prompts and completions
         self._prompt: list[tuple[Tensor, Tensor]] = []
         self._own: list[tuple[Tensor, Tensor]] = []
-        self._prompt_lengths: Tensor | None = None
+        self._prompt_lengths = torch.zeros(prompts, dtype=torch.long)  # moved with the first prompt
 
     def put_prompt(self, place: int, computed: DynamicCache) -> None:
         """Take over what the model computed for one prompt (a batch of one)."""
+        given = [_keys_and_values(layer) for layer in computed.layers]
         if not self._own:
-            self._allocate(computed)
-        for layer, buffers in zip(computed.layers, self._prompt, strict=True):
-            for source, buffer in zip((layer.keys, layer.values), buffers, strict=True):
+            self._allocate(given)
+        for sources, buffers in zip(given, self._prompt, strict=True):
+            for source, buffer in zip(sources, buffers, strict=True):
                 buffer[place, :, : source.size(2)] = source[0]
         self._prompt_lengths[place] = computed.get_seq_length()
 
-    def _allocate(self, computed: DynamicCache) -> None:
-        for layer in computed.layers:
-            given = (layer.keys, layer.values)
-            self._prompt.append(
-                # Zeros, since what stands behind a prompt's end is multiplied by a weight of zero
-                tuple(
-                    x.new_zeros(self.prompts, x.size(1), self.prompt_length, x.size(3))
-                    for x in given
-                )
-            )
-            self._own.append(
-                tuple(
-                    x.new_zeros(self.rows, x.size(1), self.completion_length, x.size(3))
-                    for x in given
-                )
-            )
-        device = computed.layers[0].keys.device
+    def _allocate(self, computed: list[tuple[Tensor, Tensor]]) -> None:
+        def zeros(like: Tensor, places: int, tokens: int) -> Tensor:
+            # Zeros, since what stands behind a prompt's end is multiplied by a weight of zero
+            return like.new_zeros(places, like.size(1), tokens, like.size(3))
+
+        places, tokens = self.prompts, self.prompt_length
+        self._prompt = [(zeros(k, places, tokens), zeros(v, places, tokens)) for k, v in computed]
+        places, tokens = self.rows, self.completion_length
+        self._own = [(zeros(k, places, tokens), zeros(v, places, tokens)) for k, v in computed]
+        device = computed[0][0].device
         self._prompt_lengths = torch.zeros(self.prompts, dtype=torch.long, device=device)
 
     def move(self, source: int, target: int) -> None:
@@ -160,6 +156,11 @@ class SharedPromptCache:
         prompts, heads, _, size = x.shape
         x = x.view(prompts, heads, self._members.size(1), -1, size)
         return x[self._prompt_of_row, :, self._number]
+
+
+def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
+    """Those of a layer of transformers' cache, whose types leave open that it has any."""
+    return layer.keys, layer.values
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -1,10 +1,10 @@
 """What is asked of a sampler, and what it answers: checked once, read by every backend."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmmix.models import context_length
 
@@ -30,7 +30,20 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What `sample` was asked for, checked."""
+    """How to sample; checked when it is made.
+
+    Attributes:
+        temperature: Divisor of the logits, positive.
+        top_p: Nucleus mass in (0, 1].
+        max_new_tokens: Tokens after which a completion is cut.
+        seed: Seed of the draws, 0 or above.
+        num_samples: Completions of each prompt.
+        token_budget: Tokens whose keys and values are held at once.
+
+    Raises:
+        ValueError: `temperature`, `top_p` or `seed` is out of its range, or `num_samples` or
+            `max_new_tokens` is below 1.
+    """
 
     temperature: float
     top_p: float
@@ -39,19 +52,63 @@ class SamplingOptions:
     num_samples: int
     token_budget: int
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
+        if min(self.num_samples, self.max_new_tokens) < 1:
+            raise ValueError(
+                f"`num_samples` and `max_new_tokens` must be 1 or more, got {self.num_samples} and "
+                f"{self.max_new_tokens}."
+            )
+        if self.seed < 0:
+            raise ValueError(f"`seed` must be 0 or above, got {self.seed}.")
+
 
 @dataclass
 class PromptRequest:
-    """A prompt, and which of its samples are still to be started."""
+    """A prompt, and which of its samples are wanted.
+
+    Attributes:
+        number: Of the prompt, which decides the random streams of its samples.
+        ids: Token ids of the prompt.
+        samples: Numbers of the samples that are still to be started.
+    """
 
     number: int
     ids: list[int]
     samples: list[int]
-    running: int = 0
-    probabilities: Tensor | None = None  # of the first token
 
 
-def too_long(ids: Sequence[list[int]], model, max_new_tokens: int) -> list[int]:
+def requests_for(
+    ids: Sequence[list[int]],
+    num_samples: int,
+    numbers: Sequence[int],
+    done: Collection[tuple[int, int]],
+) -> list[PromptRequest]:
+    """A request for each prompt of which a sample is wanted.
+
+    Args:
+        ids: Token ids of each prompt.
+        num_samples: Completions of each prompt.
+        numbers: What to call the prompts.
+        done: Pairs (prompt, sample) that are not wanted.
+
+    Raises:
+        ValueError: A prompt has no token.
+    """
+    if empty := [number for number, row in zip(numbers, ids, strict=True) if not row]:
+        raise ValueError(f"{len(empty)} prompts have no token (first: prompt {empty[0]}).")
+    done = set(done)
+    requests = []
+    for number, row in zip(numbers, ids, strict=True):
+        if samples := [s for s in range(num_samples) if (number, s) not in done]:
+            requests.append(PromptRequest(number, row, samples))
+    return requests
+
+
+def too_long(ids: Sequence[list[int]], model: Any, max_new_tokens: int) -> list[int]:
     """Which prompts leave no room for `max_new_tokens` in the model's context."""
     context = context_length(model)
     if context is None:
@@ -61,7 +118,7 @@ def too_long(ids: Sequence[list[int]], model, max_new_tokens: int) -> list[int]:
 
 def check_room(
     ids: Sequence[list[int]],
-    model,
+    model: Any,
     max_new_tokens: int,
     token_budget: int,
     numbers: Sequence[int] | None = None,
@@ -70,13 +127,13 @@ def check_room(
 
     Args:
         ids: Token ids of each prompt.
-        model: A causal language model or a `vllm.LLM`.
+        model: A causal language model of transformers, or a `vllm.LLM`.
         max_new_tokens: Tokens of a completion.
-        token_budget: Tokens held at once; not vLLM's.
+        token_budget: Tokens held at once; vLLM is not asked to keep to it.
         numbers: What to call the prompts.
 
     Raises:
-        ValueError: A prompt too long for the context or for the budget.
+        ValueError: A prompt is too long for the context, or for the budget.
     """
     numbers = range(len(ids)) if numbers is None else numbers
     if long := too_long(ids, model, max_new_tokens):

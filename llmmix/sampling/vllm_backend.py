@@ -6,22 +6,23 @@ another stream than that of the transformers engine, and the two draw different 
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
 
 REQUESTS_A_CALL = 4096  # completions come back, and are written down, after each call
 
 
-def load_vllm(checkpoint: str, adapter: str | None = None, **options):
+def load_vllm(checkpoint: str, adapter: str | None = None, **options: Any) -> Any:
     """A `vllm.LLM` of a checkpoint folder or hub id.
 
     Args:
         checkpoint: What `from_pretrained` takes.
         adapter: Not taken: merge it into the checkpoint first.
-        **options: Of `vllm.LLM`.
+        **options: Further arguments of `vllm.LLM`.
 
     Raises:
-        ValueError: vLLM is not installed, or an adapter is asked for.
+        ValueError: vLLM is not installed, or an adapter is given.
     """
     if adapter is not None:
         raise ValueError(
@@ -38,7 +39,7 @@ def load_vllm(checkpoint: str, adapter: str | None = None, **options):
 
 
 def sample_vllm(
-    llm, wanted: Sequence[PromptRequest], options: SamplingOptions
+    llm: Any, wanted: Sequence[PromptRequest], options: SamplingOptions
 ) -> Iterator[Completion]:
     """Draw what is wanted, a few thousand requests a call, each with a seed of its own."""
     from vllm import SamplingParams

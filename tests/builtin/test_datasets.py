@@ -3,7 +3,7 @@ import re
 import pytest
 
 from llmmix import builtin
-from llmmix.grading.verify import boxed_answer
+from llmmix.grading import boxed_answer
 
 
 @pytest.fixture(scope="module")

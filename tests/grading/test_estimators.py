@@ -114,6 +114,9 @@ def test_interval_of_several_quantities_and_its_edges():
     some, all_ = bootstrap_interval(np.ones(20))
     assert all_ == 1 and some == pytest.approx(0.025 ** (1 / 20))
     assert all(math.isnan(bound) for bound in bootstrap_interval([0.5]))
+    assert bootstrap_interval([0.5] * 3) == (0.5, 0.5)
+    low, high = bootstrap_interval([[1, math.nan], [2, 3], [3, 4]])
+    assert low[0] < 2 < high[0] and math.isnan(low[1]) and math.isnan(high[1])
 
 
 def test_paired_interval_is_narrower_than_its_parts():

@@ -1,84 +1,22 @@
 import os
 import signal
-import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
-from llmmix.grading.verify import Verifier, boxed_answer, choice, exact, judge, normalized
+from llmmix.grading import Verifier, judge
+from llmmix.sampling import Completion
+from tests.grading.judges import raises
+
+JUDGES = "tests.grading.judges"
 
 
 @pytest.fixture(scope="module")
 def math_verifier():
     with Verifier("math", timeout=20) as verifier:
         yield verifier
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{4}", "4"),
-        (r"\boxed{1} no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"\boxed{}", ""),
-        (r"\boxed{4", None),
-        ("4", None),
-    ],
-)
-def test_boxed_answer(text, answer):
-    assert boxed_answer(text) == answer
-
-
-def test_exact_ignores_spaces_alone():
-    assert exact(r"\boxed{ 1 2 }", "12") and exact(r"\boxed{7}", 7)
-    assert exact(r"\boxed{12.0}", "12") is False and exact("12", "12") is None
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "verdict"),
-    [
-        ("The Eiffel Tower.", "eiffel tower", True),
-        (r"I say \boxed{Paris}", "paris!", True),
-        ("Lyon", "Paris", False),
-        (" ... ", "Paris", None),
-    ],
-)
-def test_normalized(completion, answer, verdict):
-    assert normalized(completion, answer) is verdict
-
-
-def test_references_that_cannot_be_met_are_no_wrong_answers():
-    with pytest.raises(ValueError, match="is not a letter"):
-        choice("B", "option B")
-    with pytest.raises(ValueError, match="no word left"):
-        normalized("+", "+")
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "verdict"),
-    [
-        ("The answer is (B).", "B", True),
-        ("Answer: C", "(C)", True),
-        (r"Thus \boxed{\text{D}}", "D", True),
-        ("B. Paris", "B", True),
-        ("A", "A", True),
-        ("I think that C is right.", "C", True),
-        ("The answer is A, no, the answer is D", "D", True),
-        ("A dog and I went out", "A", None),
-        ("nothing", "A", None),
-        ("The answer is (B).", "A", False),
-        ("A) one\nB) two\nC) three\nSo B is correct", "B", True),
-        ("**Answer:** A", "A", True),
-        ("the correct answer is option A", "A", True),
-        ("The final answer is $A$", "A", True),
-        ("Answer: I think B", "B", True),
-        (r"\boxed{\mathbf{B}}", "B", True),
-        (r"\boxed{Bob}", "B", None),
-    ],
-)
-def test_choice(completion, answer, verdict):
-    assert choice(completion, answer) is verdict
 
 
 @pytest.mark.parametrize(
@@ -105,37 +43,17 @@ def test_math(math_verifier, completion, answer, verdict):
 
 
 def test_a_hostile_expression_neither_hangs_nor_kills():
-    with Verifier("math", timeout=3) as verifier:
+    with Verifier("math", timeout=20) as verifier:
         assert verifier(r"\boxed{7}", "7.0") == "right"
-        started = time.monotonic()
-        verdict = verifier(r"\boxed{9^{9^{9^{9^{9}}}}!}", "3^{7^{8^{9}}}+1")
-        assert time.monotonic() - started < 10
+        (worker,) = verifier._idle
+        worker.timeout = 1
+        completion, answer = r"\boxed{9^{9^{9^{9^{9}}}}!}", "3^{7^{8^{9}}}+1"
+        verdict = verifier(completion, answer)
         assert verdict in ("failed", "wrong")  # a later release may see through it
+        if verdict == "failed":
+            assert "no verdict within 1 s" in verifier.why(completion, answer)
+        worker.timeout = 20
         assert verifier(r"\boxed{8}", "8.0") == "right"
-
-
-def raises(completion, answer):
-    raise KeyError("oh")
-
-
-def hangs(completion, answer):
-    time.sleep(60 if completion == "hang" else 0)
-    return True
-
-
-def dies(completion, answer):
-    print("this is no verdict")
-    return os._exit(3) if completion == "die" else answer == completion
-
-
-def eats(completion, answer):
-    return len(bytearray(5 * 2**30)) > 0  # which the machine has, and the process may not take
-
-
-def forks(completion, answer):
-    if completion == "hang":
-        subprocess.run(["sleep", "60"])
-    return sys.stdin.read() == ""  # not the next question
 
 
 @pytest.mark.parametrize(
@@ -143,28 +61,48 @@ def forks(completion, answer):
     [
         ("raises", "x", "KeyError: 'oh'"),
         ("hangs", "hang", "no verdict within 1 s"),
-        ("forks", "hang", "no verdict within 1 s"),
         ("dies", "die", "it crashed"),
         ("eats", "x", "MemoryError"),
     ],
 )
 def test_a_failure_is_counted_and_the_next_answer_is_judged(function, completion, message):
-    with Verifier(f"{__name__}:{function}", timeout=1) as verifier:
+    with Verifier(f"{JUDGES}:{function}", timeout=1 if function == "hangs" else 20) as verifier:
         assert verifier(completion, "1") == "failed"
         assert message in verifier.why(completion, "1")
-        if function in ("hangs", "forks", "dies"):
+        if function in ("hangs", "dies"):
+            verifier._idle[0].timeout = 20
             assert verifier("1", "1") == "right"
 
 
-def test_a_worker_killed_between_two_questions_is_replaced():
-    with Verifier(f"{__name__}:dies") as verifier:
+@pytest.mark.parametrize(
+    ("how", "message"), [("hang", "no verdict within 1 s"), ("die", "it crashed")]
+)
+def test_what_a_judged_answer_started_ends_with_it(tmp_path, how, message):
+    completion = f"{how} {tmp_path / 'child'}"
+    with Verifier(f"{JUDGES}:forks", timeout=1 if how == "hang" else 20) as verifier:
+        assert verifier(completion, "1") == "failed" and message in verifier.why(completion, "1")
+        child = Path("/proc") / (tmp_path / "child").read_text()
+        while child.exists() and ") Z " not in (child / "stat").read_text():  # the kill is sent
+            time.sleep(0.01)
+        verifier._idle[0].timeout = 20
         assert verifier("1", "1") == "right"
-        worker = verifier._idle[0]
+
+
+def test_a_worker_killed_between_two_questions_is_replaced():
+    with Verifier(f"{JUDGES}:dies", timeout=20) as verifier:
+        assert verifier("1", "1") == "right"
+        (worker,) = verifier._idle
         worker.process.poll = lambda: None  # as it was seen just before
         os.killpg(worker.process.pid, signal.SIGKILL)
-        time.sleep(0.2)
+        os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
         assert verifier("2", "1") == "failed" and "crashed" in verifier.why("2", "1")
         assert verifier("3", "1") == "wrong"
+
+
+def test_a_worker_starts_without_torch_and_without_the_asking_program():
+    with Verifier(f"{JUDGES}:modules", timeout=20) as verifier:
+        for name in ("torch", "transformers", "numpy", "pytest"):
+            assert name in sys.modules and verifier(name, "1") == "right"
 
 
 def test_your_own_function_in_this_process_or_another():
@@ -174,22 +112,13 @@ def test_your_own_function_in_this_process_or_another():
         assert verifier("1", "1") == "failed" and verifier.name.endswith(":raises")
     with Verifier(lambda *_: "maybe") as verifier:
         assert verifier("1", "1") == "failed" and "returns a bool" in verifier.why("1", "1")
-    with Verifier(f"{__name__}:dies", workers=2) as verifier:
+    with Verifier(f"{JUDGES}:dies", workers=2) as verifier:
         futures = [verifier.submit(str(i), "3") for i in range(6)]
         assert [f.result() for f in futures] == ["right" if i == 3 else "wrong" for i in range(6)]
 
 
-CALLS = 0
-
-
-def counts(completion, answer):
-    global CALLS
-    CALLS += 1
-    return CALLS == 1
-
-
 def test_one_answer_is_judged_once(math_verifier):
-    with Verifier(f"{__name__}:counts") as verifier:
+    with Verifier(f"{JUDGES}:counts") as verifier:
         assert {verifier("a", "1") for _ in range(5)} == {"right"}
         assert verifier("b", "1") == "wrong"
     # of a boxed answer, whatever is said around it
@@ -197,20 +126,16 @@ def test_one_answer_is_judged_once(math_verifier):
     assert len({id(math_verifier.submit(text, "78")) for text in texts}) == 1
 
 
-def test_judging_left_half_way_gives_up_the_rest():
-    completions = [SimpleNamespace(prompt=0, text=str(i)) for i in range(50)]
-    with Verifier(f"{__name__}:slow", timeout=20) as verifier:
+def test_judging_left_half_way_gives_up_the_rest(tmp_path):
+    completions = [Completion(0, i, str(tmp_path / str(i)), 1, True) for i in range(50)]
+    with Verifier(f"{JUDGES}:waits", timeout=60) as verifier:
         judged = judge(iter(completions), {0: "1"}, verifier)
         next(judged)
-        started = time.monotonic()
         judged.close()
+        (tmp_path / "go").touch()
         verifier._pool.shutdown()
-        assert time.monotonic() - started < 5
-
-
-def slow(completion, answer):
-    time.sleep(0.3)
-    return True
+        begun = {path.name for path in tmp_path.iterdir()} - {"go"}
+        assert begun <= {"0", "1"}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
-import sys
 from collections import Counter
-from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,10 +18,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from llmmix.sampling import engine as sampling
-from llmmix.sampling import sample
-from llmmix.sampling.draws import uniforms
-from llmmix.sampling.requests import Completion
+from llmmix.models import encode
+from llmmix.sampling import Completion, engine, sample
 
 
 @pytest.fixture
@@ -66,22 +61,19 @@ def test_draws_follow_the_models_distribution(loaded):
     assert ((observed - expected) ** 2 / expected).sum() < 60  # 20 degrees of freedom
 
 
-def test_second_tokens_follow_the_models_distribution_too(loaded):
+def test_second_tokens_follow_the_models_distribution_too(loaded, monkeypatch):
     """The shared prompt and a row's own keys, both in the chi-square."""
     model, tokenizer = loaded
     prompt = tokenizer("12+7=")["input_ids"]
-    drawn = Counter()
-    engine = sampling.Engine
     tokens = []
-    take = engine._take
-    try:
-        engine._take = lambda self, row, token: (
-            tokens.append((row, token)),
-            take(self, row, token),
-        )[1]
-        list(sample(model, tokenizer, ["12+7="], 6000, max_new_tokens=2, seed=5))
-    finally:
-        engine._take = take
+    take = engine.Engine._take
+
+    def note(self, row, token):
+        tokens.append((row, token))
+        return take(self, row, token)
+
+    monkeypatch.setattr(engine.Engine, "_take", note)
+    list(sample(model, tokenizer, ["12+7="], 6000, max_new_tokens=2, seed=5))
     pairs: dict[int, list[int]] = {}
     for row, token in tokens:
         pairs.setdefault(id(row), []).append(token)
@@ -122,7 +114,7 @@ def test_draws_do_not_depend_on_what_runs_beside_them(loaded):
     """One row at a time, a few, all; alone, in a shard, or after a resume: the same completions."""
     model, tokenizer = loaded
     options = {"max_new_tokens": 12, "seed": 4}
-    longest = len(sampling.encode(tokenizer, PROMPTS[3]))
+    longest = len(encode(tokenizer, PROMPTS[3]))
     whole = by_key(sample(model, tokenizer, PROMPTS, 5, **options))
     for budget in (longest + 12, 3 * (longest + 12), 5 * (longest + 12)):
         assert whole == by_key(sample(model, tokenizer, PROMPTS, 5, token_budget=budget, **options))
@@ -136,28 +128,6 @@ def test_draws_do_not_depend_on_what_runs_beside_them(loaded):
     assert rest == {key: value for key, value in whole.items() if key not in done}
     more = by_key(sample(model, tokenizer, PROMPTS, 7, **options))
     assert whole == {key: value for key, value in more.items() if key[1] < 5}
-
-
-def test_streams_are_apart_and_uniform():
-    streams = np.stack([uniforms(1, p, s, 100) for p in range(20) for s in range(20)])
-    assert len(np.unique(streams)) == streams.size
-    assert abs(streams.mean() - 0.5) < 0.005 and np.abs(np.corrcoef(streams)).mean() < 0.09
-    np.testing.assert_array_equal(uniforms(1, 2, 3, 10), uniforms(1, 2, 3, 50)[:10])
-
-
-@pytest.mark.parametrize("vocabulary", [7, 256, 1000])
-def test_inverse_of_the_cumulative_distribution(vocabulary):
-    generator = torch.Generator().manual_seed(0)
-    p = torch.rand(40, vocabulary, generator=generator) ** 4
-    p[:, ::3] = 0
-    p = torch.nn.functional.pad(p, (0, -vocabulary % sampling.BLOCK))
-    u = torch.rand(40, generator=generator, dtype=torch.float64)
-    u[0], u[1] = 0, 1 - 2**-53
-    exact = (p.double() / p.double().sum(1, keepdim=True)).cumsum(1)
-    expected = (exact > u[:, None]).int().argmax(1)
-    tokens = sampling._draw(p, u)
-    assert torch.equal(tokens[2:], expected[2:])
-    assert (p.gather(1, tokens[:, None]) > 0).all()  # never what has no probability
 
 
 def families(tokenizer):
@@ -272,13 +242,13 @@ def test_what_is_cut_is_not_finished(loaded):
 def test_rows_never_exceed_the_budget(loaded, monkeypatch):
     model, tokenizer = loaded
     seen = []
-    init = sampling.SharedPromptCache.__init__
+    init = engine.SharedPromptCache.__init__
 
     def record(self, rows, prompts, prompt_length, completion_length):
         seen.append(rows * completion_length + prompts * prompt_length)
         init(self, rows, prompts, prompt_length, completion_length)
 
-    monkeypatch.setattr(sampling.SharedPromptCache, "__init__", record)
+    monkeypatch.setattr(engine.SharedPromptCache, "__init__", record)
     for budget in (100, 300, 1000):
         list(sample(model, tokenizer, PROMPTS, 4, max_new_tokens=8, token_budget=budget))
         assert seen[-1] <= budget
@@ -330,14 +300,15 @@ def test_no_pad_token_is_needed(loaded):
 def test_completions_of_one_token_come_as_they_are_drawn(loaded, monkeypatch):
     """Prompts are read as they are needed, not all before the first completion."""
     model, tokenizer = loaded
-    monkeypatch.setattr(sampling, "ROWS_STARTED_AT_ONCE", 4)
+    monkeypatch.setattr(engine, "ROWS_STARTED_AT_ONCE", 4)
     read = []
-    prefill = sampling.Engine._prefill
-    monkeypatch.setattr(
-        sampling.Engine,
-        "_prefill",
-        lambda self, *given: (read.append(1), prefill(self, *given))[1],
-    )
+    prefill = engine.Engine._prefill
+
+    def note(self, *given):
+        read.append(1)
+        return prefill(self, *given)
+
+    monkeypatch.setattr(engine.Engine, "_prefill", note)
     draws = sample(model, tokenizer, ["1+1=", "2", "3", "4", "5", "6"], 4, max_new_tokens=1)
     next(draws)
     assert len(read) == 1
@@ -364,38 +335,3 @@ def test_attention_sinks_and_several_devices_are_refused(loaded):
     )
     with pytest.raises(ValueError, match="attention sinks"):
         list(sample(GptOssForCausalLM(config), tokenizer, ["1"], 1, max_new_tokens=4))
-
-
-def test_vllm_is_asked_for_each_completion_with_its_own_seed(tokenizer, monkeypatch):
-    """The calls that vLLM gets, on a stand-in: vLLM itself comes below."""
-    vllm = ModuleType("vllm")
-    vllm.SamplingParams = SimpleNamespace
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    asked = []
-
-    def generate(prompts, params, use_tqdm):
-        asked.extend(zip(prompts, params, strict=True))
-        answer = SimpleNamespace(text="4", token_ids=[5, tokenizer.eos_token_id])
-        answer.finish_reason = "stop"
-        return [SimpleNamespace(outputs=[answer]) for _ in prompts]
-
-    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
-    llm = SimpleNamespace(generate=generate, llm_engine=config)
-    draws = list(sample(llm, tokenizer, PROMPTS, 3, done={(1, 0)}, temperature=0.5))
-    assert [(c.prompt, c.sample) for c in draws] == [
-        (p, s) for p in range(4) for s in range(3) if (p, s) != (1, 0)
-    ]
-    assert draws[0] == Completion(0, 0, "4", 1, True)
-    assert asked[0][0] == {"prompt_token_ids": tokenizer(PROMPTS[0])["input_ids"]}
-    assert len({params.seed for _, params in asked}) == 11
-    assert {(p.temperature, p.top_p, p.max_tokens) for _, p in asked} == {(0.5, 1.0, 256)}
-
-
-def test_vllm_itself(checkpoint, tokenizer):
-    pytest.importorskip("vllm")
-    from llmmix.sampling.vllm_backend import load_vllm
-
-    llm = load_vllm(checkpoint, max_model_len=64)
-    first = by_key(sample(llm, tokenizer, PROMPTS, 4, max_new_tokens=8, seed=1))
-    assert len(first) == 16
-    assert first == by_key(sample(llm, tokenizer, PROMPTS, 4, max_new_tokens=8, seed=1))
