@@ -351,36 +351,40 @@ def _touched(node: ast.AST) -> Iterator[tuple[str, bool]]:
                 yield str(name.value), is_self(node.args[0])
 
 
-def siblings_trainers(house: House, kinds: tuple[type, ...]) -> list[str]:
+def siblings_trainers(house: House, trainer: type, config: type) -> list[str]:
     """Modules of the library that import a trainer or config of another method.
 
-    A method is known by the stem of its classes: the module of `UnlearnTrainer` may import
-    `UnlearnConfig`.
+    A method is what has a trainer. It is known by the stem of its classes: the module of
+    `UnlearnTrainer` may import `UnlearnConfig`.
 
     Args:
         house: The tree.
-        kinds: What trainers and configs build on.
+        trainer: What trainers build on.
+        config: What configs build on.
     """
-
-    def methods(module: str) -> set[str]:
-        return {
-            node.name.removesuffix("Trainer").removesuffix("Config")
-            for node in house.classes(module)
-            if any(issubclass(base, kinds) for base in house.upstream(module, node))
-        }
-
+    stems: dict[str, set[str]] = {}  # of the trainers and configs that a module defines
+    methods = set()
+    for module in house.paths:
+        for node in house.classes(module):
+            above = house.upstream(module, node)
+            if any(issubclass(base, trainer | config) for base in above):
+                stems.setdefault(module, set()).add(_stem(node.name))
+            if any(issubclass(base, trainer) for base in above):
+                methods.add(_stem(node.name))
     found = []
     for module, taken in arrows(house):
         if module in house.faces or module.startswith(("llmmix.recipes", "llmmix.eval")):
             continue
-        node = house.find_class(taken.module, taken.name or "")
-        if node is None or handed_on(house, module, taken.name or ""):
-            continue
-        method = node.name.removesuffix("Trainer").removesuffix("Config")
-        if method in methods(taken.module) and method not in methods(module):
-            if any(issubclass(base, kinds) for base in house.upstream(taken.module, node)):
-                found.append(f"{house.where(module, taken.line)} imports {taken.name}")
+        name = taken.name or ""
+        theirs = {_stem(name)} & methods & stems.get(taken.module, set())
+        if house.find_class(taken.module, name) and theirs - stems.get(module, set()):
+            if not handed_on(house, module, name):
+                found.append(f"{house.where(module, taken.line)} imports {name}")
     return found
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix("Trainer").removesuffix("Config")
 
 
 def handed_on(house: House, module: str, name: str) -> bool:

@@ -66,7 +66,6 @@ PRIVATE = {
     "_signature_columns": Trainer,
     "_tag_names": SFTTrainer,
 }
-KINDS = (Trainer, TrainingArguments)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ RULES = {
     "laws": laws_reach_out,
     "scripts": rules.scripts_reach_inside,
     "private upstream names": unlisted,
-    "siblings' trainers": lambda house: rules.siblings_trainers(house, KINDS),
+    "siblings' trainers": lambda house: rules.siblings_trainers(house, Trainer, TrainingArguments),
     "faces": rules.faces_that_differ,
     "size": lambda house: rules.oversized(house, lines=350, class_lines=200),
     "types": rules.unannotated,
