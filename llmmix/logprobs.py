@@ -204,7 +204,7 @@ class _TiledHead(torch.autograd.Function):
                     outputs,
                     out=e,
                 )
-                if need_q:
+                if q is not None:
                     add_product(q[rows].mul_(shrink), e, w)
                 if keep:
                     kept += [e, state.max.clone()]
@@ -212,7 +212,7 @@ class _TiledHead(torch.autograd.Function):
         state = RunningSoftmax(*map(torch.cat, zip(*states, strict=True)))
         # NaN for a row that holds NaN or an infinity, which the cap of a logit would hide
         state.sum.add_((logits.hidden * 0).sum(1, keepdim=True))
-        if need_q:
+        if q is not None:
             q /= state.sum
         statistics = _statistics(state, weight.size(0), outputs)
         entropy, *others = statistics[1:]

@@ -1,6 +1,7 @@
 """The head alone: ours against TRL's fused head and against plain cross-entropy on full logits."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -70,7 +71,8 @@ def head_call(
         max_position_embeddings=rows + 1,
         pad_token_id=None,
     )
-    model = LlamaForCausalLM(config).to(device=torch.device(device), dtype=dtype)
+    model: Any = LlamaForCausalLM(config)  # transformers' wrapper of `to` hides its type
+    model = model.to(device, dtype)
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(trained)
     if head == "llmmix":

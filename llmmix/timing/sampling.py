@@ -4,9 +4,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmmix.timing.measure import Case
 
@@ -120,12 +121,13 @@ def _spread(count: int) -> list:
     return [rows[i * len(rows) // count]["prompt"] for i in range(count)]
 
 
-def _load(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmmix.models import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(name)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+    # Any: transformers types no model that has both `to` and `generate`
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(checkpoint)

@@ -185,7 +185,8 @@ def _rows(
 
     def text(tokens: int) -> str:
         numbers = " ".join(map(str, rng.integers(100, 1000, size=tokens)))
-        return tokenizer.decode(tokenizer(numbers, add_special_tokens=False)["input_ids"][:tokens])
+        ids = tokenizer(numbers, add_special_tokens=False)["input_ids"][:tokens]
+        return tokenizer.batch_decode([ids])[0]
 
     def column(tokens: int) -> list[str]:
         return [text(tokens) for _ in range(batch_size)]

@@ -1,6 +1,9 @@
+import pytest
+
 from llmmix.timing import Case, measure, measure_apart
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_one_call():
     """A call that holds 64 MiB, in a process of its own."""
     row = measure_apart([Case("row", "contender", hold, {"mib": 64})], rounds=1, device="cpu")
