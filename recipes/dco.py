@@ -28,9 +28,12 @@ from llmmix.trainers import checkpoint_to_resume
 class SelectionArguments:
     """Which examples DCO sees."""
 
-    stepwise: bool = field(default=False, metadata={"help": "Make an example of each step."})
+    stepwise: bool = field(
+        default=False, metadata={"help": "Make an example of each step of a solution."}
+    )
     likelihood_threshold: float | None = field(
-        default=None, metadata={"help": "NCO: leave rows out whose F is below it, such as 0.1."}
+        default=None,
+        metadata={"help": "NCO: leave out rows whose F(N, p) is below this, such as 0.1."},
     )
 
 
@@ -64,7 +67,7 @@ def main(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(training_args.output_dir)}")
+        print(f"Report: {write_report(str(training_args.output_dir))}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

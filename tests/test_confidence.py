@@ -9,8 +9,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from llmmix import SFTMixConfig, confidence
-from llmmix.confidence import add_confidence, mean_nlls, train_reference
+from llmmix import SFTMixConfig, confidence, reference_run
+from llmmix.confidence import add_confidence, mean_nlls
+from llmmix.reference_run import train_reference
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
 
@@ -70,12 +71,12 @@ def test_reference_keeps_its_checkpoints_and_is_trained_once(
     kept = train_reference(rows, args, checkpoint, 2, lora)
     assert [path.rpartition("-")[2] for path in kept] == ["2", "4"]
     assert not np.allclose(mean_nlls(rows, args, kept[0]), mean_nlls(rows, args, kept[1]))
-    monkeypatch.setattr(confidence, "SFTMixTrainer", None)  # training again would fail
+    monkeypatch.setattr(reference_run, "SFTMixTrainer", None)  # training again would fail
     assert train_reference(rows, args, checkpoint, 2, lora) == kept
 
 
 def test_interrupted_reference_goes_on_from_its_checkpoint(checkpoint, rows, args, monkeypatch):
-    class Killed(confidence.SFTMixTrainer):
+    class Killed(reference_run.SFTMixTrainer):
         def training_step(self, *given, **kwargs):
             if self.state.global_step == 3:
                 raise KeyboardInterrupt
@@ -84,18 +85,18 @@ def test_interrupted_reference_goes_on_from_its_checkpoint(checkpoint, rows, arg
     whole = train_reference(rows, args, checkpoint, 2)
     expected = mean_nlls(rows, args, whole[-1])
     shutil.rmtree(args.output_dir)
-    monkeypatch.setattr(confidence, "SFTMixTrainer", Killed)
+    monkeypatch.setattr(reference_run, "SFTMixTrainer", Killed)
     with pytest.raises(KeyboardInterrupt):
         train_reference(rows, args, checkpoint, 2)
     monkeypatch.undo()
     steps = []
 
-    class Counted(confidence.SFTMixTrainer):
+    class Counted(reference_run.SFTMixTrainer):
         def training_step(self, *given, **kwargs):
             steps.append(self.state.global_step)
             return super().training_step(*given, **kwargs)
 
-    monkeypatch.setattr(confidence, "SFTMixTrainer", Counted)
+    monkeypatch.setattr(reference_run, "SFTMixTrainer", Counted)
     kept = train_reference(rows, args, checkpoint, 2)
     assert steps == [2, 3]
     np.testing.assert_array_equal(mean_nlls(rows, args, kept[-1]), expected)
@@ -155,7 +156,7 @@ def test_a_half_saved_checkpoint_is_passed_over(tmp_path):
         (tmp_path / name).mkdir()
         if complete:
             (tmp_path / name / "trainer_state.json").write_text("{}")
-    kept = confidence._complete_checkpoints(tmp_path)
+    kept = reference_run._complete_checkpoints(tmp_path)
     assert [Path(path).name for path in kept] == ["checkpoint-9", "checkpoint-10"]
 
 

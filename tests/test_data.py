@@ -18,10 +18,15 @@ from llmmix import (
     SFTMixTrainer,
     attach_head,
 )
-from llmmix.data import load_splits, load_train_and_eval
+from llmmix.data import (
+    check_preference_dataset,
+    check_sft_dataset,
+    load_splits,
+    load_train_and_eval,
+)
 from llmmix.dco import dco_loss
 from llmmix.models import prepare_model_args, resolve_checkpoint
-from llmmix.trainers import check_preference_dataset, check_sft_dataset, checkpoint_to_resume
+from llmmix.trainers import checkpoint_to_resume
 
 QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
 

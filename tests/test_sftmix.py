@@ -4,7 +4,8 @@ from torch.utils.data import BatchSampler
 
 from llmmix import SFTMixConfig
 from llmmix.logprobs import linear_logprobs
-from llmmix.sftmix import PairSampler, confidence, confident_half, mix_pairs, mixup_loss
+from llmmix.pairing import PairSampler, confident_half
+from llmmix.sftmix import confidence, mix_pairs, mixup_loss
 
 W = torch.tensor([[1, 0, -1], [0.5, 2, 0], [-1, 1, 1], [0, -0.5, 0.25]], dtype=torch.float64)
 HC = torch.tensor([[1, 2, 3], [0, 1, -1], [0.5, 0.5, 0.5]], dtype=torch.float64)

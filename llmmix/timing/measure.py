@@ -15,6 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from llmmix.models import free_memory
+
 # What the calls of `llmmix.timing` import, so that it is no part of what a call adds in memory
 PRELOADED = ["trl.trainer.dpo_trainer", "llmmix.sftmix", "llmmix.timing.steps", "peft"]
 
@@ -62,7 +64,7 @@ def measure(cases: list[Case], *, rounds: int, device: str, memory: bool = True)
             if turn:
                 taken.append(time.perf_counter() - started)
     del call, calls
-    _free(device)
+    free_memory()
     peaks = [_in_its_own_process(case, device)[1] if memory else None for case in cases]
     return _row(cases, seconds, peaks, [{} for _ in cases])
 
@@ -140,14 +142,6 @@ def _synchronize(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
-
-
-def _free(device: str) -> None:
-    gc.collect()
-    if device != "cpu":
-        import torch
-
-        torch.cuda.empty_cache()
 
 
 def machine(device: str) -> dict:
