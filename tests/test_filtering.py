@@ -246,7 +246,9 @@ def chain_of_thought(trainer):
     return trainer
 
 
-@pytest.mark.parametrize("stop", [3, 5, 6, 7])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(3, marks=pytest.mark.slow), 5, 6, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_equals_never_stopped(make, math_rows, stop):
     """In the middle of an epoch, before its short last batch, at its end, and after it."""
     given = {"rows": math_rows.take(22), "max_steps": 9}  # six steps an epoch
