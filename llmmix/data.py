@@ -35,12 +35,12 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
 
     Args:
         name: Hub id, folder, file or built-in.
-        config: Configuration of a hub dataset, or of a built-in: `llmmix.builtin.dataset`.
+        config: Configuration of a hub dataset, or of a built-in (see `llmmix.builtin.dataset`).
         streaming: Load an `IterableDataset` where the source allows it.
 
     Raises:
-        FileNotFoundError: A file that is not there, or the text of `builtin:domains`.
-        ValueError: A file of another format, or an unknown built-in.
+        FileNotFoundError: The file is not there, or the text of `builtin:domains` is not.
+        ValueError: The file is of another format, or there is no such built-in.
     """
     if name.startswith("builtin:"):
         return builtin.dataset(name, config)
@@ -94,10 +94,10 @@ def load_role(
     """The rows that play a role, such as "forget" or "retain".
 
     Args:
-        name: As for `load_splits`, or NAME@CONFIG, whose configuration then counts.
+        name: Hub id, folder, file or built-in; or NAME@CONFIG, whose configuration then counts.
         role: Also the name of the split to take, where there is one and `split` names no other.
         split: The split; of a dataset that has a single one, "train" stands for it.
-        config: As for `load_splits`.
+        config: Configuration of a hub dataset or of a built-in.
 
     Raises:
         ValueError: No dataset was named, or it has no such split.
@@ -113,7 +113,7 @@ def load_role(
     return _split(splits, split, f"{role}: dataset_split")
 
 
-def _split(splits: DatasetDict, name: str, argument: str):
+def _split(splits: DatasetDict, name: str, argument: str) -> Dataset | IterableDataset:
     if name not in splits:
         raise ValueError(f"`{argument}`: no split {name!r}; the dataset has {list(splits)}.")
     return splits[name]
@@ -248,15 +248,15 @@ def batches_of_tokens(
     scored: Sequence[int] | None = None,
     scored_budget: int = sys.maxsize,
 ) -> list[list[int]]:
-    """Rows in batches of at most so many tokens, padding included, the longest rows first.
+    """Rows in batches of at most `token_budget` tokens, padding included, the longest rows first.
 
     A row that exceeds a budget by itself is a batch of its own.
 
     Args:
         lengths: Tokens of each row.
-        token_budget: Rows of a batch times its longest row.
+        token_budget: At most so many rows of a batch times tokens of its longest row.
         scored: Tokens of each row whose logits are wanted.
-        scored_budget: Their sum in a batch.
+        scored_budget: At most so many of these in a batch.
 
     Returns:
         The rows' places in `lengths`, a list a batch.

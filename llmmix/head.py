@@ -78,7 +78,7 @@ def attach_head(
 
     Args:
         model: A causal language model, or a `PeftModel` around one.
-        outputs: Per-token fields to compute, among `llmmix.logprobs.STATISTICS`.
+        outputs: Per-token fields to compute, names of `llmmix.logprobs.STATISTICS`.
         memory_budget: Bytes of probabilities that each call of a trained head may keep between
             forward and backward, which saves the backward a matrix product; 0 for none,
             `llmmix.logprobs.MEMORY_BUDGET` by default. What was chosen is logged at level INFO.
@@ -131,7 +131,7 @@ def _linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias whose product is what the module `head` computes.
 
     Raises:
-        ValueError: A PEFT adapter on the head that is no plain product.
+        ValueError: The head carries a PEFT adapter that is no plain product.
     """
     if is_peft_available():
         from peft.tuners.lora import Linear as LoraLinear

@@ -1,6 +1,6 @@
 """Solutions in steps: each step becomes an example of its own, its context all that comes before.
 
-DCO on whole proofs needs N of about N_eff^k draws for k steps. Applied to each step with a small
+DCO on whole proofs of k steps needs N of about N_eff^k. Applied to each step with a small
 `n_samples` (N_eff, 4 to 32), it brakes the sure steps and pulls at the unsure ones:
 
     sum over steps of loss_N(p_step),    p_step = p(step | prompt, steps before)
@@ -43,8 +43,8 @@ def split_steps(
         `completion`, both messages.
 
     Raises:
-        ValueError: The columns are others, no row holds a step, or the tokenizer does not tell
-            where in the text its tokens stand.
+        ValueError: The rows have neither `prompt` and `steps` nor `messages`; no row holds a step;
+            or the tokenizer does not tell where in the text its tokens stand.
     """
     columns = dataset.column_names
     kept = [column for column in columns if column in ("tools", "chat_template_kwargs")]

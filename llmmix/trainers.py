@@ -55,8 +55,8 @@ def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> Non
     """Refuse what merges examples into one row, and what asks TRL for another loss.
 
     Raises:
-        ValueError: `packing`, `padding_free`, `label_smoothing_factor`, `loss_type` or
-            `compute_loss_func` is set.
+        ValueError: One of `packing`, `eval_packing`, `padding_free`, `label_smoothing_factor`,
+            `loss_type` and `compute_loss_func` is set.
     """
     for name in ("packing", "eval_packing", "padding_free"):
         if getattr(args, name):
@@ -102,7 +102,7 @@ def check_sft_datasets(
         The training rows.
 
     Raises:
-        ValueError: As `check_sft_dataset`, of training or evaluation rows.
+        ValueError: `check_sft_dataset` refuses the training or the evaluation rows.
     """
     if trainer_arguments.get("formatting_func") is not None:
         return train_dataset  # it makes the text itself, from columns of any name
@@ -135,7 +135,7 @@ def check_preference_datasets(
         The training rows.
 
     Raises:
-        ValueError: As `check_preference_dataset`, of training or evaluation rows.
+        ValueError: `check_preference_dataset` refuses the training or the evaluation rows.
     """
     tokenizer = trainer_arguments.get("processing_class")
     if isinstance(rows := trainer_arguments.get("eval_dataset"), Dataset):
@@ -154,7 +154,7 @@ def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None
         max_length: Tokens after which it cuts a row.
 
     Raises:
-        ValueError: No row is left.
+        ValueError: `max_length` leaves no row.
     """
     if not isinstance(before, Dataset) or not isinstance(after, Dataset):
         return

@@ -1,4 +1,4 @@
-"""RPO: DPO with a regulariser that keeps the chosen responses likely.
+"""RPO: DPO with a term that keeps the chosen responses likely.
 
     llmmix run rpo --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name preferences.jsonl --beta 0.01 --rpo_eta 0.005

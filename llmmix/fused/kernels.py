@@ -181,7 +181,7 @@ def fold(
     outputs: tuple[str, ...],
     out: Tensor,
 ) -> Tensor:
-    """As `llmmix.fused.tiles.fold`; the raw logits stay as they are."""
+    """What `llmmix.fused.tiles.fold` does, but the raw logits stay as they are."""
     n, n_columns = logits.shape
     shrink = torch.empty_like(state.max)
     if n == 0:
@@ -218,7 +218,7 @@ def softmax_gradient(
     of_entropy: tuple[Tensor, Tensor, Tensor] | None,
     out: Tensor,
 ) -> Tensor:
-    """As `llmmix.fused.tiles.softmax_gradient`; the raw logits stay as they are."""
+    """What `llmmix.fused.tiles.softmax_gradient` does, but the raw logits stay as they are."""
     n, n_columns = logits.shape
     if n == 0:
         return out

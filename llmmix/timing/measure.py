@@ -70,7 +70,10 @@ def measure(cases: list[Case], *, rounds: int, device: str, memory: bool = True)
 
 
 def measure_apart(cases: list[Case], *, rounds: int, device: str) -> dict:
-    """As `measure`, for long calls: each in a process of its own, timed and weighed at once."""
+    """One row of long calls, each in a process of its own that yields its time and its memory.
+
+    Arguments and result are those of `measure`; a call may add figures of its own.
+    """
     runs = [[_in_its_own_process(case, device) for case in cases] for _ in range(rounds)]
     by_case = list(zip(*runs, strict=True))
     seconds = [[run[0] for run in of_case] for of_case in by_case]

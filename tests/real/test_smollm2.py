@@ -186,7 +186,7 @@ def test_three_lora_steps(
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = tokenizer("The sky is", return_tensors="pt")
+    ids = tokenizer("The sky is", return_tensors="pt").to(again.device)
     trained = trainer.model.to(again.device).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**ids).logits, trained(**ids).logits)
