@@ -51,13 +51,13 @@ class SpeedArguments:
     )
     kinds: list[str] = field(
         default_factory=lambda: list(KINDS),
-        metadata={"help": f"What to time, among {', '.join(KINDS)}. Default: all of them."},
+        metadata={"help": f"What to time, among {', '.join(KINDS)}."},
     )
     methods: list[str] = field(
         default_factory=lambda: [step.name for step in STEPS],
         metadata={
             "help": "Methods whose training steps are timed, among "
-            f"{', '.join(step.name for step in STEPS)}. Default: all of them."
+            f"{', '.join(step.name for step in STEPS)}."
         },
     )
     device: str | None = field(

@@ -30,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     # TRL reports each run to the Hub unless told not to; whoever wants that can set it to 0
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="llmmix", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="llmmix",
+        description="List, copy and launch recipes (fine-tuning, data mixing) and evaluations.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls | cp | run | eval")
     commands.add_parser("ls", help="list recipes and evaluations")
     copy = commands.add_parser("cp", help="copy a recipe and its YAML, to make them your own")
@@ -40,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         launch = commands.add_parser(
             command,
             help=f"launch {what}: llmmix {command} [launcher flags] NAME [its flags]",
-            usage=f"llmmix {command} [launcher flags] NAME [flags of NAME; --help lists them]",
+            usage=f"llmmix {command} [launcher flags] NAME [flags of NAME]",
+            description=f"Launch {what}. `llmmix {command} NAME --help` lists the flags of NAME.",
             allow_abbrev=False,
         )
         launch.add_argument(
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         launch.add_argument("name", help="a name that `llmmix ls` shows, or a file of your own")
         launch.add_argument(
-            "flags", nargs=argparse.REMAINDER, help="flags of NAME; --help after NAME lists them"
+            "flags", nargs=argparse.REMAINDER, help="flags of NAME, which follow it"
         )
     args = parser.parse_args(argv)
     try:

@@ -183,7 +183,7 @@ class SFTMixConfig(SFTConfig):
         default=0,
         metadata={
             "help": "N of DCO, whose weight F(N, p) then multiplies the cross-entropy of each "
-            "example. Default 0: plain cross-entropy."
+            "example. 0: plain cross-entropy."
         },
     )
 
