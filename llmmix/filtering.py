@@ -13,7 +13,7 @@ and its released code.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ def attach_filter(
     batch is trained on. Each process asks about its share of the candidates.
 
     Args:
-        trainer: Any trainer whose training rows are not streamed.
+        trainer: Any trainer whose training rows have a length.
         keep: (rows) -> (rows,) bool, such as a `LikelihoodFilter` or `SolveRates.below`.
         warmup_steps: Optimizer steps before the first row is left out.
         candidates: Rows asked about at once; as many as a step takes by default.
@@ -203,7 +203,12 @@ def attach_filter(
             parameters are spread over processes.
     """
     check_trainer("A filter", trainer)
-    args, rows_given = trainer.args, training_rows(trainer, "A filter")
+    args, dataset = trainer.args, trainer.train_dataset
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            "A filter counts the rows of an epoch, so `train_dataset` must not be streamed; got "
+            f"{type(dataset).__name__}."
+        )
     if args.dataloader_num_workers:
         raise ValueError(
             f"`dataloader_num_workers={args.dataloader_num_workers}` draws rows long before they "
@@ -234,7 +239,7 @@ def attach_filter(
     if candidates is None:
         candidates = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = FilteredSampler(len(rows_given), kept, candidates, seed)
+    sampler = FilteredSampler(len(dataset), kept, candidates, seed)
     # The trainer's own hook, replaced on this trainer alone
     trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
     trainer.add_callback(FilterCallback(sampler))

@@ -16,6 +16,32 @@ from torch.utils.data import Sampler
 CONFIDENCE = "confidence"  # the column that stage 1 writes and stage 2 reads
 
 
+def check_confidence(dataset: object) -> None:
+    """Refuse rows whose confidence is not known beforehand.
+
+    Raises:
+        ValueError: The dataset is streamed, or has no `confidence` column.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"SFTMix needs the confidence of every row beforehand, so `train_dataset` must be a "
+            f"map-style `Dataset`, got {type(dataset).__name__}."
+        )
+    if CONFIDENCE not in dataset.column_names:
+        raise ValueError(
+            f"`train_dataset` has no `{CONFIDENCE}` column (it has {dataset.column_names}). Write "
+            "one with `llmmix run confidence`, or set `mixup_weight=0`."
+        )
+
+
+def read_confidence(dataset: Dataset) -> Tensor:
+    """(n,) the `confidence` column in fp64, NaN where it is null."""
+    scores = dataset.with_format(None)[CONFIDENCE][:]
+    return torch.tensor(
+        [float("nan") if score is None else score for score in scores], dtype=torch.float64
+    )
+
+
 def confident_half(scores: Tensor) -> Tensor:
     """Which examples lie in the confident half: the floor(B/2) of highest confidence.
 
@@ -41,32 +67,6 @@ def confident_half(scores: Tensor) -> Tensor:
     confident = torch.zeros(len(scores), dtype=torch.bool)
     confident[order[: len(scores) // 2]] = True
     return confident
-
-
-def read_confidence(dataset: Dataset) -> Tensor:
-    """(n,) the `confidence` column in fp64, NaN where it is null."""
-    scores = dataset.with_format(None)[CONFIDENCE][:]
-    return torch.tensor(
-        [float("nan") if score is None else score for score in scores], dtype=torch.float64
-    )
-
-
-def check_confidence(dataset: object) -> None:
-    """Refuse rows whose confidence is not known beforehand.
-
-    Raises:
-        ValueError: The dataset is streamed, or has no `confidence` column.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"SFTMix needs the confidence of every row beforehand, so `train_dataset` must be a "
-            f"map-style `Dataset`, got {type(dataset).__name__}."
-        )
-    if CONFIDENCE not in dataset.column_names:
-        raise ValueError(
-            f"`train_dataset` has no `{CONFIDENCE}` column (it has {dataset.column_names}). Write "
-            "one with `llmmix run confidence`, or set `mixup_weight=0`."
-        )
 
 
 class PairSampler(Sampler[int]):

@@ -328,6 +328,10 @@ def test_what_cannot_be_filtered_is_refused(make, math_rows):
         attach_filter(make(dataloader_num_workers=2), lambda rows: rows)
     with pytest.raises(ValueError, match="`dispatch_batches`"):
         attach_filter(make(accelerator_config={"dispatch_batches": True}), lambda rows: rows)
+    streamed = make()
+    streamed.train_dataset = streamed.train_dataset.to_iterable_dataset()
+    with pytest.raises(ValueError, match="must not be streamed; got IterableDataset"):
+        attach_filter(streamed, lambda rows: rows)
     twice = make()
     attach_filter(twice, lambda rows: rows)
     with pytest.raises(ValueError, match="has a filter already"):
