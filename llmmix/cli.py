@@ -16,8 +16,10 @@ import shutil
 import sys
 import traceback
 import warnings
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 KINDS = {"run": "llmmix.recipes", "eval": "llmmix.eval"}
 PACKAGES = ("llmmix", *KINDS.values())
@@ -28,28 +30,36 @@ def main(argv: list[str] | None = None) -> int:
     # TRL reports each run to the Hub unless told not to; whoever wants that can set it to 0
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="llmmix", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="llmmix",
+        description="List, copy and launch recipes (fine-tuning, data mixing) and evaluations.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls | cp | run | eval")
     commands.add_parser("ls", help="list recipes and evaluations")
     copy = commands.add_parser("cp", help="copy a recipe and its YAML, to make them your own")
-    copy.add_argument("name")
+    copy.add_argument("name", help="a recipe that `llmmix ls` shows")
     copy.add_argument("to", nargs="?", default=".", help="folder or file name (default: here)")
     for command, what in (("run", "a recipe"), ("eval", "an evaluation")):
         launch = commands.add_parser(
             command,
             help=f"launch {what}: llmmix {command} [launcher flags] NAME [its flags]",
-            usage=f"llmmix {command} [launcher flags] NAME [flags of NAME; --help lists them]",
+            usage=f"llmmix {command} [launcher flags] NAME [flags of NAME]",
+            description=f"Launch {what}. `llmmix {command} NAME --help` lists the flags of NAME.",
             allow_abbrev=False,
         )
         launch.add_argument(
-            "--num_processes", type=int, help="processes on this machine (default: one)"
+            "--num_processes", type=int, help="processes to start on this machine (default: one)"
         )
         launch.add_argument(
             "--accelerate_config",
-            help="ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or a file of `accelerate config`",
+            help="how processes share the work: ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or a "
+            "file that `accelerate config` wrote",
         )
         launch.add_argument("name", help="a name that `llmmix ls` shows, or a file of your own")
-        launch.add_argument("flags", nargs=argparse.REMAINDER)
+        launch.add_argument(
+            "flags", nargs=argparse.REMAINDER, help="flags of NAME, which follow it"
+        )
     args = parser.parse_args(argv)
     try:
         return COMMANDS[args.command](args)
@@ -62,7 +72,7 @@ class UsageError(ValueError):
     """A mistake on the command line, shown without a traceback."""
 
 
-def list_recipes(_args) -> int:
+def list_recipes(_args: argparse.Namespace) -> int:
     """Print every recipe and evaluation with the first line of its docstring."""
     for command, package in KINDS.items():
         print(f"llmmix {command} ...")
@@ -72,8 +82,12 @@ def list_recipes(_args) -> int:
     return 0
 
 
-def copy_recipe(args) -> int:
-    """Copy a recipe's script and YAML."""
+def copy_recipe(args: argparse.Namespace) -> int:
+    """Copy a recipe's script and YAML.
+
+    Raises:
+        UsageError: There is no such recipe, or a file of that name exists.
+    """
     source = _find(args.name, "llmmix.recipes")
     to = Path(args.to)
     script = to / source.name if to.is_dir() else to.with_suffix(".py")
@@ -89,8 +103,12 @@ def copy_recipe(args) -> int:
     return 0
 
 
-def launch(args) -> int:
-    """Run a script here, under torchrun, or under `accelerate launch`."""
+def launch(args: argparse.Namespace) -> int:
+    """Run a script here, under torchrun, or under `accelerate launch`.
+
+    Raises:
+        UsageError: There is no such script, or `--accelerate_config` names no file.
+    """
     package = KINDS[args.command]
     if args.name.endswith(".py"):
         if not Path(args.name).is_file():
@@ -126,37 +144,40 @@ def launch(args) -> int:
 COMMANDS = {"ls": list_recipes, "cp": copy_recipe, "run": launch, "eval": launch}
 
 
-def parse_args(dataclass_types: tuple[type, ...], script: str, argv: list[str] | None = None):
+def parse_args(
+    dataclass_types: tuple[type, ...], script: str, argv: list[str] | None = None
+) -> tuple[Any, ...]:
     """Parse a script's flags with TRL's parser, over its own YAML and the user's `--config`.
 
     Later wins: the dataclass's default, `SCRIPT.yaml` beside the script, `--config`, the flags.
 
     Args:
-        dataclass_types: As for `trl.TrlParser`.
+        dataclass_types: The dataclasses whose fields are the flags.
         script: The script's `__file__`.
-        argv: Flags; those of the process by default.
+        argv: The flags; those of the process by default.
 
     Returns:
         One instance a dataclass.
 
     Raises:
-        UsageError: A key or flag that is none of the fields, with the nearest one; a `--config`
-            that is missing or no mapping.
+        UsageError: A key or flag is none of the fields (the nearest one is named), or `--config`
+            names no file or one that holds no mapping.
     """
     from trl import TrlParser
 
     # TRL 1.16 sets a flag that transformers 5.23 has renamed: nothing that the user did or can mend
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-    script = Path(script)
-    parser = TrlParser(dataclass_types, prog=script.stem, allow_abbrev=False)
+    path = Path(script)
+    # Any: TRL's own type variable takes no dataclass in general
+    parser: Any = TrlParser(dataclass_types, prog=path.stem, allow_abbrev=False)  # type: ignore[arg-type]
     # --config is taken here and not by TRL's parser, so that a mistake in it is named
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--config")
     given, argv = ours.parse_known_args(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for kind in dataclass_types for f in dataclasses.fields(kind)}
-    defaults = script.with_suffix(".yaml")
-    for path in filter(None, [defaults if defaults.exists() else None, given.config]):
-        parser.set_defaults_with_config(**_read_yaml(Path(path), fields))
+    defaults = path.with_suffix(".yaml")
+    for file in filter(None, [defaults if defaults.exists() else None, given.config]):
+        parser.set_defaults_with_config(**_read_yaml(Path(file), fields))
     *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
     flags = [flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")]
     _check_keys(flags, fields, "the command line")
@@ -185,7 +206,7 @@ def _read_yaml(path: Path, fields: dict[str, dataclasses.Field]) -> dict:
     }
 
 
-def _check_keys(given, known, where: str) -> None:
+def _check_keys(given: Iterable[str], known: Collection[str], where: str) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -193,9 +214,16 @@ def _check_keys(given, known, where: str) -> None:
             raise UsageError(f"unknown option {key!r} in {where}{hint}")
 
 
+def _folder(package: str) -> Path:
+    """The folder of a package, which is not imported."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"{package} is not installed.")
+    return Path(spec.submodule_search_locations[0])
+
+
 def _scripts(package: str) -> list[Path]:
-    folder = Path(find_spec(package).submodule_search_locations[0])
-    return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(path for path in _folder(package).glob("*.py") if not path.stem.startswith("_"))
 
 
 def _find(name: str, package: str) -> Path:
@@ -208,7 +236,7 @@ def _find(name: str, package: str) -> Path:
 
 
 def _accelerate_config(name: str) -> str:
-    folder = Path(find_spec("llmmix.recipes").submodule_search_locations[0]) / "accelerate"
+    folder = _folder("llmmix.recipes") / "accelerate"
     shipped = {path.stem: path for path in folder.glob("*.yaml")}
     if name in shipped:
         return str(shipped[name])
@@ -220,8 +248,9 @@ def _accelerate_config(name: str) -> str:
 def _is_stated(error: Exception) -> bool:
     """Whether one of our own `raise` lines made this error: its words do without a traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    folders = {Path(find_spec(name).submodule_search_locations[0]) for name in PACKAGES}
-    return last.line.startswith("raise ") and bool(folders & set(Path(last.filename).parents))
+    folders = {_folder(name) for name in PACKAGES}
+    raised = (last.line or "").startswith("raise ")
+    return raised and bool(folders & set(Path(last.filename).parents))
 
 
 def _become(module: str, arguments: list[str]) -> int:

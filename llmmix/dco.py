@@ -4,7 +4,7 @@
     gradient  = F(N, p) * gradient of (-log p),   F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
 
 F falls from 1 to 0 as p passes 1/N: an example stops pulling once N draws would solve it. p is the
-model's probability of the whole completion, never of a token and never length-normalised. With
+model's probability of the whole completion, never of a token and never normalized by length. With
 N = 1 the loss is -log p.
 
     symbol   name
@@ -17,12 +17,15 @@ Recipe: recipes/dco.py. Evaluation: eval/pass_at_n.py. Invariants: tests/test_in
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.head import attach_head
@@ -34,7 +37,11 @@ from llmmix.trainers import (
     default_to_cpu,
     keep_outputs_in_fp32,
     log_dropped,
+    log_metric,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = get_logger(__name__)
 
@@ -50,7 +57,7 @@ def dco_loss(logps: Tensor, n_samples: int) -> Tensor:
         (B,) in fp64 for fp64 input, else fp32.
 
     Raises:
-        ValueError: `n_samples` below 1.
+        ValueError: `n_samples` is below 1.
     """
     return _DCOLoss.apply(logps, _check_n(n_samples))
 
@@ -66,7 +73,7 @@ def dco_weight(logps: Tensor, n_samples: int) -> Tensor:
         (B,) in fp64 for fp64 input, else fp32.
 
     Raises:
-        ValueError: `n_samples` below 1.
+        ValueError: `n_samples` is below 1.
     """
     return _loss_and_weight(logps.detach(), _check_n(n_samples))[1]
 
@@ -131,18 +138,18 @@ class DCOConfig(SFTConfig):
 
     n_samples: int = field(
         default=64,
-        metadata={"help": "N: train for pass@N. 1 is sequence cross-entropy."},
+        metadata={"help": "N: the model is trained for pass@N. 1 is sequence cross-entropy."},
     )
     reduction: str = field(
         default="sum",
         metadata={
-            "help": "'sum': the exact gradient. 'token_mean': F times the mean token loss, as in "
-            "the authors' released code.",
+            "help": "Reduction over the tokens of a completion. 'sum': the exact gradient. "
+            "'token_mean': F times the mean token loss, as in the authors' released code.",
             "choices": ["sum", "token_mean"],
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_n(self.n_samples)
         if self.reduction not in ("sum", "token_mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'token_mean', got {self.reduction!r}.")
@@ -156,11 +163,20 @@ class DCOTrainer(SFTTrainer):
     Takes the dataset formats of `SFTTrainer` and its arguments. Logs, beside TRL's metrics,
     `dco/weight` (mean F) and `dco/braked` (share of examples with F below 0.1).
 
+    Args:
+        model: Checkpoint, or a loaded model.
+        args: The configuration.
+        train_dataset: The training rows.
+        **kwargs: The other arguments of `SFTTrainer`.
+
     Raises:
-        ValueError: Packing or padding-free batches, which merge the examples whose probability the
-            loss is about; context or sequence parallelism, which split them; another loss asked for
-            beside it.
+        ValueError: Batches are packed or padding-free, which merges the examples whose probability
+            the loss is about; context or sequence parallelism is on, which splits them; or another
+            loss is asked for.
     """
+
+    args: DCOConfig  # these two are narrower than in TRL
+    model: PreTrainedModel
 
     _tag_names = ["llmmix", "dco"]
     _name = "DCO"
@@ -169,10 +185,17 @@ class DCOTrainer(SFTTrainer):
         "Improves Mathematical Reasoning",
         "id": "2502.07154",
     }
-    loss_is_scaled_for_ga = True  # the loss is divided by the examples of the whole window
+    # The loss is divided by the examples of the whole window; TRL declares None for a bool
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]
     row_weights: Callable[[list[int]], Tensor] | None = None  # see solve_rates.attach_weights
 
-    def __init__(self, model, args: DCOConfig | None = None, train_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: DCOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        **kwargs: Any,
+    ):
         args = args or DCOConfig("dco-output")
         check_own_loss("DCO", args, kwargs)
         train_dataset = check_sft_datasets(args, train_dataset, kwargs)
@@ -181,12 +204,15 @@ class DCOTrainer(SFTTrainer):
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False
 
-    def _send_telemetry(self):
+    def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
         """Count examples, where TRL counts tokens, over the accumulation window of every rank."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(int((b["labels"][:, 1:] != -100).any(1).sum()) for b in batches)
@@ -198,12 +224,20 @@ class DCOTrainer(SFTTrainer):
                 batch["row_weights"] = part
         return batches, count.clamp(min=1)
 
-    def _set_signature_columns_if_needed(self):
+    def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.row_weights is not None and "row" not in self._signature_columns:
-            self._signature_columns += ["row"]
+        columns: list[str] = self._signature_columns or []
+        if self.row_weights is not None and "row" not in columns:
+            # Transformers declares None for a list
+            self._signature_columns = [*columns, "row"]  # type: ignore[assignment]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """DCO on the same forward that TRL's metrics come from."""
         given = inputs.pop("row_weights", None)
         recorder = ForwardRecorder(model)
@@ -224,7 +258,7 @@ class DCOTrainer(SFTTrainer):
             loss = losses.sum() / scored.sum().clamp(min=1)
         else:  # DDP averages gradients over ranks
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and output.aux_loss is not None:
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         self._record(weight, scored)
@@ -242,14 +276,16 @@ class DCOTrainer(SFTTrainer):
             ]
         )
         count, *sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in zip(("weight", "braked", "unbraked"), sums, strict=True):
-            metrics[f"dco/{name}"].append(value / max(count, 1))
+        mean, braked, unbraked = (total / max(count, 1) for total in sums)
+        training = self.model.training
+        log_metric(self, "dco/weight", mean, training=training)
+        log_metric(self, "dco/braked", braked, training=training)
+        if training:
+            self._unbraked.append(unbraked)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with one warning when the loss is cross-entropy in all but name."""
-        unbraked = self._metrics["train"].pop("dco/unbraked", [])
-        self._metrics["eval"].pop("dco/unbraked", None)
+        unbraked, self._unbraked = self._unbraked, []
         early = self.state.global_step < self.state.max_steps / 10  # when every weight is near 1
         own = self.row_weights is None  # else a weight of 1 says nothing of the completion
         if unbraked and own and self.args.n_samples > 1 and not early and not self._warned_unbraked:

@@ -2,13 +2,41 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
-
+    from matplotlib.figure import Figure
 
 COLOURS = ["#4269d0", "#ef8636", "#3ca951", "#a463f2", "#ff725c", "#6cc5b0", "#97bbf5", "#9c6b4e"]
+
+
+def pyplot() -> Any:
+    """The module `matplotlib.pyplot`, without a screen and in our style."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
+    )
+    return plt
+
+
+def png(figure: "Figure") -> bytes:
+    """The bytes of a figure as a PNG; the figure is closed."""
+    import matplotlib.pyplot as plt
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def draw_panels(
@@ -17,7 +45,7 @@ def draw_panels(
     """A PNG of curves side by side, each the mean over repeats within their range.
 
     Args:
-        path: Of the PNG.
+        path: Where the PNG goes.
         x: Positions of the points.
         panels: By title, curves by name, each (repeats, points).
         xlabel: What x is.
@@ -54,7 +82,7 @@ def draw_scatter(
     """A PNG of points by name: the mean over repeats, and a bar to each end of their range.
 
     Args:
-        path: Of the PNG.
+        path: Where the PNG goes.
         points: By name, x and y of the repeats; names that differ in their last word alone share a
             colour, and the first of them is hollow.
         xlabel: What x is.
@@ -86,38 +114,10 @@ def draw_scatter(
     figure.legend(
         loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8
     )
-    for name, (x, y) in (marks or {}).items():
-        axis.plot(x, y, marker="*", markersize=15, color="black", linestyle="none")
-        axis.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize=9)
+    for name, place in (marks or {}).items():
+        axis.plot(*place, marker="*", markersize=15, color="black", linestyle="none")
+        axis.annotate(name, place, xytext=(8, 5), textcoords="offset points", fontsize=9)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     Path(path).write_bytes(png(figure))
     return Path(path)
-
-
-def pyplot():
-    """Matplotlib without a screen, in our style."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-        }
-    )
-    return plt
-
-
-def png(figure) -> bytes:
-    """A figure as a PNG; it is closed."""
-    import matplotlib.pyplot as plt
-
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -83,8 +84,12 @@ def checkpoint_id(checkpoint: str, revision: str | None = None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def plain(value):
-    """A document of JSON values alone, with null for what is no finite number."""
+def plain(value: Any) -> Any:
+    """A document of JSON values alone, with null for what is no finite number.
+
+    Args:
+        value: Dataclasses, named tuples, arrays and tensors too, nested in any way.
+    """
     if is_dataclass(value):
         value = vars(value)
     elif hasattr(value, "_asdict"):

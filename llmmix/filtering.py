@@ -13,18 +13,20 @@ and its released code.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llmmix.dco import DCOTrainer, dco_weight
 from llmmix.models import eval_mode
-from llmmix.trainers import ResumedCallback, log_metric
+from llmmix.trainers import ResumedCallback, log_metric, training_rows
 
 logger = get_logger(__name__)
 
@@ -33,9 +35,12 @@ class LikelihoodFilter:
     """NCO: whether F(N, p) of a row's target is still above a threshold.
 
     Args:
-        trainer: Whose model scores its own training rows, in eval mode.
+        trainer: The trainer whose model scores its own training rows, in eval mode.
         n_samples: N; that of the trainer by default.
         threshold: F below which a row is left out.
+
+    Raises:
+        ValueError: `threshold` is not in (0, 1].
     """
 
     def __init__(
@@ -45,9 +50,9 @@ class LikelihoodFilter:
         self.n_samples = trainer.args.n_samples if n_samples is None else n_samples
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
-        """(rows,) bool."""
+        """(rows,) bool: whether each is kept."""
         trainer, model = self.trainer, self.trainer.model
-        dataset = trainer.train_dataset.select_columns(["input_ids", "labels"])
+        dataset = training_rows(trainer, "A filter").select_columns(["input_ids", "labels"])
         size = trainer.args.per_device_train_batch_size
         logps = [torch.zeros(0, device=trainer.args.device)]
         with eval_mode(model), torch.no_grad(), trainer.compute_loss_context_manager():
@@ -68,7 +73,7 @@ class FilteredSampler(Sampler[int]):
         size: Rows of the dataset.
         keep: (rows) -> bool of each, the same on every process.
         candidates: Rows asked about at once.
-        seed: Of the shuffles.
+        seed: Seed of the shuffles.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class FilteredSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         # What a resumed run has seen. It is cleared here and not at the end, which a loader that
         # reads ahead reaches before its last batch is trained on
         self._given, self._replay = self._replay, []
@@ -141,7 +146,9 @@ class FilterCallback(ResumedCallback):
     def __init__(self, sampler: FilteredSampler):
         self.sampler = sampler
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stop once a whole pass has kept nothing."""
         if self.sampler.exhausted and not control.should_training_stop:
             logger.warning(
@@ -150,7 +157,9 @@ class FilterCallback(ResumedCallback):
             )
             control.should_training_stop = True
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """As after a step: rows may end inside an accumulation window."""
         self.on_step_end(args, state, control)
 
@@ -180,26 +189,33 @@ def attach_filter(
     batch is trained on. Each process asks about its share of the candidates.
 
     Args:
-        trainer: Any Trainer whose training rows have a length.
+        trainer: Any trainer whose training rows have a length.
         keep: (rows) -> (rows,) bool, such as a `LikelihoodFilter` or `SolveRates.below`.
         warmup_steps: Optimizer steps before the first row is left out.
-        candidates: Rows asked about at once; those of a step by default.
+        candidates: Rows asked about at once; as many as a step takes by default.
 
     Returns:
         The sampler that the trainer now uses.
 
     Raises:
-        ValueError: Loader workers, which draw rows long before their time; a loader that one
-            process reads for all; a second filter; or parameters spread over processes.
+        ValueError: The loader has workers, which draw rows long before their time; one process
+            reads the rows of all; rows are streamed; the trainer has a filter already; or its
+            parameters are spread over processes.
     """
     check_trainer("A filter", trainer)
-    args = trainer.args
+    args, dataset = trainer.args, trainer.train_dataset
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            "A filter counts the rows of an epoch, so `train_dataset` must not be streamed; got "
+            f"{type(dataset).__name__}."
+        )
     if args.dataloader_num_workers:
         raise ValueError(
             f"`dataloader_num_workers={args.dataloader_num_workers}` draws rows long before they "
             "are trained on, and a filter decides by the model of the moment. Set it to 0."
         )
-    if args.accelerator_config.dispatch_batches:
+    config = args.accelerator_config
+    if isinstance(config, AcceleratorConfig) and config.dispatch_batches:
         raise ValueError(
             "`accelerator_config`: with `dispatch_batches` one process reads the rows of all, and "
             "a filter needs each to ask about its share. Set it to false."
@@ -223,8 +239,9 @@ def attach_filter(
     if candidates is None:
         candidates = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = FilteredSampler(len(trainer.train_dataset), kept, candidates, seed)
-    trainer._get_train_sampler = lambda train_dataset=None: sampler
+    sampler = FilteredSampler(len(dataset), kept, candidates, seed)
+    # The trainer's own hook, replaced on this trainer alone
+    trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
     trainer.add_callback(FilterCallback(sampler))
     return sampler
 
@@ -233,8 +250,8 @@ def check_trainer(what: str, trainer: Trainer) -> None:
     """Refuse what filters and solve rates do not hold under.
 
     Raises:
-        ValueError: FSDP or DeepSpeed, under which no process holds the whole model; callbacks
-            restored by the Trainer, which cannot make these.
+        ValueError: The launch is under FSDP or DeepSpeed, where no process holds the whole model;
+            or the Trainer is to restore callbacks, which cannot make these.
     """
     kind = trainer.accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -249,7 +266,11 @@ def check_trainer(what: str, trainer: Trainer) -> None:
 
 
 def check_share(name: str, value: float) -> float:
-    """Refuse a threshold outside (0, 1]."""
+    """The value, if it lies in (0, 1].
+
+    Raises:
+        ValueError: `value` is outside (0, 1].
+    """
     if not 0 < value <= 1:
         raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
     return value

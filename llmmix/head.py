@@ -14,11 +14,12 @@ import logging
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput, is_peft_available
 
@@ -50,13 +51,14 @@ class FusedHeadOutput(ModelOutput):
         objective: What `head_objective` returned.
     """
 
-    loss: Tensor | None = None
-    log_probs: Tensor | None = None
+    # Three are always given, but `ModelOutput` allows no second field without a default
+    loss: Tensor = None  # type: ignore[assignment]
+    log_probs: Tensor = None  # type: ignore[assignment]
     entropy: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
-    label_mask: Tensor | None = None
+    label_mask: Tensor = None  # type: ignore[assignment]
     aux_loss: Tensor | None = None
     objective: dict[str, Tensor] | None = None
 
@@ -76,7 +78,7 @@ def attach_head(
 
     Args:
         model: A causal language model, or a `PeftModel` around one.
-        outputs: Per-token fields to compute, among `llmmix.logprobs.STATISTICS`.
+        outputs: Per-token fields to compute, names of `llmmix.logprobs.STATISTICS`.
         memory_budget: Bytes of probabilities that each call of a trained head may keep between
             forward and backward, which saves the backward a matrix product; 0 for none,
             `llmmix.logprobs.MEMORY_BUDGET` by default. What was chosen is logged at level INFO.
@@ -100,7 +102,7 @@ def attach_head(
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
 
-    forward.own_forward = own_forward
+    forward.own_forward = own_forward  # type: ignore[attr-defined]  # found by `_own_forward`
     base.forward = types.MethodType(forward, base)
 
 
@@ -125,11 +127,11 @@ def _base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _linear(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias whose product is what the module `head` computes.
 
     Raises:
-        ValueError: A PEFT adapter on the head that is no plain product.
+        ValueError: The head carries a PEFT adapter that is no plain product.
     """
     if is_peft_available():
         from peft.tuners.lora import Linear as LoraLinear
@@ -146,7 +148,7 @@ def _linear(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | N
     return hidden, whole(head.weight), whole(getattr(head, "bias", None))
 
 
-def _with_lora(head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _with_lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """W h + s B A h is one product: [W, B] times [h, s A h]."""
     base = head.get_base_layer()
     if head.disable_adapters or head.merged:
@@ -169,7 +171,7 @@ def _with_lora(head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return torch.cat(hiddens, -1), weight, whole(base.bias)
 
 
-def _head_scaling(config) -> HeadScaling:
+def _head_scaling(config: PreTrainedConfig) -> HeadScaling:
     """How the model's own forward scales its logits, from the names configs use for it."""
     scale = None
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -211,7 +213,8 @@ def _fused_forward(
     extra = None if objective is None else objective(hidden, labels, head)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss, aux_loss = -fields["log_probs"].sum() / count, None
+    loss = -fields["log_probs"].sum() / count
+    aux_loss: Any = None  # typed upstream as if it could be an int
     if kwargs.get("output_router_logits"):
         aux_loss = load_balancing_loss_func(
             backbone.router_logits,
@@ -226,7 +229,7 @@ def _fused_forward(
 class HeadAtHand:
     """The head of a forward that is under way, for an objective of its hidden states."""
 
-    def __init__(self, head: nn.Module, scaling: HeadScaling, memory_budget: int | None):
+    def __init__(self, head: Any, scaling: HeadScaling, memory_budget: int | None):
         self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
         self.device = head.weight.device
 
@@ -276,8 +279,10 @@ def _log_choice(kept: bool) -> None:
         )
 
 
-def _shift(hidden, labels, shift_labels, device) -> tuple[Tensor, Tensor]:
-    """Hidden states and the label each predicts, on the head's device."""
+def _shift(
+    hidden: Tensor, labels: Any, shift_labels: Any, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Hidden states and the label each predicts, on the head's device; one of both is given."""
     if shift_labels is None:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     else:
@@ -285,7 +290,7 @@ def _shift(hidden, labels, shift_labels, device) -> tuple[Tensor, Tensor]:
     return hidden.to(device), labels.to(device)
 
 
-def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Tensor | None]:
+def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Any]:
     # `masked_scatter` stays connected when nothing is scored: a zero loss that has a gradient
     return {
         name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)

@@ -93,7 +93,7 @@ def linear_logprobs(
         an infinity comes out as NaN.
 
     Raises:
-        ValueError: Shapes that do not fit, or a target outside [0, V).
+        ValueError: The shapes do not fit, or a target is outside [0, V).
     """
     scaling = HeadScaling(logit_scale, softcap, temperature)
     return linear_statistics(hidden, weight, targets, bias=bias, scaling=scaling).log_probs
@@ -124,7 +124,7 @@ def linear_statistics(
             `MEMORY_BUDGET`.
 
     Raises:
-        ValueError: Shapes that do not fit, a target outside [0, V), or an unknown output.
+        ValueError: The shapes do not fit, a target is outside [0, V), or an output is unknown.
     """
     _check(hidden, weight, targets, bias, outputs)
     columns = targets if targets.dim() == 2 else targets.unsqueeze(1)
@@ -204,7 +204,7 @@ class _TiledHead(torch.autograd.Function):
                     outputs,
                     out=e,
                 )
-                if need_q:
+                if q is not None:
                     add_product(q[rows].mul_(shrink), e, w)
                 if keep:
                     kept += [e, state.max.clone()]
@@ -212,7 +212,7 @@ class _TiledHead(torch.autograd.Function):
         state = RunningSoftmax(*map(torch.cat, zip(*states, strict=True)))
         # NaN for a row that holds NaN or an infinity, which the cap of a logit would hide
         state.sum.add_((logits.hidden * 0).sum(1, keepdim=True))
-        if need_q:
+        if q is not None:
             q /= state.sum
         statistics = _statistics(state, weight.size(0), outputs)
         entropy, *others = statistics[1:]

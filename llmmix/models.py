@@ -7,12 +7,12 @@ import gc
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -22,14 +22,13 @@ from llmmix.builtin.tiny import tiny_checkpoint
 from llmmix.files import built_once, checkpoint_id, file_digest
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-    from trl import ModelConfig
+    from trl import DPOConfig, ModelConfig, SFTConfig
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(name: str) -> str:
-    """A name that `from_pretrained` takes: built-ins are built, GGUF files dequantised.
+    """A name that `from_pretrained` takes: built-ins are built, GGUF files dequantized.
 
     Args:
         name: Hub id, folder, `.gguf` file or `builtin:tiny`.
@@ -38,8 +37,8 @@ def resolve_checkpoint(name: str) -> str:
         `name` itself, or a folder in the cache.
 
     Raises:
-        ValueError: An unknown built-in.
-        FileNotFoundError: A `.gguf` file that is not there.
+        ValueError: `name` is an unknown built-in.
+        FileNotFoundError: `name` is a `.gguf` file that is not there.
     """
     if name.startswith("builtin:"):
         return str(tiny_checkpoint(name))
@@ -47,18 +46,18 @@ def resolve_checkpoint(name: str) -> str:
         path = Path(name).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"`model_name_or_path`: no file {name}.")
-        return str(built_once(f"gguf/{file_digest(path)}", lambda out: _dequantise(path, out)))
+        return str(built_once(f"gguf/{file_digest(path)}", lambda out: _dequantize(path, out)))
     return name
 
 
-def _dequantise(path: Path, out: Path) -> None:
+def _dequantize(path: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logger.warning("Dequantising %s to fp32; this is done once.", path.name)
-    model = AutoModelForCausalLM.from_pretrained(
+    logger.warning("Dequantizing %s to fp32; this is done once.", path.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    # The weights are dequantised on load, but the model still calls itself quantised and refuses
+    # The weights are dequantized on load, but the model still calls itself quantized and refuses
     # to be saved or trained
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
@@ -66,7 +65,7 @@ def _dequantise(path: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
 
 
-def prepare_model_args(model_args: "ModelConfig", training_args: "TrainingArguments") -> str:
+def prepare_model_args(model_args: "ModelConfig", training_args: "SFTConfig | DPOConfig") -> str:
     """Resolve the model's name and fill `training_args.model_init_kwargs`, as TRL's scripts do.
 
     Weights load from safetensors alone unless `model_init_kwargs` says otherwise.
@@ -87,13 +86,13 @@ def prepare_model_args(model_args: "ModelConfig", training_args: "TrainingArgume
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         "use_safetensors": True,
-        **(training_args.model_init_kwargs or {}),
+        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # never text here
     }
     return resolve_checkpoint(model_args.model_name_or_path)
 
 
 def load_tokenizer(
-    checkpoint: str, model_args: "ModelConfig", training_args: "TrainingArguments"
+    checkpoint: str, model_args: "ModelConfig", training_args: "SFTConfig | DPOConfig"
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint that `prepare_model_args` returned."""
     from transformers import AutoTokenizer
@@ -110,8 +109,8 @@ class Checkpoint:
     """A model to evaluate.
 
     Attributes:
-        name: Of its folder of results.
-        model: As it was given.
+        name: Name of its folder of results.
+        model: The model as it was given: hub id, folder, `.gguf` file or built-in.
         adapter: A PEFT folder, or None.
     """
 
@@ -126,7 +125,7 @@ def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> l
     A folder that holds an adapter alone stands for it on the model that it names.
 
     Raises:
-        ValueError: Adapters of several models, or a name twice.
+        ValueError: Adapters are given for several models, or two runs have one name.
     """
     if adapters and len(models) > 1:
         raise ValueError("`adapter` goes with one `model_name_or_path`, got several.")
@@ -166,34 +165,22 @@ def _folder_names(names: list[str]) -> list[str]:
     return [name.strip("./").replace("/", "-").replace(":", "-") for name in short]
 
 
-def evaluation_state() -> PartialState:
-    """The processes of an evaluation: on a GPU where there is one, with all patience.
-
-    Apple's GPUs are passed over: the sampling engine draws in fp64, which they lack.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    # Shards finish at different times: nobody is to give up waiting
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    patience = {"timeout": timedelta(days=30)} if several else {}
-    return PartialState(cpu=accelerator is None or accelerator.type == "mps", **patience)
-
-
 class Loader:
     """Loads checkpoints, and holds one model at a time.
 
     Args:
         device: Where models go.
-        dtype: Of the weights; "auto" for the checkpoint's own, and fp32 on a CPU.
+        dtype: Precision of the weights; "auto" for the checkpoint's own, and fp32 on a CPU.
         trust_remote_code: Run code of the checkpoint.
     """
 
-    def __init__(self, device, dtype: str = "auto", trust_remote_code: bool = False):
+    def __init__(self, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False):
         # bf16 is several times slower than fp32 on most processors
         self.dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
         self.device, self.trust_remote_code = device, trust_remote_code
-        self._held: tuple = (None, None)
+        self._held: tuple[Hashable, Any] = (None, None)
 
-    def fingerprint(self, checkpoint: Checkpoint) -> dict:
+    def fingerprint(self, checkpoint: Checkpoint) -> dict[str, str | None]:
         """What tells its weights, as they are loaded, from any others."""
         from transformers import AutoConfig
 
@@ -206,18 +193,18 @@ class Loader:
             "dtype": self.dtype,
         }
 
-    def tokenizer(self, checkpoint: Checkpoint):
+    def tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         """The tokenizer of the model."""
         from transformers import AutoTokenizer
 
         path = resolve_checkpoint(checkpoint.model)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
 
-    def model(self, checkpoint: Checkpoint):
+    def model(self, checkpoint: Checkpoint) -> Any:
         """The model with its adapter; any other that was held is let go."""
         return self.held(checkpoint, lambda: self._load(checkpoint))
 
-    def held(self, key, make: Callable):
+    def held(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What is held under a key, or is made now and held in place of what was."""
         if self._held[0] != key:
             self.let_go()
@@ -227,12 +214,12 @@ class Loader:
     def let_go(self) -> None:
         """Hold nothing."""
         self._held = (None, None)
-        gc.collect()  # a model with the fused head refers to itself
+        free_memory()
 
-    def _load(self, checkpoint: Checkpoint):
+    def _load(self, checkpoint: Checkpoint) -> Any:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_checkpoint(checkpoint.model),
             dtype=self.dtype,
             use_safetensors=True,
@@ -245,32 +232,54 @@ class Loader:
         return model.to(self.device)
 
 
+def evaluation_state() -> PartialState:
+    """The processes of an evaluation: on a GPU where there is one, with all patience.
+
+    Apple's GPUs are passed over: the sampling engine draws in fp64, which they lack.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Shards finish at different times: nobody is to give up waiting
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    patience = {"timeout": timedelta(days=30)} if several else {}
+    return PartialState(cpu=accelerator is None or accelerator.type == "mps", **patience)
+
+
+def free_memory() -> None:
+    """Give back what deleted models took."""
+    gc.collect()  # a model with the fused head refers to itself
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str | list[dict], *, generation: bool = True
 ) -> list[int]:
     """Token ids of text, or of messages under the chat template.
 
     Args:
-        tokenizer: With a chat template where `text` is messages.
+        tokenizer: It needs a chat template where `text` is messages.
         text: Plain text or messages.
         generation: Whether the assistant's turn is opened at the end of messages.
     """
+    encoded: Any  # by what is asked for, of seven types
     if isinstance(text, str):
-        return tokenizer(text)["input_ids"]
-    return tokenizer.apply_chat_template(
-        text, add_generation_prompt=generation, tokenize=True, return_dict=True
-    )["input_ids"]
+        encoded = tokenizer(text)
+    else:
+        encoded = tokenizer.apply_chat_template(
+            text, add_generation_prompt=generation, tokenize=True, return_dict=True
+        )
+    return encoded["input_ids"]
 
 
-def context_length(model) -> int | None:
+def context_length(model: Any) -> int | None:
     """Tokens that a model, or a `vllm.LLM`, reads at once, if it says so."""
-    if not isinstance(model, torch.nn.Module):
+    if hasattr(model, "llm_engine"):
         return model.llm_engine.model_config.max_model_len
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager
-def eval_mode(model: torch.nn.Module):
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Every module in eval mode, and each as it was afterwards; `model.train()` would lose that."""
     training = [module for module in model.modules() if module.training]
     try:

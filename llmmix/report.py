@@ -3,6 +3,7 @@
 Reads what a run leaves behind: `trainer_state.json` of the folder, or of each of its subfolders
 when it holds several runs to compare, the JSON documents of evaluations (`pass_at_n.json`), and the
 `mixture.jsonl` of a run on several domains.
+
 Writes `report.html`, with every picture inside it, and the same pictures as PNG in `figures/`.
 """
 
@@ -11,13 +12,9 @@ import html
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmmix.figures import COLOURS, png, pyplot
-
-if TYPE_CHECKING:
-    pass
-
+from llmmix.mixing.figure import draw_mixture
 
 # Not curves: bookkeeping, and totals that the Trainer logs once at the end
 SKIPPED = {"step", "epoch", "total_flos", "num_tokens", "learning_rate"}
@@ -41,7 +38,7 @@ def write_report(
     """Write `report.html` and `figures/*.png` into a run folder.
 
     Args:
-        folder: Of one run, or of several in its subfolders.
+        folder: The folder of one run, or of several in its subfolders.
         title: Heading; the folder's name by default.
         note: One plain sentence or two under the heading: what was run.
         runs: Subfolders to show; all by default.
@@ -50,13 +47,13 @@ def write_report(
         The path of the page.
 
     Raises:
-        FileNotFoundError: Nothing to report: neither a trainer state nor an evaluation.
+        FileNotFoundError: The folder holds neither a trainer state nor an evaluation.
     """
     folder = Path(folder)
-    histories, evaluations = (
-        {name: run for name, run in found.items() if name in runs or not runs}
-        for found in read_runs(folder)
-    )
+    histories, evaluations = read_runs(folder)
+    if runs:
+        histories = {name: run for name, run in histories.items() if name in runs}
+        evaluations = {name: run for name, run in evaluations.items() if name in runs}
     if not histories and not evaluations:
         raise FileNotFoundError(
             f"Nothing to report: {folder} holds no trainer_state.json and no pass_at_n.json."
@@ -67,12 +64,10 @@ def write_report(
     if evaluations:
         figures["pass_at_n"] = _pass_at_n_figure(evaluations, colours)
         if _by_temperature(evaluations):
-            figures["temperature"] = _temperature_figure(evaluations, colours)
+            figures["temperature"] = _temperature_figure(evaluations)
     if histories:
         figures["training"] = _training_figure(histories, colours)
     if (folder / "mixture.jsonl").exists():
-        from llmmix.mixing.figure import draw_mixture  # which draws with what is here
-
         figures["mixture"] = draw_mixture(folder)
     (folder / "figures").mkdir(exist_ok=True)
     for name, image in figures.items():
@@ -136,7 +131,7 @@ def _curve(document: dict, estimate: str, interval: str) -> tuple[list, list, li
     return [int(n) for n in document[estimate]], values, list(low), list(high)
 
 
-def _temperature_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
+def _temperature_figure(evaluations: dict[str, dict]) -> bytes:
     """pass@N against temperature, a panel a model, a line for each N."""
     plt = pyplot()
     models = _by_temperature(evaluations)

@@ -17,9 +17,12 @@ Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from llmmix.head import attach_head
@@ -29,7 +32,11 @@ from llmmix.trainers import (
     default_to_cpu,
     keep_outputs_in_fp32,
     log_dropped,
+    log_metric,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def rpo_loss(
@@ -47,9 +54,9 @@ def rpo_loss(
 
     Args:
         chosen_logps: (B,) summed log-probabilities of the chosen responses, in nats.
-        rejected_logps: (B,) of the rejected ones.
-        ref_chosen_logps: (B,) under the reference model.
-        ref_rejected_logps: (B,) under the reference model.
+        rejected_logps: (B,) summed log-probabilities of the rejected responses.
+        ref_chosen_logps: (B,) those of the chosen responses under the reference model.
+        ref_rejected_logps: (B,) those of the rejected responses under the reference model.
         beta: Strength of the KL term, positive.
         eta: Weight of the SFT term, not negative; 0 is DPO.
         sft_reduction: `"sum"` (times beta, the paper) or `"mean"` over tokens (not times beta).
@@ -59,7 +66,8 @@ def rpo_loss(
         (B,).
 
     Raises:
-        ValueError: A negative `eta`, an unknown reduction, or no lengths for `"mean"`.
+        ValueError: `eta` is negative, `sft_reduction` is unknown, or it is `"mean"` and there are
+            no `chosen_lengths`.
     """
     h = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
     return F.softplus(-h) + sft_term(
@@ -79,7 +87,7 @@ def sft_term(
     sft_reduction: str = "sum",
     chosen_lengths: Tensor | None = None,
 ) -> Tensor:
-    """The regulariser of `rpo_loss` alone, (B,); arguments and errors as there."""
+    """The SFT term of `rpo_loss` alone, (B,); its arguments and errors are those of `rpo_loss`."""
     _check_eta(eta)
     if sft_reduction == "sum":
         return -eta * beta * chosen_logps
@@ -106,18 +114,18 @@ class RPOConfig(DPOConfig):
     """
 
     rpo_eta: float = field(
-        default=0.005, metadata={"help": "eta, the weight of the SFT term; 0 is DPO."}
+        default=0.005, metadata={"help": "eta: the weight of the SFT term. 0 is DPO."}
     )
     sft_reduction: str = field(
         default="sum",
         metadata={
-            "help": "'sum': summed log-probability times beta (the paper). 'mean': token mean, not "
-            "times beta.",
+            "help": "Form of the SFT term. 'sum': summed log-probability times beta, as in the "
+            "paper. 'mean': mean over tokens, not times beta.",
             "choices": ["sum", "mean"],
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_eta(self.rpo_eta)
         if self.sft_reduction not in ("sum", "mean"):
             raise ValueError(
@@ -139,7 +147,17 @@ class RPOTrainer(DPOTrainer):
     Takes the preference formats and the arguments of `DPOTrainer`. Logs, beside TRL's metrics
     (`logps/chosen` among them, the log-probability that RPO keeps from falling), `rpo/dpo_loss` and
     `rpo/sft_loss`, the two terms as they enter the loss.
+
+    Args:
+        model: Checkpoint, or a loaded model.
+        ref_model: The reference model; by default the model as it is at the start.
+        args: The configuration.
+        train_dataset: The training rows.
+        **kwargs: The other arguments of `DPOTrainer`.
     """
+
+    args: RPOConfig  # these two are narrower than in TRL
+    model: PreTrainedModel
 
     _tag_names = ["llmmix", "rpo"]
     _name = "RPO"
@@ -150,7 +168,12 @@ class RPOTrainer(DPOTrainer):
     }
 
     def __init__(
-        self, model, ref_model=None, args: RPOConfig | None = None, train_dataset=None, **kwargs
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        args: RPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        **kwargs: Any,
     ):
         args = args or RPOConfig("rpo-output")
         train_dataset = check_preference_datasets(train_dataset, kwargs)
@@ -164,15 +187,21 @@ class RPOTrainer(DPOTrainer):
             # TRL has prepared the reference already: attaching took the place of its autocast
             reference.forward = self.accelerator.autocast()(reference.forward)
 
-    def create_accelerator_and_postprocess(self):
+    def create_accelerator_and_postprocess(self) -> None:
         """Before TRL prepares the reference model, whose log-probabilities must not be rounded."""
         super().create_accelerator_and_postprocess()
         keep_outputs_in_fp32(self.accelerator)
 
-    def _send_telemetry(self):
+    def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """TRL's DPO loss plus the SFT term, from one policy forward."""
         recorder = ForwardRecorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
@@ -187,8 +216,8 @@ class RPOTrainer(DPOTrainer):
             sft_reduction=self.args.sft_reduction,
             chosen_lengths=chosen_lengths,
         ).mean()
-        metrics = self._metrics["train" if self.model.training else "eval"]
         for name, term in (("rpo/dpo_loss", loss), ("rpo/sft_loss", sft)):
-            metrics[name].append(self.accelerator.gather(term.detach()).mean().item())
+            value = self.accelerator.gather(term.detach()).mean().item()
+            log_metric(self, name, value, training=self.model.training)
         loss = loss + sft
         return (loss, outputs) if return_outputs else loss

@@ -1,7 +1,7 @@
 """SFTMix: confidence-guided mixup of hidden states (arXiv 2410.05248).
 
     Conf(Y|X) = -(1/C) sum_c exp(mean NLL of Y under checkpoint c)       stage 1, confidence.py
-    D^c, D^u  = the confident and the unconfident half, at the median    stage 2
+    D^c, D^u  = the confident and the unconfident half, at the median    stage 2, pairing.py
     Z~ = lam Z^c + (1 - lam) Z^u,   Y~ = lam Y^c + (1 - lam) Y^u,   lam ~ Beta(alpha, alpha)
     L  = L_NTP(D^c and D^u) + mu * CE(Y~, softmax(W Z~))                 stage 3
 
@@ -20,17 +20,25 @@ Recipes: recipes/sftmix.py, recipes/confidence.py. Invariants: tests/test_invari
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from torch import Tensor
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.dco import dco_weight
-from llmmix.head import attach_head
+from llmmix.head import FusedHeadOutput, attach_head
 from llmmix.logprobs import linear_logprobs
+from llmmix.pairing import (
+    PairSampler,
+    check_confidence,
+    confident_half,
+    draw_shares,
+    read_confidence,
+)
 from llmmix.trainers import (
     ForwardRecorder,
     check_own_loss,
@@ -39,9 +47,12 @@ from llmmix.trainers import (
     default_to_cpu,
     keep_outputs_in_fp32,
     log_dropped,
+    log_metric,
+    training_rows,
 )
 
-CONFIDENCE = "confidence"  # the column that stage 1 writes and stage 2 reads
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def confidence(mean_nlls: Tensor) -> Tensor:
@@ -54,40 +65,13 @@ def confidence(mean_nlls: Tensor) -> Tensor:
         (B,) in fp64, where no mean NLL below 700 overflows.
 
     Raises:
-        ValueError: Not of shape (C, B), or no checkpoint.
+        ValueError: `mean_nlls` is not of shape (C, B), or C is 0.
     """
     if mean_nlls.dim() != 2 or mean_nlls.size(0) == 0:
         raise ValueError(
             f"`mean_nlls` must be (C, B) with C of 1 or more, got {tuple(mean_nlls.shape)}."
         )
     return -mean_nlls.double().exp().mean(0)
-
-
-def confident_half(scores: Tensor) -> Tensor:
-    """Which examples lie in the confident half: the floor(B/2) of highest confidence.
-
-    Ties go to the earlier example, and the extra one of an odd number to the unconfident half.
-
-    Args:
-        scores: (B,) confidence.
-
-    Returns:
-        (B,) bool.
-
-    Raises:
-        ValueError: A confidence that is not a number, or fewer than two examples.
-    """
-    if bad := int(scores.isnan().sum()):
-        raise ValueError(
-            f"The `{CONFIDENCE}` column has {bad} NaN among {len(scores)} rows: score the dataset "
-            "again with `llmmix run confidence`, or remove those rows."
-        )
-    if len(scores) < 2:
-        raise ValueError(f"SFTMix pairs examples and needs at least two, got {len(scores)}.")
-    order = torch.argsort(scores, descending=True, stable=True)
-    confident = torch.zeros(len(scores), dtype=torch.bool)
-    confident[order[: len(scores) // 2]] = True
-    return confident
 
 
 def mixup_loss(
@@ -104,8 +88,8 @@ def mixup_loss(
 
     Args:
         hidden_a: (n, H), after the final norm.
-        hidden_b: (n, H).
-        weight: (V, H) of the head.
+        hidden_b: (n, H), after the final norm.
+        weight: (V, H), the weight of the head.
         targets_a: (n,) token ids.
         targets_b: (n,) token ids.
         lam: Share of a, one for all or (n,).
@@ -115,14 +99,21 @@ def mixup_loss(
     """
     if not isinstance(lam, Tensor):
         lam = torch.tensor(lam, dtype=torch.float64, device=hidden_a.device)
-    return _mixup_loss(partial(_logprobs_of, weight), hidden_a, hidden_b, targets_a, targets_b, lam)
+
+    def logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
+        return linear_logprobs(hidden, weight, targets)
+
+    return _mixup_loss(logprobs, hidden_a, hidden_b, targets_a, targets_b, lam)
 
 
-def _logprobs_of(weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-    return linear_logprobs(hidden, weight, targets)
-
-
-def _mixup_loss(logprobs, hidden_a, hidden_b, targets_a, targets_b, lam) -> Tensor:
+def _mixup_loss(
+    logprobs: Callable[[Tensor, Tensor], Tensor],
+    hidden_a: Tensor,
+    hidden_b: Tensor,
+    targets_a: Tensor,
+    targets_b: Tensor,
+    lam: Tensor,
+) -> Tensor:
     # In bf16 a share of 0.999 would round to 1: mix in fp32 or better
     dtype = torch.promote_types(hidden_a.dtype, torch.float32)
     share = lam.to(dtype).expand(len(hidden_a)).unsqueeze(1)
@@ -168,32 +159,6 @@ def mix_pairs(
     return {"mixup_losses": means, "mixed_tokens": 2 * shared.sum()}
 
 
-class PairSampler(Sampler[int]):
-    """Confident, unconfident, confident, ...: any even batch of it is half and half, in pairs.
-
-    Both halves are shuffled anew each epoch from (seed, epoch) alone, so a resumed run draws the
-    same pairs. An epoch visits every example; with an odd number, the unconfident half is one
-    longer and its last example is paired with a confident one seen before.
-
-    Args:
-        confident: (n,) bool, the half of each example.
-        seed: Of the shuffles.
-        epoch: Returns the current epoch when an iteration begins.
-    """
-
-    def __init__(self, confident: Tensor, seed: int, epoch: Callable[[], int]):
-        self._halves = [np.flatnonzero(confident), np.flatnonzero(~confident)]
-        self._seed, self._epoch = seed, epoch
-
-    def __len__(self) -> int:
-        return 2 * max(map(len, self._halves))
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self._seed, self._epoch()])
-        orders = [np.resize(rng.permutation(half), len(self) // 2) for half in self._halves]
-        yield from np.stack(orders, axis=1).ravel().tolist()
-
-
 @dataclass
 class SFTMixConfig(SFTConfig):
     """TRL's `SFTConfig` with the fields of SFTMix.
@@ -206,17 +171,23 @@ class SFTMixConfig(SFTConfig):
     """
 
     mixup_alpha: float = field(
-        default=0.5, metadata={"help": "alpha of Beta(alpha, alpha), the law of the mixing share."}
+        default=0.5,
+        metadata={
+            "help": "alpha of Beta(alpha, alpha), from which the share of each pair is drawn."
+        },
     )
     mixup_weight: float = field(
-        default=0.2, metadata={"help": "mu, the weight of the mixup term; 0 is plain SFT."}
+        default=0.2, metadata={"help": "mu: the weight of the mixup term. 0 is plain SFT."}
     )
     dco_n_samples: int = field(
         default=0,
-        metadata={"help": "Weight the cross-entropy by DCO with this N; 0 for plain."},
+        metadata={
+            "help": "N of DCO, whose weight F(N, p) then multiplies the cross-entropy of each "
+            "example. 0: plain cross-entropy."
+        },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.mixup_alpha > 0:
             raise ValueError(f"`mixup_alpha` must be positive, got {self.mixup_alpha}.")
         if not self.mixup_weight >= 0:
@@ -254,9 +225,13 @@ class SFTMixTrainer(SFTTrainer):
     `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half).
 
     Raises:
-        ValueError: No confidence column, or NaN in it; fewer than two examples; packing,
-            padding-free batches, streaming, context or sequence parallelism.
+        ValueError: There is no confidence column, or NaN in it; there are fewer than two examples;
+            batches are packed or padding-free, or rows streamed; or context or sequence
+            parallelism is on.
     """
+
+    args: SFTMixConfig  # these two are narrower than in TRL
+    model: PreTrainedModel
 
     _tag_names = ["llmmix", "sftmix"]
     _name = "SFTMix"
@@ -265,12 +240,18 @@ class SFTMixTrainer(SFTTrainer):
         "id": "2410.05248",
     }
 
-    def __init__(self, model, args: SFTMixConfig | None = None, train_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: SFTMixConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        **kwargs: Any,
+    ):
         args = args or SFTMixConfig("sftmix-output")
         check_own_loss("SFTMix", args, kwargs)
         train_dataset = check_sft_datasets(args, train_dataset, kwargs)
         if args.mixup_weight:
-            _check_confidence_column(train_dataset)
+            check_confidence(train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         check_unsharded("SFTMix", self.accelerator)
@@ -278,12 +259,10 @@ class SFTMixTrainer(SFTTrainer):
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it
-            scores = self.train_dataset.with_format(None)[CONFIDENCE][:]
-            scores = [float("nan") if score is None else score for score in scores]  # null in JSON
-            self._confident = confident_half(torch.tensor(scores, dtype=torch.float64))
+            self._confident = confident_half(read_confidence(training_rows(self, "SFTMix")))
         self._micro_step = 0
 
-    def _send_telemetry(self):
+    def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
 
     @property
@@ -291,13 +270,15 @@ class SFTMixTrainer(SFTTrainer):
         """(n,) 0 for confident rows and 1 for the others: a mixture draws from them in turn."""
         return (~self._confident).long() if self.args.mixup_weight else None
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if not self.args.mixup_weight:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return PairSampler(self._confident, seed, epoch=lambda: int(self.state.epoch or 0))
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
         """Count the pairs of the accumulation window, over every rank."""
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = torch.tensor(sum(len(b["labels"]) // 2 for b in batches), device=device)
@@ -305,43 +286,45 @@ class SFTMixTrainer(SFTTrainer):
         self._micro_step = 0
         return batches, tokens
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """TRL's loss plus the mixup term, from one forward."""
         mixing = self.model.training and self.args.mixup_weight > 0
         lam = self._draw_lam(len(inputs["labels"]) // 2) if mixing else None
         n_samples = self.args.dco_n_samples
         recorder = ForwardRecorder(
             model,
-            head_objective=partial(mix_pairs, lam=lam) if mixing else None,
+            head_objective=None if lam is None else partial(mix_pairs, lam=lam),
             row_weight=partial(dco_weight, n_samples=n_samples) if n_samples else None,
         )
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-        if not mixing:
+        mixed = recorder.output.objective
+        if lam is None or mixed is None:
             return result
         loss, outputs = result if return_outputs else (result, None)
-        mixup_losses = recorder.output.objective["mixup_losses"]
+        mixup_losses = mixed["mixup_losses"]
         if num_items_in_batch is None:
             mixup = mixup_losses.mean()
         else:  # DDP averages gradients over ranks
             mixup = mixup_losses.sum() / self._window_pairs * self.accelerator.num_processes
-        self._record(recorder.output, lam)
+        self._record(recorder.output, mixed, lam)
         loss = loss + self.args.mixup_weight * mixup
         return (loss, outputs) if return_outputs else loss
 
     def _draw_lam(self, pairs: int) -> Tensor:
-        """One Beta draw a pair, from (seed, step, place of the pair in the step) and nothing else.
-
-        So a resumed run draws the same, and a step split over ranks or micro-batches draws what
-        one large batch would.
-        """
-        rng = np.random.default_rng([self.args.seed, self.state.global_step])
+        """The shares of a micro-batch, by its place among those of all ranks in the step."""
         place = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
         self._micro_step += 1
         before = place * (self.args.per_device_train_batch_size // 2)
-        draws = rng.beta(self.args.mixup_alpha, self.args.mixup_alpha, size=before + pairs)
-        return torch.as_tensor(draws[before:], dtype=torch.float32)
+        places, seeds = slice(before, before + pairs), (self.args.seed, self.state.global_step)
+        return draw_shares(self.args.mixup_alpha, places, seeds)
 
-    def _record(self, output, lam: Tensor) -> None:
+    def _record(self, output: FusedHeadOutput, mixed: dict[str, Tensor], lam: Tensor) -> None:
         nll, mask = -output.log_probs.detach(), output.label_mask
         sums = torch.stack(
             [
@@ -349,30 +332,18 @@ class SFTMixTrainer(SFTTrainer):
                 nll[1::2].sum(),
                 mask[0::2].sum(),
                 mask[1::2].sum(),
-                output.objective["mixed_tokens"],
-                output.objective["mixup_losses"].detach().sum(),
+                mixed["mixed_tokens"],
+                mixed["mixup_losses"].detach().sum(),
                 lam.sum().to(nll.device),
                 torch.tensor(float(len(lam)), device=nll.device),
             ]
         ).float()
         sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
-        nll_c, nll_u, tokens_c, tokens_u, mixed, mixup, lam_sum, pairs = sums
-        metrics = self._metrics["train"]
-        metrics["sftmix/ntp_loss"].append((nll_c + nll_u) / max(tokens_c + tokens_u, 1))
-        metrics["sftmix/mixup_loss"].append(mixup / pairs)
-        metrics["sftmix/lam"].append(lam_sum / pairs)
-        metrics["sftmix/mixed_tokens"].append(mixed / max(tokens_c + tokens_u, 1))
-        metrics["sftmix/confidence_gap"].append(nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1))
-
-
-def _check_confidence_column(dataset) -> None:
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"SFTMix needs the confidence of every row beforehand, so `train_dataset` must be a "
-            f"map-style `Dataset`, got {type(dataset).__name__}."
-        )
-    if CONFIDENCE not in dataset.column_names:
-        raise ValueError(
-            f"`train_dataset` has no `{CONFIDENCE}` column (it has {dataset.column_names}). Write "
-            "one with `llmmix run confidence`, or set `mixup_weight=0`."
-        )
+        nll_c, nll_u, tokens_c, tokens_u, mixed_tokens, mixup, lam_sum, pairs = sums
+        tokens = max(tokens_c + tokens_u, 1)
+        log_metric(self, "sftmix/ntp_loss", (nll_c + nll_u) / tokens)
+        log_metric(self, "sftmix/mixup_loss", mixup / pairs)
+        log_metric(self, "sftmix/lam", lam_sum / pairs)
+        log_metric(self, "sftmix/mixed_tokens", mixed_tokens / tokens)
+        gap = nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1)
+        log_metric(self, "sftmix/confidence_gap", gap)

@@ -21,12 +21,13 @@ Recipe: recipes/dco_cot.py. Source: arXiv 2502.07154 and its released code.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from llmmix.dco import DCOTrainer, dco_weight
 from llmmix.filtering import check_share, check_trainer
@@ -35,7 +36,7 @@ from llmmix.grading.verify import Verifier, judge
 from llmmix.models import encode
 from llmmix.sampling import sample
 from llmmix.sampling.requests import check_room
-from llmmix.trainers import ResumedCallback, log_metric
+from llmmix.trainers import ResumedCallback, log_metric, training_rows
 
 logger = get_logger(__name__)
 
@@ -47,25 +48,26 @@ class SolveRates(ResumedCallback):
     nothing is filtered and every weight is 1.
 
     Args:
-        trainer: Whose model is sampled, on prompts of its training rows.
+        trainer: The trainer whose model is sampled, on prompts of its training rows.
         verifier: A `Verifier`, or what it takes.
-        num_samples: Completions a row.
-        min_samples: With fewer judged ones, p^ counts as 0.
+        num_samples: Completions sampled of each row.
+        min_samples: With fewer completions judged, p^ counts as 0.
         refresh_every: Optimizer steps for which an estimate is taken as it is.
-        warmup_steps: Steps before the first estimate.
-        temperature: Of the sampling.
+        warmup_steps: Optimizer steps before the first estimate.
+        temperature: Sampling temperature.
         max_new_tokens: Tokens after which a completion is cut.
-        token_budget: As for `sample`.
+        token_budget: Tokens whose keys and values `sample` holds at once.
 
     Raises:
-        ValueError: Rows without a prompt or an answer, prompts that leave no room for a
-            completion, or parameters spread over processes.
+        ValueError: A row has no prompt or no answer, or rows are streamed; a prompt leaves no room
+            for a completion; `min_samples` is not between 1 and `num_samples`; `refresh_every` is
+            below 1; the trainer has no tokenizer; or its parameters are spread over processes.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
-        verifier="math",
+        trainer: DCOTrainer,
+        verifier: Verifier | str | Callable[[str, str], bool] = "math",
         *,
         num_samples: int = 64,
         min_samples: int = 1,
@@ -76,7 +78,7 @@ class SolveRates(ResumedCallback):
         token_budget: int = 16384,
     ):
         check_trainer("Sampling the model in training", trainer)
-        rows = trainer.train_dataset
+        rows = training_rows(trainer, "A solve rate")
         if missing := {"prompt", "answer"} - set(rows.column_names):
             raise ValueError(
                 f"Solve rates need rows with `prompt` and `answer`; {sorted(missing)} is missing."
@@ -88,13 +90,19 @@ class SolveRates(ResumedCallback):
             )
         self._answers = reference_answers(rows)
         prompts = rows.select_columns(["prompt"])
-        ids = [encode(trainer.processing_class, row["prompt"]) for row in prompts]
+        tokenizer = trainer.processing_class
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"Solve rates need a tokenizer, and the trainer's `processing_class` is a "
+                f"{type(tokenizer).__name__}."
+            )
+        ids = [encode(tokenizer, row["prompt"]) for row in prompts]
         check_room(ids, trainer.model, max_new_tokens, token_budget)  # now, not in mid-run
-        self.trainer = trainer
+        self.trainer, self._tokenizer = trainer, tokenizer
         self.verifier = verifier if isinstance(verifier, Verifier) else Verifier(verifier)
         self.num_samples, self.min_samples = num_samples, min_samples
         self.refresh_every, self.warmup_steps = refresh_every, warmup_steps
-        self.sampling = {
+        self.sampling: dict[str, Any] = {
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
             "token_budget": token_budget,
@@ -125,7 +133,11 @@ class SolveRates(ResumedCallback):
         return rates
 
     def below(self, threshold: float) -> Callable[[Sequence[int]], Tensor]:
-        """The hard filter: rows whose p^ is below the threshold are kept."""
+        """The hard filter: rows whose p^ is below the threshold are kept.
+
+        Raises:
+            ValueError: `threshold` is outside (0, 1].
+        """
         check_share("threshold", threshold)
         return lambda rows: self(rows) < threshold
 
@@ -135,10 +147,10 @@ class SolveRates(ResumedCallback):
 
     def _estimate(self, rows: list[int]) -> dict[int, float]:
         step = self.trainer.state.global_step
-        dataset = self.trainer.train_dataset.select_columns(["prompt"])
+        dataset = training_rows(self.trainer, "A solve rate").select_columns(["prompt"])
         completions = sample(
             self.trainer.model,
-            self.trainer.processing_class,
+            self._tokenizer,
             [dataset[row]["prompt"] for row in rows],
             self.num_samples,
             numbers=rows,
@@ -179,16 +191,18 @@ class SolveRates(ResumedCallback):
 
 
 def attach_weights(trainer: DCOTrainer, weights: Callable[[Sequence[int]], Tensor]) -> None:
-    """Weigh the cross-entropy of each row by a function of the row, in place of F of its target.
+    """Weight the cross-entropy of each row by a function of the row, in place of F of its target.
 
     Args:
-        trainer: Its `reduction` decides between the summed and the mean token loss.
+        trainer: The trainer, whose `reduction` decides between the summed and the mean token loss.
         weights: (rows) -> (rows,), such as `SolveRates.weights`; called once for each accumulation
             window, on the rows of this process.
+
+    Raises:
+        ValueError: Rows are streamed.
     """
-    trainer.train_dataset = trainer.train_dataset.add_column(
-        "row", list(range(len(trainer.train_dataset)))
-    )
+    rows = training_rows(trainer, "A weight for each row")
+    trainer.train_dataset = rows.add_column("row", list(range(len(rows))))
     trainer.data_collator = _WithRows(trainer.data_collator)
     trainer.row_weights = weights
 
@@ -196,12 +210,12 @@ def attach_weights(trainer: DCOTrainer, weights: Callable[[Sequence[int]], Tenso
 class _WithRows:
     """A collator that passes the number of each row on."""
 
-    def __init__(self, collate):
+    def __init__(self, collate: Callable[[list[dict]], dict[str, Any]]):
         self.collate = collate
 
     def __call__(self, examples: list[dict]) -> dict:
         numbered = "row" in examples[0]
-        rows = [example.pop("row") for example in examples] if numbered else None
+        rows = [example.pop("row") for example in examples] if numbered else []
         batch = self.collate(examples)
         if numbered:
             batch["row"] = torch.tensor(rows)

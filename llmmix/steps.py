@@ -1,6 +1,6 @@
 """Solutions in steps: each step becomes an example of its own, its context all that comes before.
 
-DCO on whole proofs needs N of about N_eff^k draws for k steps. Applied to each step with a small
+DCO on whole proofs of k steps needs N of about N_eff^k. Applied to each step with a small
 `n_samples` (N_eff, 4 to 32), it brakes the sure steps and pulls at the unsure ones:
 
     sum over steps of loss_N(p_step),    p_step = p(step | prompt, steps before)
@@ -11,6 +11,8 @@ probability of the whole.
 
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,7 @@ def split_steps(
     Args:
         dataset: Rows of `prompt` (text or messages) and `steps` (a list of texts), or of `messages`
             whose every assistant turn is a step.
-        tokenizer: A fast one, with a chat template where messages are given.
+        tokenizer: A fast tokenizer, with a chat template where messages are given.
         separator: Written between the steps of `steps`, and scored with the step it ends.
         max_length: Steps of `steps` that end beyond so many tokens are dropped and counted: a part
             of a step has another probability.
@@ -41,7 +43,8 @@ def split_steps(
         `completion`, both messages.
 
     Raises:
-        ValueError: Other columns, no row with a step, or a tokenizer without character offsets.
+        ValueError: The rows have neither `prompt` and `steps` nor `messages`; no row holds a step;
+            or the tokenizer does not tell where in the text its tokens stand.
     """
     columns = dataset.column_names
     kept = [column for column in columns if column in ("tools", "chat_template_kwargs")]
@@ -51,12 +54,14 @@ def split_steps(
                 f"{type(tokenizer).__name__} does not tell where in the text its tokens stand, "
                 "which `steps` needs: use a fast tokenizer, or give the steps as assistant turns."
             )
-        split, options = _split_text, {"tokenizer": tokenizer, "separator": separator}
+        split: Callable[[dict], list[dict]] = partial(
+            _split_text, tokenizer=tokenizer, separator=separator
+        )
         names = ["input_ids", "labels"]
-        if kept and not isinstance(next(iter(dataset), {}).get("prompt"), str):
+        if kept and len(dataset) and not isinstance(dataset[0]["prompt"], str):
             raise ValueError(f"`steps` cannot be told apart with {kept}; give assistant turns.")
     elif "messages" in columns:
-        split, options = _split_messages, {"kept": kept}
+        split = partial(_split_messages, kept=kept)
         names = ["prompt", "completion", *kept]
     else:
         raise ValueError(
@@ -66,7 +71,7 @@ def split_steps(
         _split_rows,
         batched=True,
         remove_columns=columns,
-        fn_kwargs={"split": split, "options": options, "names": names},
+        fn_kwargs={"split": split, "names": names},
         desc="Splitting steps",
     )
     if not len(found):
@@ -85,12 +90,14 @@ def split_steps(
     return found
 
 
-def _split_rows(batch: dict[str, list], split, options: dict, names: list[str]) -> dict[str, list]:
-    examples = []
+def _split_rows(
+    batch: dict[str, list], split: Callable[[dict], list[dict]], names: list[str]
+) -> dict[str, list]:
+    examples: list[dict] = []
     for values in zip(*batch.values(), strict=True):
         row = dict(zip(batch, values, strict=True))
         if _steps_of(row):
-            examples += split(row, **options)
+            examples += split(row)
     return {name: [example[name] for example in examples] for name in names}
 
 
@@ -127,8 +134,10 @@ def _split_text(row: dict, tokenizer: PreTrainedTokenizerBase, separator: str) -
         parts[0], parts[-1] = parts[0].lstrip(), parts[-1].rstrip()
         solution = "".join(parts)
         answer = [{"role": "assistant", "content": solution}]
-        text = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
-        opened = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        text = str(tokenizer.apply_chat_template(prompt + answer, tokenize=False))
+        opened = str(
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        )
         start = text.find(solution, len(os.path.commonprefix([text, opened])))
         if start < 0:
             raise ValueError(

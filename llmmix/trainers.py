@@ -1,11 +1,12 @@
 """What every trainer of ours does to TRL's: settings refused, rows checked, one forward recorded.
 
-Names that are private to TRL and that two trainers share are touched here alone.
+Names that are private to TRL and that two trainers share are touched here alone; what TRL reads
+from or calls on a trainer's class stays in the class.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -13,7 +14,6 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -23,111 +23,11 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig
 
-from llmmix.data import warn_once
+from llmmix.data import check_preference_dataset, check_sft_dataset
 from llmmix.head import FusedHeadOutput, HeadObjective
+from llmmix.processes import warn_once
 
-
-def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
-    """Refuse what merges examples into one row, and what asks TRL for another loss.
-
-    Raises:
-        ValueError: `packing`, `padding_free`, `label_smoothing_factor`, `loss_type` or
-            `compute_loss_func` is set.
-    """
-    for name in ("packing", "eval_packing", "padding_free"):
-        if getattr(args, name):
-            raise ValueError(
-                f"`{name}=True` merges examples into one row, and {method} needs them apart. Set "
-                f"`{name}=False`."
-            )
-    others = {
-        "label_smoothing_factor": args.label_smoothing_factor > 0,
-        "loss_type": args.loss_type != "nll",
-        "compute_loss_func": trainer_arguments.get("compute_loss_func") is not None,
-    }
-    for name, given in others.items():
-        if given:
-            raise ValueError(f"{method} is a loss of its own: leave `{name}` at its default.")
-
-
-def check_unsharded(method: str, accelerator) -> None:
-    """Refuse what splits one example over ranks.
-
-    Raises:
-        ValueError: Context or sequence parallelism is on.
-    """
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            f"Context and sequence parallelism split an example over ranks, and {method} needs it "
-            "whole. Set `cp_size` and `sp_size` to 1."
-        )
-
-
-def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
-    """Keep FSDP2 from rounding log-probabilities to bf16 on their way out of the model.
-
-    Under mixed precision accelerate has FSDP2 cast every output to the compute dtype; the sum of a
-    completion's log-probabilities would then be off by half a nat at 100 nats. Call it before the
-    model is prepared, which `Trainer` does when training starts. The policy is one for all units:
-    hidden states between layers are in fp32 then too.
-    """
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return
-    plugin = accelerator.state.fsdp_plugin
-    policy = plugin.mixed_precision_policy
-    if isinstance(policy, MixedPrecisionPolicy):
-        plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
-
-
-class ForwardRecorder:
-    """Call it like the model: it keeps what the fused head answered.
-
-    TRL's `compute_loss` drops the outputs of its forward, while a loss of ours needs the same ones:
-    a second forward would double the cost, and a stale weight would not be the method.
-
-    Args:
-        model: What to call.
-        head_objective: Added to each call of the fused head.
-        row_weight: Maps (B,) summed log-probabilities to (B,) weights. The caller is answered with
-            log-probabilities times the weight of their row, so that a cross-entropy over them is
-            weighted; `output` keeps the plain ones.
-
-    Attributes:
-        output: The last `FusedHeadOutput`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        head_objective: HeadObjective | None = None,
-        row_weight: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self._model, self._row_weight = model, row_weight
-        self._extra = {} if head_objective is None else {"head_objective": head_objective}
-        self.output: FusedHeadOutput | None = None
-
-    def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
-        """Call the model, with the objective added to a call of its fused head."""
-        if not fused_lm_head:
-            return self._model(*args, **kwargs)
-        self.output = self._model(*args, fused_lm_head=True, **self._extra, **kwargs)
-        if self._row_weight is None:
-            return self.output
-        log_probs = self.output.log_probs
-        weight = self._row_weight(log_probs.sum(1)).unsqueeze(1)
-        return replace(self.output, log_probs=weight * log_probs)
-
-
-SFT_FORMATS = (
-    "prompt-completion rows (`prompt`, `completion`: text or lists of messages), chat rows "
-    "(`messages`), text rows (`{text_field}`), or tokenized rows (`input_ids`)"
-)
-
-
-PREFERENCE_FORMATS = (
-    "`chosen` and `rejected` (text or lists of messages), with or without a `prompt` of their kind"
-)
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 def default_to_cpu(args: TrainingArguments) -> None:
@@ -147,14 +47,62 @@ def default_to_cpu(args: TrainingArguments) -> None:
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
     """What `--resume_from_checkpoint` asks for: a folder, or `true` for the last one of the run."""
     given = training_args.resume_from_checkpoint
-    return given.lower() == "true" if str(given).lower() in ("true", "false") else given
+    asked = str(given).lower()
+    return asked == "true" if asked in ("true", "false") else given
 
 
-def check_sft_datasets(args: SFTConfig, train_dataset, trainer_arguments: dict):
+def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
+    """Refuse what merges examples into one row, and what asks TRL for another loss.
+
+    Raises:
+        ValueError: One of `packing`, `eval_packing`, `padding_free`, `label_smoothing_factor`,
+            `loss_type` and `compute_loss_func` is set.
+    """
+    for name in ("packing", "eval_packing", "padding_free"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}=True` merges examples into one row, and {method} needs them apart. Set "
+                f"`{name}=False`."
+            )
+    others = {
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+        "loss_type": args.loss_type != "nll",
+        "compute_loss_func": trainer_arguments.get("compute_loss_func") is not None,
+    }
+    for name, given in others.items():
+        if given:
+            raise ValueError(f"{method} is a loss of its own: leave `{name}` at its default.")
+
+
+def check_unsharded(method: str, accelerator: Accelerator) -> None:
+    """Refuse what splits one example over ranks.
+
+    Raises:
+        ValueError: Context or sequence parallelism is on.
+    """
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"Context and sequence parallelism split an example over ranks, and {method} needs it "
+            "whole. Set `cp_size` and `sp_size` to 1."
+        )
+
+
+def check_sft_datasets(
+    args: SFTConfig, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
+) -> Rows | None:
     """`check_sft_dataset` on what an SFT trainer was given; the evaluation rows are replaced.
+
+    Args:
+        args: The trainer's.
+        train_dataset: The training rows.
+        trainer_arguments: What else the trainer was given, by name.
 
     Returns:
         The training rows.
+
+    Raises:
+        ValueError: `check_sft_dataset` refuses the training or the evaluation rows.
     """
     if trainer_arguments.get("formatting_func") is not None:
         return train_dataset  # it makes the text itself, from columns of any name
@@ -174,11 +122,20 @@ def check_sft_datasets(args: SFTConfig, train_dataset, trainer_arguments: dict):
     return train_dataset
 
 
-def check_preference_datasets(train_dataset, trainer_arguments: dict):
+def check_preference_datasets(
+    train_dataset: Rows | None, trainer_arguments: dict[str, Any]
+) -> Rows:
     """`check_preference_dataset` on what a trainer was given; the evaluation rows are replaced.
+
+    Args:
+        train_dataset: The training rows.
+        trainer_arguments: What else the trainer was given, by name.
 
     Returns:
         The training rows.
+
+    Raises:
+        ValueError: `check_preference_dataset` refuses the training or the evaluation rows.
     """
     tokenizer = trainer_arguments.get("processing_class")
     if isinstance(rows := trainer_arguments.get("eval_dataset"), Dataset):
@@ -188,68 +145,16 @@ def check_preference_datasets(train_dataset, trainer_arguments: dict):
     return check_preference_dataset(train_dataset, "train_dataset", tokenizer)
 
 
-def check_sft_dataset(
-    dataset: Dataset | IterableDataset | None,
-    argument: str,
-    text_field: str = "text",
-    processing_class: PreTrainedTokenizerBase | None = None,
-) -> Dataset | IterableDataset:
-    """Refuse what `SFTTrainer` cannot train on, and drop rows with an empty completion.
-
-    The number of rows dropped is logged. A streaming dataset is checked by its first row alone.
-
-    Raises:
-        ValueError: No dataset, no rows, columns of no accepted format, chat rows without a chat
-            template, or no row left.
-    """
-    formats = SFT_FORMATS.format(text_field=text_field)
-    first = _first_row(dataset, argument, formats)
-    columns = set(first)
-    if "input_ids" in columns or {"image", "images"} & columns:
-        return dataset
-    if {"prompt", "completion"} <= columns:
-        response = "completion"
-    elif columns & {"messages", "conversations"}:
-        response = "messages" if "messages" in columns else "conversations"
-    elif text_field in columns:
-        response = text_field
-    else:
-        steps = "`steps` are split by llmmix.steps.split_steps (`--stepwise true` of dco). "
-        raise ValueError(
-            f"`{argument}` has the columns {sorted(columns)}; accepted are {formats}. "
-            f"{steps if 'steps' in columns else ''}Rename the columns to one of these."
-        )
-    _check_template(first[response], argument, processing_class)
-    return _drop_blank(dataset, [response], argument)
-
-
-def check_preference_dataset(
-    dataset: Dataset | IterableDataset | None,
-    argument: str,
-    processing_class: PreTrainedTokenizerBase | None = None,
-) -> Dataset | IterableDataset:
-    """Refuse what `DPOTrainer` cannot train on, and drop rows with an empty response.
-
-    Raises:
-        ValueError: As `check_sft_dataset`.
-    """
-    first = _first_row(dataset, argument, PREFERENCE_FORMATS)
-    if not {"chosen", "rejected"} <= set(first):
-        raise ValueError(
-            f"`{argument}` has the columns {sorted(first)}; accepted are {PREFERENCE_FORMATS}. "
-            "Rename the columns to these."
-        )
-    _check_template(first["chosen"], argument, processing_class)
-    return _drop_blank(dataset, ["chosen", "rejected"], argument)
-
-
-def log_dropped(
-    before: Dataset | IterableDataset, after: Dataset | IterableDataset, max_length: int | None
-) -> None:
+def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None:
     """Say how many rows the trainer dropped because `max_length` left no token to score, or cut.
 
+    Args:
+        before: The rows that the trainer was given.
+        after: Its `train_dataset`.
+        max_length: Tokens after which it cuts a row.
+
     Raises:
-        ValueError: No row is left.
+        ValueError: `max_length` leaves no row.
     """
     if not isinstance(before, Dataset) or not isinstance(after, Dataset):
         return
@@ -272,61 +177,92 @@ def log_dropped(
             )
 
 
-def _first_row(dataset, argument: str, formats: str) -> dict:
-    if dataset is None:
-        raise ValueError(f"`{argument}` is required: a dataset of {formats}.")
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"`{argument}` is empty; give at least one row of {formats}.")
-    return first
+def training_rows(trainer: Trainer, what: str) -> Dataset:
+    """The rows that a trainer trains on, for what asks for them by their number.
 
+    Args:
+        trainer: Any trainer.
+        what: Who asks, the subject of the error.
 
-def _check_template(response, argument: str, processing_class) -> None:
-    if processing_class is None or isinstance(response, str):
-        return
-    if processing_class.chat_template is None:
+    Raises:
+        ValueError: The rows are streamed, or there are none.
+    """
+    rows = trainer.train_dataset
+    if not isinstance(rows, Dataset):
         raise ValueError(
-            f"`{argument}` holds chat messages, but the tokenizer has no chat template. Set "
-            "`chat_template_path` to one, or use text rows."
+            f"{what} asks for rows by their number, so `train_dataset` must be a map-style "
+            f"`Dataset`, got {type(rows).__name__}."
         )
+    return rows
 
 
-def _drop_blank(dataset, columns: list[str], argument: str):
-    if not isinstance(dataset, Dataset):
-        return dataset
-    filled = dataset.filter(
-        lambda *responses: not any(map(_is_blank, responses)),
-        input_columns=columns,
-        desc=f"Checking {argument}",
-    )
-    if dropped := len(dataset) - len(filled):
-        what = " or ".join(f"`{column}`" for column in columns)
-        if not len(filled):
-            raise ValueError(f"`{argument}`: {what} is empty in every one of {len(dataset)} rows.")
-        warn_once(f"Dropped {dropped} of {len(dataset)} rows with an empty {what}.")
-        return filled
-    return dataset  # not the filtered copy, whose indices would slow every later read
+class ForwardRecorder:
+    """Call it like the model: it keeps what the fused head answered.
+
+    TRL's `compute_loss` drops the outputs of its forward, while a loss of ours needs the same ones:
+    a second forward would double the cost, and a stale weight would not be the method.
+
+    Args:
+        model: What to call.
+        head_objective: Added to each call of the fused head.
+        row_weight: Maps (B,) summed log-probabilities to (B,) weights. The caller is answered with
+            log-probabilities times the weight of their row, so that a cross-entropy over them is
+            weighted; `output` keeps the plain ones.
+
+    Attributes:
+        output: What the head answered last; there is none before the first call.
+    """
+
+    output: FusedHeadOutput
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head_objective: HeadObjective | None = None,
+        row_weight: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self._model, self._row_weight = model, row_weight
+        self._extra = {} if head_objective is None else {"head_objective": head_objective}
+
+    def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        """Call the model, with the objective added to a call of its fused head."""
+        if not fused_lm_head:
+            return self._model(*args, **kwargs)
+        self.output = self._model(*args, fused_lm_head=True, **self._extra, **kwargs)
+        if self._row_weight is None:
+            return self.output
+        log_probs = self.output.log_probs
+        weight = self._row_weight(log_probs.sum(1)).unsqueeze(1)
+        return replace(self.output, log_probs=weight * log_probs)
 
 
-def _is_blank(response) -> bool:
-    """No text, or no message of the assistant with something in it."""
-    if response is None or isinstance(response, str):
-        return not (response or "").strip()
-    asked = ("system", "developer", "user", "human", "tool")
-    said = [m for m in response if m.get("role", m.get("from")) not in asked]
-    return not any(
-        m.get("tool_calls") or not _is_empty(m.get("content", m.get("value"))) for m in said
-    )
+def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
+    """Keep FSDP2 from rounding log-probabilities to bf16 on their way out of the model.
+
+    Under mixed precision accelerate has FSDP2 cast every output to the compute dtype; the sum of a
+    completion's log-probabilities would then be off by half a nat at 100 nats. Call it before the
+    model is prepared, which `Trainer` does when training starts. The policy is one for all units:
+    hidden states between layers are in fp32 then too.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
 
 
-def _is_empty(content) -> bool:
-    return not content.strip() if isinstance(content, str) else not content
+def log_metric(trainer: Trainer, name: str, value: float, *, training: bool = True) -> None:
+    """Let TRL average a metric's values since its last log; other trainers do not show it.
 
-
-def log_metric(trainer: Trainer, name: str, value: float) -> None:
-    """Let TRL average a metric's values since its last log; other trainers do not show it."""
+    Args:
+        trainer: Any trainer.
+        name: Name of the metric.
+        value: One micro-batch's, the same on every process.
+        training: Whether it belongs to the training's log, or to the evaluation's.
+    """
     if hasattr(trainer, "_metrics"):
-        trainer._metrics["train"][name].append(value)
+        trainer._metrics["train" if training else "eval"][name].append(value)
 
 
 class ResumedCallback(TrainerCallback, ExportableState):
@@ -351,7 +287,9 @@ class ResumedCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin anew, or where the run that is resumed had come."""
-        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        # Declared as a list, which `TrainerState` makes a dict of when it is made
+        callbacks: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        kept = callbacks.setdefault(type(self).__name__, self.state())
         self.begin()
         if state.global_step:
             self.resume(kept["attributes"], state)

@@ -43,7 +43,7 @@ def main(
         quantization_config=get_quantization_config(model_args),
     )
     if PartialState().is_main_process:
-        out = Path(training_args.output_dir) / "confidence.jsonl"
+        out = Path(str(training_args.output_dir)) / "confidence.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
         scored.to_json(out)
         print(f"{len(scored)} rows with confidence: {out}")

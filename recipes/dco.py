@@ -4,10 +4,10 @@
         --dataset_name rows.jsonl --n_samples 64
 
 Rows are what `trl sft` takes: prompt and completion, chat messages, or text. Add `--use_peft` for
-LoRA. With `--stepwise true`, rows of `prompt` and `steps`, or chats with several answers, give an
-example a step, and n_samples is the N of a step. With `--likelihood_threshold 0.1`, rows whose F
-has fallen below it are left out (NCO). The methods are described in llmmix/dco.py, llmmix/steps.py
-and llmmix/filtering.py; for chains of thought see recipes/dco_cot.py.
+LoRA. With `--stepwise true`, each step of rows of `prompt` and `steps`, or each answer of a chat,
+becomes an example, and n_samples is the N of a step. With `--likelihood_threshold 0.1`, rows whose
+F has fallen below it are left out (NCO). The methods are described in llmmix/dco.py,
+llmmix/steps.py and llmmix/filtering.py; for chains of thought see recipes/dco_cot.py.
 """
 
 from dataclasses import dataclass, field
@@ -28,9 +28,12 @@ from llmmix.trainers import checkpoint_to_resume
 class SelectionArguments:
     """Which examples DCO sees."""
 
-    stepwise: bool = field(default=False, metadata={"help": "Make an example of each step."})
+    stepwise: bool = field(
+        default=False, metadata={"help": "Make an example of each step of a solution."}
+    )
     likelihood_threshold: float | None = field(
-        default=None, metadata={"help": "NCO: leave rows out whose F is below it, such as 0.1."}
+        default=None,
+        metadata={"help": "NCO: leave out rows whose F(N, p) is below this, such as 0.1."},
     )
 
 
@@ -64,7 +67,7 @@ def main(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(training_args.output_dir)}")
+        print(f"Report: {write_report(str(training_args.output_dir))}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -5,7 +5,7 @@
 
 Rows need a prompt, a completion that reasons, and the reference `answer`. The model in training is
 sampled on them; rows it solves as often as `solve_threshold` are left out (with `--n_samples 1`, as
-the authors ran it), and the loss of the others is weighed by F(N, p^) (with N above 1). The method
+the authors ran it), and the loss of the others is weighted by F(N, p^) (with N above 1). The method
 is described in llmmix/solve_rates.py.
 """
 
@@ -29,18 +29,37 @@ class SolveRateArguments:
     """How often a row is solved, and what follows from it."""
 
     solve_threshold: float | None = field(
-        default=0.1, metadata={"help": "Leave rows out that are solved as often; null: none."}
+        default=0.1,
+        metadata={
+            "help": "Solve rate from which a row is left out. null in a config file: no row is."
+        },
     )
-    solve_samples: int = field(default=64, metadata={"help": "Completions sampled a row."})
-    min_samples: int = field(default=1, metadata={"help": "Judged ones below which p^ is 0."})
-    refresh_every: int = field(default=100, metadata={"help": "Steps an estimate stays good for."})
-    unfiltered_steps: int = field(default=20, metadata={"help": "Steps before the first estimate."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a completion."})
+    solve_samples: int = field(
+        default=64, metadata={"help": "Completions sampled to estimate the solve rate of a row."}
+    )
+    min_samples: int = field(
+        default=1,
+        metadata={"help": "Judged completions that a solve rate needs; with fewer it counts as 0."},
+    )
+    refresh_every: int = field(
+        default=100, metadata={"help": "Training steps after which a solve rate is sampled anew."}
+    )
+    unfiltered_steps: int = field(
+        default=20, metadata={"help": "Training steps before the first solve rate is sampled."}
+    )
+    max_new_tokens: int = field(
+        default=1024, metadata={"help": "Tokens after which a sampled completion is cut."}
+    )
     token_budget: int = field(
-        default=16384, metadata={"help": "Tokens whose keys and values are held at once."}
+        default=16384,
+        metadata={"help": "Tokens whose keys and values are held at once while sampling."},
     )
     verifier: str = field(
-        default="math", metadata={"help": "math, exact, normalized, choice, or module:function."}
+        default="math",
+        metadata={
+            "help": "What judges a completion: math, exact, normalized, choice, or your own as "
+            "module:function."
+        },
     )
 
 
@@ -81,7 +100,7 @@ def main(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(training_args.output_dir)}")
+        print(f"Report: {write_report(str(training_args.output_dir))}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

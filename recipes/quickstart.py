@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 from transformers import ProgressCallback
@@ -30,21 +31,23 @@ METHODS = ("SFT", "SFTMix", "DCO")
 class QuickstartArguments:
     """The size of the comparison."""
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Where it all goes."})
+    output_dir: str = field(
+        default="runs/quickstart", metadata={"help": "Folder of all that is written."}
+    )
     train_rows: int = field(default=256, metadata={"help": "Problems to train on."})
     test_rows: int = field(default=128, metadata={"help": "Held-out problems to sample."})
-    num_samples: int = field(default=64, metadata={"help": "Samples a held-out problem."})
+    num_samples: int = field(default=64, metadata={"help": "Samples of each held-out problem."})
     max_steps: int = field(default=300, metadata={"help": "Training steps of each method."})
-    n_samples: int = field(default=64, metadata={"help": "N of DCO."})
+    n_samples: int = field(default=64, metadata={"help": "N of DCO: it trains for pass@N."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    batch_size: int = field(default=32, metadata={"help": "Problems a step."})
+    batch_size: int = field(default=32, metadata={"help": "Problems in a training step."})
     seed: int = field(default=0, metadata={"help": "Seed of the training and the sampling."})
 
 
 class Progress(ProgressCallback):
     """The Trainer's progress bar, without a line of numbers every few steps."""
 
-    def on_log(self, *args, **kwargs):
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
         """The report draws them."""
 
 
@@ -57,7 +60,7 @@ def main(args: QuickstartArguments) -> None:
     folder = Path(args.output_dir)
     for method in METHODS:
         shutil.rmtree(folder / method, ignore_errors=True)  # no checkpoints of an earlier run
-    shared = {
+    shared: dict[str, Any] = {
         "max_steps": args.max_steps,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
@@ -73,22 +76,22 @@ def main(args: QuickstartArguments) -> None:
         "seed": args.seed,
     }
 
-    def fit(trainer) -> None:
-        print(f"\nTraining {Path(trainer.args.output_dir).name}", flush=True)
+    def fit(trainer: SFTTrainer) -> None:
+        print(f"\nTraining {Path(str(trainer.args.output_dir)).name}", flush=True)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
         trainer.train()
         trainer.save_model()
         trainer.save_state()
 
-    fit(SFTTrainer(checkpoint, SFTConfig(folder / "SFT", **shared), train_dataset=train))
+    fit(SFTTrainer(checkpoint, SFTConfig(str(folder / "SFT"), **shared), train_dataset=train))
 
-    sftmix = SFTMixConfig(folder / "SFTMix", **shared)
+    sftmix = SFTMixConfig(str(folder / "SFTMix"), **shared)
     reference = [str(path) for path in sorted((folder / "SFT").glob("checkpoint-*"))]
     scored = add_confidence(train, sftmix, checkpoints=reference)
     fit(SFTMixTrainer(checkpoint, sftmix, train_dataset=scored))
 
-    dco = DCOConfig(folder / "DCO", n_samples=args.n_samples, **shared)
+    dco = DCOConfig(str(folder / "DCO"), n_samples=args.n_samples, **shared)
     fit(DCOTrainer(checkpoint, dco, train_dataset=train))
 
     n = [str(n) for n in (1, 4, 16, 64) if n <= args.num_samples]

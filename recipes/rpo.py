@@ -1,4 +1,4 @@
-"""RPO: DPO with a regulariser that keeps the chosen responses likely.
+"""RPO: DPO with a term that keeps the chosen responses likely.
 
     llmmix run rpo --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name preferences.jsonl --beta 0.01 --rpo_eta 0.005
@@ -35,7 +35,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(training_args.output_dir)}")
+        print(f"Report: {write_report(str(training_args.output_dir))}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -17,8 +17,8 @@ from llmmix.cli import parse_args
 from llmmix.confidence import ReferenceArguments, add_confidence
 from llmmix.data import load_train_and_eval
 from llmmix.models import load_tokenizer, prepare_model_args
+from llmmix.pairing import CONFIDENCE
 from llmmix.report import write_report
-from llmmix.sftmix import CONFIDENCE
 from llmmix.trainers import checkpoint_to_resume
 
 
@@ -51,13 +51,13 @@ def main(
         peft_config=get_peft_config(model_args),
     )
     if trainer.accelerator.is_main_process and training_args.mixup_weight:
-        train_dataset.to_json(Path(training_args.output_dir) / "confidence.jsonl")
+        train_dataset.to_json(Path(str(training_args.output_dir)) / "confidence.jsonl")
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(training_args.output_dir)}")
+        print(f"Report: {write_report(str(training_args.output_dir))}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -1,6 +1,6 @@
-"""Run under torchrun by test_head.py: the fused head where its weight is spread over ranks.
+"""Run under torchrun by test_two_ranks.py: the fused head with its weight spread over ranks.
 
-    torchrun --nproc_per_node 2 sharded.py fsdp2 | zero3
+    torchrun --nproc_per_node 2 -m tests.sharded fsdp2 | zero3
 
 Steps of SGD on shares of a batch must end where one process ends on all of it, for heads that are
 trained, frozen, replaced by PEFT's `modules_to_save`, or carry LoRA, tied to the embedding or not.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,11 +100,12 @@ def zero3(model: torch.nn.Module, rows: int) -> Callable[[torch.Tensor], torch.T
 def fsdp2(model: torch.nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A step under `fully_shard`, where an untied head is a unit whose forward is never called."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # where torch is built for GPUs too
     for layer in causal_lm.model.layers:
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
     if not causal_lm.config.tie_word_embeddings:
-        fully_shard(causal_lm.lm_head)
-    fully_shard(model)
+        fully_shard(causal_lm.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     optimizer = sgd(model)
 
     def step(ids):
@@ -116,14 +118,8 @@ def fsdp2(model: torch.nn.Module, rows: int) -> Callable[[torch.Tensor], torch.T
     return step
 
 
-def main(kind: str) -> None:
-    """Compare every kind of head."""
-    if kind == "zero3":
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
-    else:
-        dist.init_process_group("gloo")
+def compare(kind: str) -> None:
+    """Compare every kind of head, within a process group that is there."""
     rank, world = dist.get_rank(), dist.get_world_size()
     batches = torch.randint(0, 61, (3, 4, 9), generator=torch.Generator().manual_seed(1))
     rows = 4 // world
@@ -148,8 +144,14 @@ def main(kind: str) -> None:
                 torch.testing.assert_close(full, trained[name].detach(), rtol=1e-5, atol=1e-5)
         if os.environ.get("RANK") == "0":
             print(kind, "tied" if tied else "untied", tuning, flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "zero3":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    else:
+        dist.init_process_group("gloo")
+    compare(sys.argv[1])
+    dist.destroy_process_group()

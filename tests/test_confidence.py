@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from llmmix import SFTMixConfig, confidence
-from llmmix.confidence import add_confidence, mean_nlls, train_reference
-
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+from llmmix.confidence import add_confidence, mean_nlls
 
 
 @pytest.fixture
@@ -63,44 +60,6 @@ def test_scores_are_cached_by_content(checkpoint, rows, args, tmp_path, monkeypa
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_reference_keeps_its_checkpoints_and_is_trained_once(
-    checkpoint, rows, args, lora, monkeypatch
-):
-    kept = train_reference(rows, args, checkpoint, 2, lora)
-    assert [path.rpartition("-")[2] for path in kept] == ["2", "4"]
-    assert not np.allclose(mean_nlls(rows, args, kept[0]), mean_nlls(rows, args, kept[1]))
-    monkeypatch.setattr(confidence, "SFTMixTrainer", None)  # training again would fail
-    assert train_reference(rows, args, checkpoint, 2, lora) == kept
-
-
-def test_interrupted_reference_goes_on_from_its_checkpoint(checkpoint, rows, args, monkeypatch):
-    class Killed(confidence.SFTMixTrainer):
-        def training_step(self, *given, **kwargs):
-            if self.state.global_step == 3:
-                raise KeyboardInterrupt
-            return super().training_step(*given, **kwargs)
-
-    whole = train_reference(rows, args, checkpoint, 2)
-    expected = mean_nlls(rows, args, whole[-1])
-    shutil.rmtree(args.output_dir)
-    monkeypatch.setattr(confidence, "SFTMixTrainer", Killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_reference(rows, args, checkpoint, 2)
-    monkeypatch.undo()
-    steps = []
-
-    class Counted(confidence.SFTMixTrainer):
-        def training_step(self, *given, **kwargs):
-            steps.append(self.state.global_step)
-            return super().training_step(*given, **kwargs)
-
-    monkeypatch.setattr(confidence, "SFTMixTrainer", Counted)
-    kept = train_reference(rows, args, checkpoint, 2)
-    assert steps == [2, 3]
-    np.testing.assert_array_equal(mean_nlls(rows, args, kept[-1]), expected)
-
-
 def test_confidence_column(checkpoint, rows, args, caplog):
     scored = add_confidence(rows, args, checkpoints=[checkpoint, checkpoint])
     expected = -np.exp(mean_nlls(rows, args, checkpoint))
@@ -146,19 +105,6 @@ def test_a_changed_template_or_dtype_is_another_score(checkpoint, rows, args, tm
     assert not np.array_equal(mean_nlls(rows, args, str(tmp_path / "copy")), before)
 
 
-def test_a_half_saved_checkpoint_is_passed_over(tmp_path):
-    for name, complete in (
-        ("checkpoint-9", True),
-        ("checkpoint-10", True),
-        ("checkpoint-11", False),
-    ):
-        (tmp_path / name).mkdir()
-        if complete:
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    kept = confidence._complete_checkpoints(tmp_path)
-    assert [Path(path).name for path in kept] == ["checkpoint-9", "checkpoint-10"]
-
-
 def test_bad_input(checkpoint, rows, args):
     with pytest.raises(ValueError, match="Give the `model`"):
         add_confidence(rows, args)
@@ -166,5 +112,3 @@ def test_bad_input(checkpoint, rows, args):
         add_confidence(rows.to_iterable_dataset(), args, checkpoints=[checkpoint])
     with pytest.raises(ValueError, match="at least two, got 1"):
         add_confidence(rows.select([0]), args, checkpoints=[checkpoint])
-    with pytest.raises(ValueError, match="`num_checkpoints` must be at least 1"):
-        train_reference(rows, args, checkpoint, 0)

@@ -123,6 +123,7 @@ def test_bad_n_is_refused():
         DCOConfig("out", reduction="mean")
 
 
+@pytest.mark.slow
 def test_training_for_pass_at_n_orders_coverage_and_accuracy():
     """Noisy 32-way answers: larger N covers more with 64 draws and hits less with one."""
     generator = torch.Generator().manual_seed(0)

@@ -1,12 +1,7 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_dataset
 from transformers import AutoTokenizer, TrainerCallback
 
 from llmmix import DCOConfig, DCOTrainer
@@ -31,6 +26,7 @@ SETTINGS = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 SAMPLING = {"num_samples": 8, "max_new_tokens": 6, "refresh_every": 2, "warmup_steps": 2}
 
 
@@ -51,7 +47,14 @@ def make(checkpoint, math_rows, tmp_path):
 def finish(trainer, **options):
     trainer.train(**options)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).cpu()
+
+
+def assert_same_run(a, b):
+    """Equal to the last digit; a GPU adds up in any order, and is held to `CLOSE`."""
+    exact = not torch.cuda.is_available()
+    assert a[0] == (b[0] if exact else pytest.approx(b[0], rel=1e-5))
+    torch.testing.assert_close(a[1], b[1], **({"rtol": 0, "atol": 0} if exact else CLOSE))
 
 
 def test_sampler_fills_up_from_further_candidates():
@@ -111,7 +114,8 @@ def test_likelihood_filter_is_f_above_the_threshold(make):
         example = trainer.train_dataset[row]
         ids, labels = example["input_ids"], example["labels"]
         with torch.no_grad():
-            scores = trainer.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            given = torch.tensor([ids], device=trainer.args.device)
+            scores = trainer.model(given).logits[0, :-1].log_softmax(-1)
         logps.append(sum(scores[i, y] for i, y in enumerate(labels[1:]) if y != -100))
     logps = torch.stack(logps)
     n = max(2, int(1 / logps.double().exp().median()))  # splits them
@@ -127,7 +131,7 @@ def test_a_filter_that_keeps_all_is_its_warm_up(make):
     attach_filter(plain, lambda rows: torch.zeros(len(rows), dtype=torch.bool), warmup_steps=99)
     attach_filter(filtered, lambda rows: torch.ones(len(rows), dtype=torch.bool), warmup_steps=0)
     (losses, weights), (again, same) = finish(plain), finish(filtered)
-    assert losses == again and torch.equal(weights, same)
+    assert_same_run((losses, weights), (again, same))
 
 
 def test_batches_stay_full_and_hold_kept_rows_alone(make):
@@ -170,7 +174,7 @@ def test_weights_of_one_are_cross_entropy_and_of_zero_stand_still(make, reductio
     before = torch.cat([p.detach().flatten().clone() for p in frozen.model.parameters()])
     attach_weights(frozen, lambda rows: torch.zeros(len(rows)))
     losses, after = finish(frozen)
-    assert losses == [0.0] * 6 and torch.equal(before, after)
+    assert losses == [0.0] * 6 and torch.equal(before.cpu(), after)
 
 
 def test_weights_reach_their_own_rows_under_accumulation(make):
@@ -242,7 +246,9 @@ def chain_of_thought(trainer):
     return trainer
 
 
-@pytest.mark.parametrize("stop", [3, 5, 6, 7])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(3, marks=pytest.mark.slow), 5, 6, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_equals_never_stopped(make, math_rows, stop):
     """In the middle of an epoch, before its short last batch, at its end, and after it."""
     given = {"rows": math_rows.take(22), "max_steps": 9}  # six steps an epoch
@@ -254,7 +260,7 @@ def test_killed_and_resumed_equals_never_stopped(make, math_rows, stop):
     finish(chain_of_thought(stopped))
     again = chain_of_thought(make("half", **given))
     resumed, same = finish(again, resume_from_checkpoint=True)
-    assert resumed == losses and torch.equal(weights, same)
+    assert_same_run((losses, weights), (resumed, same))
     metrics = [entry for entry in whole.state.log_history if "filter/kept" in entry]
     assert 0 < min(entry["filter/kept"] for entry in metrics) < 1
     assert any(0 < entry["solve_rate/mean"] < 1 for entry in metrics)
@@ -268,7 +274,9 @@ def test_training_twice_begins_anew(make):
         for name, parameter in trainer.model.named_parameters():
             parameter.copy_(before[name])
     trainer.optimizer = trainer.lr_scheduler = None
-    assert finish(trainer)[0] == losses
+    assert finish(trainer)[0] == (
+        pytest.approx(losses, rel=1e-5) if torch.cuda.is_available() else losses
+    )
 
 
 def test_rows_that_end_inside_a_window_end_the_training(make, caplog):
@@ -297,23 +305,6 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def test_two_processes_train_as_one(make, checkpoint, math_rows, tmp_path):
-    math_rows.to_json(tmp_path / "math.jsonl")
-    losses, weights = finish(chain_of_thought(make("one")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.test_filtering", checkpoint, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads((tmp_path / "losses.json").read_text())
-    assert two == pytest.approx(losses, rel=1e-4)
-    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -337,6 +328,10 @@ def test_what_cannot_be_filtered_is_refused(make, math_rows):
         attach_filter(make(dataloader_num_workers=2), lambda rows: rows)
     with pytest.raises(ValueError, match="`dispatch_batches`"):
         attach_filter(make(accelerator_config={"dispatch_batches": True}), lambda rows: rows)
+    streamed = make()
+    streamed.train_dataset = streamed.train_dataset.to_iterable_dataset()
+    with pytest.raises(ValueError, match="must not be streamed; got IterableDataset"):
+        attach_filter(streamed, lambda rows: rows)
     twice = make()
     attach_filter(twice, lambda rows: rows)
     with pytest.raises(ValueError, match="has a filter already"):
@@ -349,23 +344,3 @@ def test_what_cannot_be_filtered_is_refused(make, math_rows):
         SolveRates(make(), max_new_tokens=40, token_budget=50)
     with pytest.raises(ValueError, match="`threshold` must lie"):
         LikelihoodFilter(make(), threshold=0.0)
-
-
-if __name__ == "__main__":  # under torchrun
-    checkpoint, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    args = DCOConfig(
-        str(folder / "two"), **{**SETTINGS, "n_samples": 4, "per_device_train_batch_size": 2}
-    )
-    rows = load_dataset("json", data_files=str(folder / "math.jsonl"), split="train")
-    trainer = DCOTrainer(
-        checkpoint,
-        args,
-        train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(checkpoint),
-    )
-    losses, weights = finish(chain_of_thought(trainer))
-    if trainer.accelerator.is_main_process:
-        (folder / "losses.json").write_text(json.dumps(losses))
-        torch.save(weights, folder / "weights.pt")
-    torch.distributed.destroy_process_group()  # its threads must not outlive it

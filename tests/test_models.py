@@ -1,9 +1,11 @@
-"""Names of what is evaluated, and one model at a time."""
+"""Checkpoints by name, how they are loaded, and one model at a time."""
 
 import pytest
 import torch
+from trl import ModelConfig
 
-from llmmix.models import Checkpoint, Loader, named_checkpoints
+from llmmix import DCOConfig
+from llmmix.models import Checkpoint, Loader, named_checkpoints, prepare_model_args
 
 
 def test_names_are_the_last_parts_unless_two_would_share_a_folder():
@@ -49,3 +51,10 @@ def test_fingerprint_tells_a_checkpoint_trained_anew(checkpoint, model, tmp_path
         next(model.parameters()).add_(1)
     model.save_pretrained(tmp_path)
     assert loader.fingerprint(one) != before
+
+
+def test_only_safetensors_and_no_remote_code_by_default():
+    args = DCOConfig("out")
+    assert prepare_model_args(ModelConfig(model_name_or_path="some/model"), args) == "some/model"
+    assert args.model_init_kwargs["use_safetensors"] is True
+    assert args.model_init_kwargs["trust_remote_code"] is False

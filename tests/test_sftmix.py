@@ -1,10 +1,10 @@
 import pytest
 import torch
-from torch.utils.data import BatchSampler
 
 from llmmix import SFTMixConfig
 from llmmix.logprobs import linear_logprobs
-from llmmix.sftmix import PairSampler, confidence, confident_half, mix_pairs, mixup_loss
+from llmmix.pairing import confident_half
+from llmmix.sftmix import confidence, mix_pairs, mixup_loss
 
 W = torch.tensor([[1, 0, -1], [0.5, 2, 0], [-1, 1, 1], [0, -0.5, 0.25]], dtype=torch.float64)
 HC = torch.tensor([[1, 2, 3], [0, 1, -1], [0.5, 0.5, 0.5]], dtype=torch.float64)
@@ -87,35 +87,6 @@ def test_confidence_of_a_hopeless_example_is_finite():
     assert confidence(torch.tensor([[100.0], [400.0]])).isfinite().all()
     with pytest.raises(ValueError, match=r"`mean_nlls` must be \(C, B\)"):
         confidence(torch.zeros(3))
-
-
-def test_halves():
-    assert confident_half(torch.tensor([1.0, 3.0, 2.0])).tolist() == [False, True, False]
-    assert confident_half(torch.zeros(4)).tolist() == [True, True, False, False]
-    with pytest.raises(ValueError, match="1 NaN among 3 rows"):
-        confident_half(torch.tensor([1.0, float("nan"), 2.0]))
-    with pytest.raises(ValueError, match="at least two, got 1"):
-        confident_half(torch.tensor([1.0]))
-
-
-@pytest.mark.parametrize("count", [2, 7, 8])
-def test_every_even_batch_is_half_and_half_and_an_epoch_sees_every_row(count):
-    confident = confident_half(torch.rand(count, generator=torch.Generator().manual_seed(1)))
-    sampler = PairSampler(confident, seed=3, epoch=lambda: 0)
-    order = list(sampler)
-    assert len(order) == len(sampler) == count + count % 2
-    assert set(order) == set(range(count))
-    for rows in BatchSampler(sampler, 4, drop_last=False):
-        assert [bool(confident[row]) for row in rows] == [True, False] * (len(rows) // 2)
-
-
-def test_pairs_change_with_the_epoch_and_depend_on_nothing_else():
-    confident = confident_half(torch.arange(40.0))
-    epoch = 0
-    sampler = PairSampler(confident, seed=3, epoch=lambda: epoch)
-    first, again = list(sampler), list(sampler)
-    epoch = 1
-    assert first == again and list(sampler) != first
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ STEPS = {
 
 def logp(model, ids, labels) -> float:
     with torch.no_grad():
-        scores = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        scores = model(torch.tensor([ids], device=model.device)).logits[0, :-1]
+    scores = scores.double().log_softmax(-1)
     return sum(scores[i, label].item() for i, label in enumerate(labels[1:]) if label != -100)
 
 

@@ -216,7 +216,7 @@ def splits(config: str | None = None) -> dict[str, list[dict]]:
         general knowledge) and `train`, which joins all but `holdout` and names each row's `split`.
 
     Raises:
-        ValueError: An unknown size.
+        ValueError: `config` names no size.
     """
     size = DEFAULT_SIZE if config is None else config
     if size not in SIZES:

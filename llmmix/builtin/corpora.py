@@ -77,8 +77,8 @@ def splits(config: str | None = None) -> dict[str, list[dict]]:
         `train`, `validation` and `test`, of `ROWS` rows a domain.
 
     Raises:
-        ValueError: An unknown name, one given twice, or none.
-        FileNotFoundError: The machine lacks the text of a domain.
+        ValueError: `config` names an unknown domain, or one of them twice, or none.
+        FileNotFoundError: The text of a domain is not on the machine.
     """
     filled = {name: _fill(name) for name in _parse_names(config)}
     return {
@@ -108,15 +108,16 @@ def windows(
     Args:
         tokenizer: A fast tokenizer with an end of sequence.
         length: Tokens a window.
-        config: As for `splits`.
+        config: Domains in the order wanted, as `splits` takes them.
 
     Returns:
         `train`, `validation` and `test`, with the columns `input_ids` and `domain`.
 
     Raises:
-        ValueError: As `splits`; a tokenizer of another kind; or a `length` below 1, or so long
-            that a domain has no window.
-        FileNotFoundError: As `splits`.
+        ValueError: `config` names an unknown domain, or one of them twice; the tokenizer is not
+            fast or has no end of sequence; or `length` is below 1, or so long that a domain has no
+            window.
+        FileNotFoundError: The text of a domain is not on the machine.
     """
     from datasets import load_from_disk
 
@@ -167,9 +168,11 @@ def _save(out: Path, tokenizer: "PreTrainedTokenizerBase", length: int, names: l
 def _fill(name: str) -> dict[str, list[str]]:
     """The rows of a domain: passage by passage into the test split until it is full, and so on."""
     origin, draw = DOMAINS[name]
-    passages, seen, filled = draw(), set(), {}
+    passages = draw()
+    seen: set[str] = set()
+    filled: dict[str, list[str]] = {}
     for split in reversed(ROWS):
-        rows = []
+        rows: list[str] = []
         while len(rows) < ROWS[split]:
             passage = next(passages, None)
             if passage is None:
@@ -189,7 +192,8 @@ def _new_rows(passage: str, seen: set[str]) -> list[str]:
     Help topics quote each other, and headers are copied for another backend: without this, a test
     split would hold text of the training split.
     """
-    rows, lines = [], set()
+    rows: list[str] = []
+    lines: set[str] = set()
     for row in dict.fromkeys(_cut(passage)):
         telling = {row, *(line.strip() for line in row.splitlines() if len(line) >= TELLING)}
         if row not in seen and 3 * len(telling & seen) <= len(telling):
@@ -213,7 +217,7 @@ def _cut(passage: str) -> list[str]:
 
 def _files(root: Path, suffix: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
     """Name and path of the files below `root`, in an order that depends on the names alone."""
-    found = {}
+    found: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root)
         folders[:] = [name for name in folders if wanted((below / name).as_posix())]

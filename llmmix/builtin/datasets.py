@@ -25,8 +25,9 @@ def dataset(name: str, config: str | None = None) -> DatasetDict:
             smallest size and the four real domains by default.
 
     Raises:
-        ValueError: An unknown name, level, size or domain.
-        FileNotFoundError: The machine lacks the text of a domain.
+        ValueError: `name` is no built-in dataset, or `config` names an unknown level, size or
+            domain.
+        FileNotFoundError: The text of a domain is not on the machine.
     """
     if name not in SPLITS:
         raise ValueError(f"`dataset_name`: no built-in {name!r}; there are {', '.join(SPLITS)}.")

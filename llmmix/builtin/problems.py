@@ -12,6 +12,35 @@ LEVELS = {
 }
 ROWS_A_LEVEL = {"train": 1000, "test": 250}
 
+OPERATORS = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and the arithmetic steps (a, operator, b) that answer it.
+
+    In a step, `None` stands for the result of the step before.
+    """
+
+    question: str
+    steps: tuple[tuple[int | None, str, int], ...]
+
+    def solution(self, slip: int | None = None) -> tuple[str, int]:
+        """The worked solution, one step a line, its result boxed; `slip` replaces the result."""
+        lines, result = [], 0
+        for given, operator, b in self.steps:
+            a = result if given is None else given
+            result = OPERATORS[operator](a, b)
+            lines.append((f"{a}{operator}{b}=", result))
+        shown = result if slip is None else slip
+        text = "\n".join(f"{left}{right}" for left, right in lines[:-1])
+        return f"{text}\n{lines[-1][0]}\\boxed{{{shown}}}".strip(), result
+
 
 def math_splits(config: str | None = None) -> dict[str, list[dict]]:
     """Rows of `builtin:math` by split: a problem, its worked solution and its answer.
@@ -20,7 +49,7 @@ def math_splits(config: str | None = None) -> dict[str, list[dict]]:
         config: Levels to keep, such as "1" or "1,3"; all of them by default.
 
     Raises:
-        ValueError: An unknown level.
+        ValueError: `config` names an unknown level.
     """
     return _splits("builtin:math", _math_row, config)
 
@@ -29,10 +58,10 @@ def preference_splits(config: str | None = None) -> dict[str, list[dict]]:
     """Rows of `builtin:preferences` by split: the right solution against a plausible wrong one.
 
     Args:
-        config: As for `math_splits`.
+        config: Levels to keep, such as "1" or "1,3"; all of them by default.
 
     Raises:
-        ValueError: An unknown level.
+        ValueError: `config` names an unknown level.
     """
     return _splits("builtin:preferences", _preference_row, config)
 
@@ -61,7 +90,7 @@ def _parse_levels(config: str | None) -> list[int]:
     return levels
 
 
-def _math_row(problem: "Problem", level: int, rng: random.Random) -> dict:
+def _math_row(problem: Problem, level: int, rng: random.Random) -> dict:
     solution, answer = problem.solution()
     return {
         "prompt": [{"role": "user", "content": problem.question}],
@@ -71,7 +100,7 @@ def _math_row(problem: "Problem", level: int, rng: random.Random) -> dict:
     }
 
 
-def _preference_row(problem: "Problem", level: int, rng: random.Random) -> dict:
+def _preference_row(problem: Problem, level: int, rng: random.Random) -> dict:
     chosen, answer = problem.solution()
     # A slip in the last step: off by one, off by ten, or two digits swapped
     slips = {answer + 1, answer - 1, answer + 10, answer - 10}
@@ -84,36 +113,6 @@ def _preference_row(problem: "Problem", level: int, rng: random.Random) -> dict:
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
     }
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question and the arithmetic steps (a, operator, b) that answer it.
-
-    In a step, `None` stands for the result of the step before.
-    """
-
-    question: str
-    steps: tuple[tuple[int | None, str, int], ...]
-
-    def solution(self, slip: int | None = None) -> tuple[str, int]:
-        """The worked solution, one step a line, its result boxed; `slip` replaces the result."""
-        lines, result = [], None
-        for a, operator, b in self.steps:
-            a = result if a is None else a
-            result = OPERATORS[operator](a, b)
-            lines.append((f"{a}{operator}{b}=", result))
-        shown = result if slip is None else slip
-        text = "\n".join(f"{left}{right}" for left, right in lines[:-1])
-        return f"{text}\n{lines[-1][0]}\\boxed{{{shown}}}".strip(), result
-
-
-OPERATORS = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a // b,
-}
 
 
 def problems(level: int) -> dict[str, list[Problem]]:

@@ -2,9 +2,13 @@
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmmix.builtin.problems import facts, math_splits, problems
 from llmmix.files import built_once
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 TINY_VERSION = 1  # part of the cache key: raise it when what follows changes the checkpoint
 TINY_STEPS = 400
@@ -28,7 +32,7 @@ def tiny_checkpoint(name: str = "builtin:tiny") -> Path:
     and has never seen a chat message.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: `name` is not `builtin:tiny`.
     """
     if name != "builtin:tiny":
         raise ValueError(f"`model_name_or_path`: no built-in {name!r}; there is builtin:tiny.")
@@ -73,7 +77,7 @@ def pretraining_text() -> list[str]:
     ]
 
 
-def train_tokenizer():
+def train_tokenizer() -> "PreTrainedTokenizerFast":
     """The tokenizer of `builtin:tiny`: byte-level BPE, a token a digit, with a chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -108,7 +112,7 @@ def train_tokenizer():
     return fast
 
 
-def _pretrain(model, tokenizer) -> None:
+def _pretrain(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> None:
     """Next-token training on the facts, in a fixed order drawn from seed 0."""
     import torch
     from rich.progress import track

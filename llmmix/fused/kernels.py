@@ -1,7 +1,8 @@
-"""`fold` and `softmax_gradient` of `llmmix.tiles` on a GPU: a Triton kernel each, same arguments.
+"""`fold` and `softmax_gradient` of `llmmix.fused.tiles` on a GPU, with the same arguments.
 
-One program takes one row of a tile, or a block of it, so that each logit is read from memory once
-or twice and what it becomes is written once, in the precision of the matrix product that follows.
+Each is a Triton kernel. One program takes one row of a tile, or a block of it, so that each logit
+is read from memory once or twice and what it becomes is written once, in the precision of the
+matrix product that follows.
 """
 
 import torch
@@ -180,7 +181,7 @@ def fold(
     outputs: tuple[str, ...],
     out: Tensor,
 ) -> Tensor:
-    """As `llmmix.tiles.fold`; the raw logits stay as they are."""
+    """What `llmmix.fused.tiles.fold` does, but the raw logits stay as they are."""
     n, n_columns = logits.shape
     shrink = torch.empty_like(state.max)
     if n == 0:
@@ -217,7 +218,7 @@ def softmax_gradient(
     of_entropy: tuple[Tensor, Tensor, Tensor] | None,
     out: Tensor,
 ) -> Tensor:
-    """As `llmmix.tiles.softmax_gradient`; the raw logits stay as they are."""
+    """What `llmmix.fused.tiles.softmax_gradient` does, but the raw logits stay as they are."""
     n, n_columns = logits.shape
     if n == 0:
         return out

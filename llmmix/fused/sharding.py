@@ -1,11 +1,16 @@
 """Read a parameter whole where FSDP2 or DeepSpeed ZeRO-3 spreads it over ranks."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, overload
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 
+@overload
+def whole(parameter: Tensor) -> Tensor: ...
+@overload
+def whole(parameter: None) -> None: ...
 def whole(parameter: Tensor | None) -> Tensor | None:
     """The full tensor of a parameter that FSDP2 shards as a DTensor.
 
@@ -29,11 +34,12 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager:
     needs it gathered for longer: the function must run inside the forward of the model, and take
     the weight from its module there. DeepSpeed then fetches it for the whole backward.
     """
-    partitioned = {id(p): p for p in parameters if hasattr(p, "ds_id")}
-    if partitioned:
-        import deepspeed
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    partitioned: dict[int, Any] = {id(p): p for p in parameters if hasattr(p, "ds_id")}
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        # What a module of the model holds gathered must not be gathered twice
-        partitioned = [p for p in partitioned.values() if p.ds_status != ZeroParamStatus.AVAILABLE]
-    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+    # What a module of the model holds gathered must not be gathered twice
+    spread = [p for p in partitioned.values() if p.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(spread) if spread else nullcontext()

@@ -2,7 +2,7 @@
 
 A tile holds the logits of some rows for some columns of the vocabulary. `fold` takes it into the
 running softmax of its rows; `softmax_gradient` makes, in the backward, what the softmax takes from
-the gradient. Here they are torch; on a GPU `llmmix.kernels` does the same in one kernel each.
+the gradient. Here they are torch; on a GPU `llmmix.fused.kernels` does the same in one kernel each.
 """
 
 from collections.abc import Iterator
@@ -52,11 +52,14 @@ def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
     column = torch.zeros_like(targets[:, :1], dtype=dtype)
     return RunningSoftmax(
         # Finite, so that a tile of logits that are all minus infinity weighs nothing
-        torch.full_like(column, torch.finfo(dtype).min),
-        *(column.clone() for _ in range(4)),
-        targets.new_zeros(targets.shape, dtype=dtype),
-        targets.new_ones(targets.shape, dtype=dtype),
-        torch.zeros_like(targets[:, :1], dtype=torch.bool),
+        max=torch.full_like(column, torch.finfo(dtype).min),
+        sum=column.clone(),
+        sum_ez=column.clone(),
+        sum_ee=column.clone(),
+        sum_z=column.clone(),
+        target_z=targets.new_zeros(targets.shape, dtype=dtype),
+        target_slope=targets.new_ones(targets.shape, dtype=dtype),
+        is_top1=torch.zeros_like(targets[:, :1], dtype=torch.bool),
     )
 
 
@@ -208,7 +211,9 @@ class TiledLogits:
         width = min(weight.size(0), width)
         self.row_blocks = _slices(hidden.size(0), height)
         self.column_blocks = _slices(weight.size(0), width)
-        self._size, self._tile, self._spare = height * width, None, None
+        self._size = height * width
+        self._tile: Tensor | None = None
+        self._spare: Tensor | None = None
 
     def tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Columns, their weights, and raw logits, which the next tile overwrites."""
@@ -252,7 +257,7 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether `llmmix.kernels` serves the device of `x`."""
+    """Whether `llmmix.fused.kernels` serves the device of `x`."""
     return x.is_cuda and find_spec("triton") is not None
 
 

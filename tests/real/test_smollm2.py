@@ -155,10 +155,13 @@ def test_sampling_is_generate_in_the_greedy_limit_and_alone_or_together_the_same
     ("trainer_type", "config_type", "given"),
     [
         (DCOTrainer, DCOConfig, {"n_samples": 16}),
-        (SFTMixTrainer, SFTMixConfig, {}),
-        (RPOTrainer, RPOConfig, {"beta": 0.1}),
-        (FLATTrainer, FLATConfig, {}),
-        (UnlearnTrainer, UnlearnConfig, {"loss": "npo", "retain_weight": 0.0}),
+        pytest.param(*(SFTMixTrainer, SFTMixConfig, {}), marks=pytest.mark.slow),
+        pytest.param(*(RPOTrainer, RPOConfig, {"beta": 0.1}), marks=pytest.mark.slow),
+        pytest.param(*(FLATTrainer, FLATConfig, {}), marks=pytest.mark.slow),
+        pytest.param(
+            *(UnlearnTrainer, UnlearnConfig, {"loss": "npo", "retain_weight": 0.0}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dco", "sftmix", "rpo", "flat", "npo"],
 )
@@ -183,8 +186,8 @@ def test_three_lora_steps(
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = tokenizer("The sky is", return_tensors="pt")
-    trained = trainer.model.eval()
+    ids = tokenizer("The sky is", return_tensors="pt").to(again.device)
+    trained = trainer.model.to(again.device).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**ids).logits, trained(**ids).logits)
     assert again.generate(**ids, max_new_tokens=5, do_sample=False).size(1) > ids["input_ids"].size(

@@ -53,7 +53,10 @@ def rows(math_rows, preference_rows, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]])
+LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("lora", [[], pytest.param(LORA, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["dco", "rpo", "sftmix"])
 def test_recipe_trains_and_saves(name, lora, rows, checkpoint, monkeypatch, capsys):
     monkeypatch.setenv("LLMMIX_CACHE", str(rows / "cache"))
@@ -105,7 +108,7 @@ def test_dco_leaves_out_what_is_likely(rows, checkpoint):
     assert logged(rows / "out")["filter/kept"] == 1  # a random model is sure of nothing
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]])
+@pytest.mark.parametrize("lora", [[], pytest.param(LORA, marks=pytest.mark.slow)])
 def test_dco_for_chains_of_thought(lora, rows, checkpoint):
     argv = ["run", "dco_cot", "--model_name_or_path", checkpoint, "--max_new_tokens", "8", *lora]
     argv += ["--dataset_name", str(rows / "math.jsonl"), "--output_dir", str(rows / "out"), *SMALL]
@@ -144,13 +147,19 @@ def test_confidence_recipe_with_given_checkpoints(rows, checkpoint, monkeypatch,
     assert len((rows / "out" / "confidence.jsonl").read_text().splitlines()) == 24
 
 
+@pytest.mark.slow
 def test_all_three_stages_on_two_processes(rows, checkpoint):
     """Stage 1 too runs on every rank: one reference, rows scored in shards, one file."""
     command = [sys.executable, "-m", "llmmix.cli", "run", "--num_processes", "2", "sftmix"]
     command += ["--model_name_or_path", checkpoint, "--dataset_name", str(rows / "math.jsonl")]
     command += ["--output_dir", str(rows / "out"), "--num_checkpoints", "2", *SMALL]
     command += ["--per_device_train_batch_size", "2", "--logging_steps", "1"]
-    environment = {**os.environ, "LLMMIX_CACHE": str(rows / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",  # NCCL refuses two ranks on one GPU
+        "LLMMIX_CACHE": str(rows / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report:") == 1  # one main process: the ranks train together
@@ -161,6 +170,25 @@ def test_all_three_stages_on_two_processes(rows, checkpoint):
     assert len(list((rows / "cache" / "confidence").glob("*.npy"))) == 2
 
 
+def test_quickstart_trains_three_times_and_evaluates_the_three(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    """Its training in this process; the evaluation, a command, is only written down."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tiny-1").symlink_to(checkpoint)
+    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    argv = ["run", "quickstart", "--max_steps", "3", "--train_rows", "8", "--batch_size", "4"]
+    assert cli.main([*argv, "--num_samples", "4", "--output_dir", str(tmp_path / "out")]) == 0
+    trained = [str(tmp_path / "out" / name) for name in ("SFT", "SFTMix", "DCO")]
+    assert all((Path(folder) / "model.safetensors").exists() for folder in trained)
+    (command,) = commands
+    assert command[1:3] == ["-m", "llmmix.eval.pass_at_n"] and set(trained) <= set(command)
+    assert command[3:6] == ["--n", "1", "4"]
+
+
+@pytest.mark.slow
 def test_quickstart_runs_small(checkpoint, tmp_path, monkeypatch):
     """The whole of it on a random model; what it shows is for a real run."""
     cache = tmp_path / "cache"
@@ -189,9 +217,6 @@ def roles(tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{role}.jsonl").write_text(text)
     return tmp_path
-
-
-LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +290,7 @@ def test_mistakes_in_unlearning_flags_are_told_without_a_traceback(
     assert cli.main(argv) == 2 and said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unlearning_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()

@@ -8,21 +8,34 @@ run on the machine.
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+
+from llmmix.models import free_memory
+
+# What the calls of `llmmix.timing` import, so that it is no part of what a call adds in memory
+PRELOADED = ["trl.trainer.dpo_trainer", "llmmix.sftmix", "llmmix.timing.steps", "peft"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: picklable, so that it can be built again in a process of its own."""
+    """One thing to time: picklable, so that it can be built again in a process of its own.
+
+    Attributes:
+        row: What is timed, the name of a row of the table.
+        contender: Who does it.
+        build: A function of a module, which makes the call from `options`.
+        options: Plain values.
+    """
 
     row: str
     contender: str
     build: Callable[..., Callable[[], dict | None]]
-    options: dict
+    options: dict[str, Any]
 
     def built(self) -> Callable[[], dict | None]:
         """A call that does it once, and may return figures of its own."""
@@ -42,7 +55,7 @@ def measure(cases: list[Case], *, rounds: int, device: str, memory: bool = True)
         The row's name, and `seconds`, `range`, `peak_mib` and our ratio to it by contender.
     """
     calls = [case.built() for case in cases]
-    seconds = [[] for _ in cases]
+    seconds: list[list[float]] = [[] for _ in cases]
     for turn in range(rounds + 1):
         for call, taken in zip(calls, seconds, strict=True):
             started = time.perf_counter()
@@ -51,13 +64,16 @@ def measure(cases: list[Case], *, rounds: int, device: str, memory: bool = True)
             if turn:
                 taken.append(time.perf_counter() - started)
     del call, calls
-    _free(device)
+    free_memory()
     peaks = [_in_its_own_process(case, device)[1] if memory else None for case in cases]
     return _row(cases, seconds, peaks, [{} for _ in cases])
 
 
 def measure_apart(cases: list[Case], *, rounds: int, device: str) -> dict:
-    """As `measure`, for long calls: each in a process of its own, timed and weighed at once."""
+    """One row of long calls, each in a process of its own that yields its time and its memory.
+
+    Arguments and result are those of `measure`; a call may add figures of its own.
+    """
     runs = [[_in_its_own_process(case, device) for case in cases] for _ in range(rounds)]
     by_case = list(zip(*runs, strict=True))
     seconds = [[run[0] for run in of_case] for of_case in by_case]
@@ -65,27 +81,32 @@ def measure_apart(cases: list[Case], *, rounds: int, device: str) -> dict:
     return _row(cases, seconds, peaks, [of_case[-1][2] for of_case in by_case])
 
 
-def _row(cases, seconds, peaks, figures) -> dict:
-    row = {"row": cases[0].row, "contenders": {}}
+def _row(
+    cases: list[Case],
+    seconds: Sequence[Sequence[float]],
+    peaks: Sequence[float | None],
+    figures: Sequence[dict],
+) -> dict:
+    contenders: dict[str, dict[str, Any]] = {}
     for case, taken, peak, more in zip(cases, seconds, peaks, figures, strict=True):
-        row["contenders"][case.contender] = {
+        contenders[case.contender] = {
             "seconds": statistics.median(taken),
             "range": [min(taken), max(taken)],
             "peak_mib": peak,
             **more,
         }
-    ours, *peers = row["contenders"].values()
+    ours, *peers = contenders.values()
     for peer in peers:
         peer["time_ratio"] = ours["seconds"] / peer["seconds"]
         # None too where a call fits into what the process holds already
         peer["memory_ratio"] = ours["peak_mib"] / peer["peak_mib"] if peer["peak_mib"] else None
-    return row
+    return {"row": cases[0].row, "contenders": contenders}
 
 
 def _in_its_own_process(case: Case, device: str) -> tuple[float, float, dict]:
     # Forked from a process that has imported everything and computed nothing
     context = get_context("forkserver")
-    context.set_forkserver_preload(["trl.trainer.dpo_trainer", "llmmix.sftmix", "peft"])
+    context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_first_call, case, device).result()
 
@@ -124,14 +145,6 @@ def _synchronize(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
-
-
-def _free(device: str) -> None:
-    gc.collect()
-    if device != "cpu":
-        import torch
-
-        torch.cuda.empty_cache()
 
 
 def machine(device: str) -> dict:

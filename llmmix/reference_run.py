@@ -1,0 +1,158 @@
+"""The reference of SFTMix's stage 1: plain SFT that keeps checkpoints on its way.
+
+A finished reference is not trained twice and an interrupted one goes on from its last checkpoint:
+its folder is named after its data and settings. llmmix/confidence.py scores rows under it.
+"""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from llmmix.files import checkpoint_id
+from llmmix.models import free_memory
+from llmmix.pairing import CONFIDENCE
+from llmmix.processes import main_process_says
+from llmmix.sftmix import SFTMixConfig, SFTMixTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+logger = get_logger(__name__)
+
+# Settings that do not change what a reference learns or how a row is scored
+IRRELEVANT = (
+    "output_dir report_to run_name push_to_hub hub_ log local_ save_ eval_ do_ resume_ load_best_ "
+    "metric_ greater_ disable_tqdm mixup_ dco_ dataloader_ per_device_eval_ project trackio_ ddp_"
+).split()
+
+
+def train_reference(
+    dataset: Dataset,
+    args: SFTMixConfig,
+    model: str,
+    num_checkpoints: int | None = None,
+    peft_config: "PeftConfig | None" = None,
+    quantization_config: "QuantizationConfigMixin | None" = None,
+    *,
+    rows_digest: str | None = None,
+) -> list[str]:
+    """Plain SFT under `args.output_dir`, keeping checkpoints at equal distances.
+
+    Args:
+        dataset: Rows in a format of `SFTTrainer`.
+        args: Settings of the run.
+        model: Checkpoint to start from.
+        num_checkpoints: C; by default one an epoch, and at least two.
+        peft_config: Adapter to train.
+        quantization_config: How to quantize the model.
+        rows_digest: Digest of the rows, when the caller has it already.
+
+    Returns:
+        The checkpoint folders, first to last: one every ceil(steps / C) steps and the last, so
+        fewer than C when the steps do not divide.
+
+    Raises:
+        ValueError: `num_checkpoints` is below 1.
+    """
+    if num_checkpoints is None:
+        num_checkpoints = max(2, int(args.num_train_epochs))
+    if num_checkpoints < 1:
+        raise ValueError(f"`num_checkpoints` must be at least 1, got {num_checkpoints}.")
+    settings = {
+        key: value for key, value in args.to_dict().items() if not key.startswith(tuple(IRRELEVANT))
+    }
+    key = digest(
+        checkpoint_id(model, loading_settings(args).get("revision")),
+        rows_digest or digest_of_rows(dataset),
+        json.dumps(settings, sort_keys=True, default=str),
+        _adapter_settings(peft_config),
+        quantization_config,
+        args.world_size,
+        num_checkpoints,
+    )
+    folder = Path(args.output_dir or ".") / f"reference-{key[:12]}"
+    finished = folder / "finished.json"
+    if main_process_says(finished.exists()):
+        logger.warning("Using the reference in %s, trained before.", folder)
+        return json.loads(finished.read_text())
+    reference_args = plain_sft(args, folder)
+    reference_args.save_strategy = "steps"
+    # Below 1 it is a share of the run; a run's last step is saved in any case
+    reference_args.save_steps = 1 / num_checkpoints if num_checkpoints > 1 else 10**9
+    reference_args.save_total_limit = None
+    trainer = SFTMixTrainer(
+        model,
+        args=reference_args,
+        train_dataset=dataset,
+        peft_config=peft_config,
+        quantization_config=quantization_config,
+    )
+    kept = main_process_says(_complete_checkpoints(folder))
+    trainer.train(resume_from_checkpoint=kept[-1] if kept else None)
+    trainer.accelerator.wait_for_everyone()
+    kept = main_process_says(_complete_checkpoints(folder))
+    if trainer.accelerator.is_main_process:
+        finished.write_text(json.dumps(kept))
+        for state in folder.glob("checkpoint-*/optimizer.*"):
+            state.unlink()  # two thirds of a checkpoint, and nothing resumes from here
+    trainer.accelerator.wait_for_everyone()
+    del trainer
+    free_memory()
+    return kept
+
+
+def plain_sft(args: SFTMixConfig, output_dir: Path) -> SFTMixConfig:
+    """A copy of the settings for plain SFT, without mixup, evaluation, trackers or pushing."""
+    plain = copy.copy(args)
+    plain.output_dir = str(output_dir)
+    plain.mixup_weight, plain.dco_n_samples = 0.0, 0
+    plain.eval_strategy, plain.load_best_model_at_end, plain.eval_on_start = "no", False, False
+    plain.report_to, plain.push_to_hub = [], False
+    plain.resume_from_checkpoint = None
+    return plain
+
+
+def _complete_checkpoints(folder: Path) -> list[str]:
+    """Checkpoints in order of their steps; one cut off while it was saved lacks its state."""
+    steps = {
+        int(state.parent.name.rpartition("-")[2]): str(state.parent)
+        for state in folder.glob("checkpoint-*/trainer_state.json")
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def _adapter_settings(peft_config: "PeftConfig | None") -> str:
+    if peft_config is None:
+        return ""
+    # Sets print in another order in each process, and PEFT fills in the base model's name later
+    settings = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in peft_config.to_dict().items()
+        if key != "base_model_name_or_path"
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def loading_settings(args: SFTMixConfig) -> dict[str, Any]:
+    """`model_init_kwargs`, of which a config has made a dict."""
+    return dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # declared as text too
+
+
+def digest_of_rows(dataset: Dataset) -> str:
+    """What tells rows from any others, their confidence apart."""
+    content = hashlib.sha256()
+    columns = [c for c in dataset.column_names if c != CONFIDENCE]
+    for row in dataset.select_columns(columns).with_format(None):
+        content.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return content.hexdigest()
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 of values as they print."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

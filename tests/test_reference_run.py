@@ -1,0 +1,88 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+
+from llmmix import SFTMixConfig, reference_run
+from llmmix.confidence import mean_nlls
+from llmmix.reference_run import train_reference
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
+    return SFTMixConfig(
+        str(tmp_path / "run"),
+        bf16=False,
+        use_cpu=True,
+        max_steps=4,
+        disable_tqdm=True,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=5,
+        learning_rate=1e-2,
+    )
+
+
+@pytest.fixture
+def rows(math_rows):
+    return math_rows.remove_columns("confidence")
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_reference_keeps_its_checkpoints_and_is_trained_once(
+    checkpoint, rows, args, lora, monkeypatch
+):
+    kept = train_reference(rows, args, checkpoint, 2, lora)
+    assert [path.rpartition("-")[2] for path in kept] == ["2", "4"]
+    assert not np.allclose(mean_nlls(rows, args, kept[0]), mean_nlls(rows, args, kept[1]))
+    monkeypatch.setattr(reference_run, "SFTMixTrainer", None)  # training again would fail
+    assert train_reference(rows, args, checkpoint, 2, lora) == kept
+
+
+def test_interrupted_reference_goes_on_from_its_checkpoint(checkpoint, rows, args, monkeypatch):
+    class Killed(reference_run.SFTMixTrainer):
+        def training_step(self, *given, **kwargs):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*given, **kwargs)
+
+    whole = train_reference(rows, args, checkpoint, 2)
+    expected = mean_nlls(rows, args, whole[-1])
+    shutil.rmtree(args.output_dir)
+    monkeypatch.setattr(reference_run, "SFTMixTrainer", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_reference(rows, args, checkpoint, 2)
+    monkeypatch.undo()
+    steps = []
+
+    class Counted(reference_run.SFTMixTrainer):
+        def training_step(self, *given, **kwargs):
+            steps.append(self.state.global_step)
+            return super().training_step(*given, **kwargs)
+
+    monkeypatch.setattr(reference_run, "SFTMixTrainer", Counted)
+    kept = train_reference(rows, args, checkpoint, 2)
+    assert steps == [2, 3]
+    np.testing.assert_array_equal(mean_nlls(rows, args, kept[-1]), expected)
+
+
+def test_a_half_saved_checkpoint_is_passed_over(tmp_path):
+    for name, complete in (
+        ("checkpoint-9", True),
+        ("checkpoint-10", True),
+        ("checkpoint-11", False),
+    ):
+        (tmp_path / name).mkdir()
+        if complete:
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    kept = reference_run._complete_checkpoints(tmp_path)
+    assert [Path(path).name for path in kept] == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_no_checkpoint_is_refused(checkpoint, rows, args):
+    with pytest.raises(ValueError, match="`num_checkpoints` must be at least 1"):
+        train_reference(rows, args, checkpoint, 0)
