@@ -10,6 +10,7 @@ import lazy_loader
 if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.dco import DCOConfig as DCOConfig
     from llmmix.dco import DCOTrainer as DCOTrainer
+    from llmmix.dco import attach_weights as attach_weights
     from llmmix.filtering import LikelihoodFilter as LikelihoodFilter
     from llmmix.filtering import attach_filter as attach_filter
     from llmmix.grading.estimators import pass_at_n as pass_at_n
@@ -23,10 +24,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.rpo import RPOConfig as RPOConfig
     from llmmix.rpo import RPOTrainer as RPOTrainer
     from llmmix.sampling import sample as sample
-    from llmmix.sftmix import SFTMixConfig as SFTMixConfig
-    from llmmix.sftmix import SFTMixTrainer as SFTMixTrainer
+    from llmmix.sftmix.trainer import SFTMixConfig as SFTMixConfig
+    from llmmix.sftmix.trainer import SFTMixTrainer as SFTMixTrainer
     from llmmix.solve_rates import SolveRates as SolveRates
-    from llmmix.solve_rates import attach_weights as attach_weights
     from llmmix.steps import split_steps as split_steps
     from llmmix.unlearning.config import UnlearnConfig as UnlearnConfig
     from llmmix.unlearning.flat import FLATConfig as FLATConfig
@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "dco": ["DCOConfig", "DCOTrainer"],
-        "sftmix": ["SFTMixConfig", "SFTMixTrainer"],
+        "dco": ["DCOConfig", "DCOTrainer", "attach_weights"],
+        "sftmix.trainer": ["SFTMixConfig", "SFTMixTrainer"],
         "rpo": ["RPOConfig", "RPOTrainer"],
         "unlearning.flat": ["FLATConfig", "FLATTrainer"],
         "unlearning.config": ["UnlearnConfig"],
@@ -48,7 +48,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "head": ["attach_head"],
         "logprobs": ["linear_logprobs"],
         "filtering": ["LikelihoodFilter", "attach_filter"],
-        "solve_rates": ["SolveRates", "attach_weights"],
+        "solve_rates": ["SolveRates"],
         "steps": ["split_steps"],
         "sampling": ["sample"],
         "grading.verify": ["Verifier"],

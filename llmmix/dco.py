@@ -17,7 +17,7 @@ Recipe: recipes/dco.py. Evaluation: eval/pass_at_n.py. Invariants: tests/test_in
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from llmmix.trainers import (
     keep_outputs_in_fp32,
     log_dropped,
     log_metric,
+    training_rows,
 )
 
 if TYPE_CHECKING:
@@ -117,6 +118,21 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
+def n_samples_of(trainer: SFTTrainer) -> int:
+    """N of a trainer's config.
+
+    Raises:
+        ValueError: The config has no `n_samples`.
+    """
+    n = getattr(trainer.args, "n_samples", None)
+    if n is None:
+        raise ValueError(
+            f"`n_samples` is no field of {type(trainer.args).__name__}: give it, or train with "
+            "`DCOTrainer`."
+        )
+    return n
+
+
 def _check_n(n_samples: int) -> int:
     n = operator.index(n_samples)
     if n < 1:
@@ -187,7 +203,7 @@ class DCOTrainer(SFTTrainer):
     }
     # The loss is divided by the examples of the whole window; TRL declares None for a bool
     loss_is_scaled_for_ga = True  # type: ignore[assignment]
-    row_weights: Callable[[list[int]], Tensor] | None = None  # see solve_rates.attach_weights
+    row_weights: Callable[[list[int]], Tensor] | None = None  # see attach_weights
 
     def __init__(
         self,
@@ -298,3 +314,35 @@ class DCOTrainer(SFTTrainer):
                     self.args.n_samples,
                 )
         super().log(logs, start_time)
+
+
+def attach_weights(trainer: DCOTrainer, weights: Callable[[Sequence[int]], Tensor]) -> None:
+    """Weight the cross-entropy of each row by a function of the row, in place of F of its target.
+
+    Args:
+        trainer: The trainer, whose `reduction` decides between the summed and the mean token loss.
+        weights: (rows) -> (rows,), such as `SolveRates.weights`; called once for each accumulation
+            window, on the rows of this process.
+
+    Raises:
+        ValueError: Rows are streamed.
+    """
+    rows = training_rows(trainer, "A weight for each row")
+    trainer.train_dataset = rows.add_column("row", list(range(len(rows))))
+    trainer.data_collator = _WithRows(trainer.data_collator)
+    trainer.row_weights = weights
+
+
+class _WithRows:
+    """A collator that passes the number of each row on."""
+
+    def __init__(self, collate: Callable[[list[dict]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, examples: list[dict]) -> dict:
+        numbered = "row" in examples[0]
+        rows = [example.pop("row") for example in examples] if numbered else []
+        batch = self.collate(examples)
+        if numbered:
+            batch["row"] = torch.tensor(rows)
+        return batch

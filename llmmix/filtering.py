@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from trl import SFTTrainer
 
-from llmmix.dco import DCOTrainer, dco_weight
+from llmmix.dco import dco_weight, n_samples_of
 from llmmix.models import eval_mode
 from llmmix.trainers import ResumedCallback, log_metric, training_rows
 
@@ -44,10 +45,11 @@ class LikelihoodFilter:
     """
 
     def __init__(
-        self, trainer: DCOTrainer, *, n_samples: int | None = None, threshold: float = 0.1
+        self, trainer: SFTTrainer, *, n_samples: int | None = None, threshold: float = 0.1
     ):
-        self.trainer, self.threshold = trainer, check_share("threshold", threshold)
-        self.n_samples = trainer.args.n_samples if n_samples is None else n_samples
+        self.trainer: Any = trainer  # transformers types its model and its collator as optional
+        self.threshold = check_share("threshold", threshold)
+        self.n_samples = n_samples_of(trainer) if n_samples is None else n_samples
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
         """(rows,) bool: whether each is kept."""

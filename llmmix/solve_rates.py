@@ -28,8 +28,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
+from trl import SFTTrainer
 
-from llmmix.dco import DCOTrainer, dco_weight
+from llmmix.dco import dco_weight, n_samples_of
 from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.evaluate import reference_answers
 from llmmix.grading.verify import Verifier, judge
@@ -66,7 +67,7 @@ class SolveRates(ResumedCallback):
 
     def __init__(
         self,
-        trainer: DCOTrainer,
+        trainer: SFTTrainer,
         verifier: Verifier | str | Callable[[str, str], bool] = "math",
         *,
         num_samples: int = 64,
@@ -143,7 +144,7 @@ class SolveRates(ResumedCallback):
 
     def weights(self, rows: Sequence[int]) -> Tensor:
         """(rows,) F(N, p^), with the trainer's N: the soft form."""
-        return dco_weight(self(rows).log(), self.trainer.args.n_samples)
+        return dco_weight(self(rows).log(), n_samples_of(self.trainer))
 
     def _estimate(self, rows: list[int]) -> dict[int, float]:
         step = self.trainer.state.global_step
@@ -188,35 +189,3 @@ class SolveRates(ResumedCallback):
     def resume(self, saved: dict, state: TrainerState) -> None:
         """Take up the estimates of the run that is resumed."""
         self._known = {int(row): tuple(kept) for row, kept in saved["known"]}
-
-
-def attach_weights(trainer: DCOTrainer, weights: Callable[[Sequence[int]], Tensor]) -> None:
-    """Weight the cross-entropy of each row by a function of the row, in place of F of its target.
-
-    Args:
-        trainer: The trainer, whose `reduction` decides between the summed and the mean token loss.
-        weights: (rows) -> (rows,), such as `SolveRates.weights`; called once for each accumulation
-            window, on the rows of this process.
-
-    Raises:
-        ValueError: Rows are streamed.
-    """
-    rows = training_rows(trainer, "A weight for each row")
-    trainer.train_dataset = rows.add_column("row", list(range(len(rows))))
-    trainer.data_collator = _WithRows(trainer.data_collator)
-    trainer.row_weights = weights
-
-
-class _WithRows:
-    """A collator that passes the number of each row on."""
-
-    def __init__(self, collate: Callable[[list[dict]], dict[str, Any]]):
-        self.collate = collate
-
-    def __call__(self, examples: list[dict]) -> dict:
-        numbered = "row" in examples[0]
-        rows = [example.pop("row") for example in examples] if numbered else []
-        batch = self.collate(examples)
-        if numbered:
-            batch["row"] = torch.tensor(rows)
-        return batch

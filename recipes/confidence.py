@@ -16,9 +16,9 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from llmmix import SFTMixConfig
 from llmmix.cli import parse_args
-from llmmix.confidence import ReferenceArguments, add_confidence
 from llmmix.data import load_train_and_eval
 from llmmix.models import prepare_model_args
+from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
 
 
 def main(

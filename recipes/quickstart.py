@@ -20,9 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix import DCOConfig, DCOTrainer, SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
-from llmmix.confidence import add_confidence
 from llmmix.data import load_splits
 from llmmix.models import resolve_checkpoint
+from llmmix.sftmix.scoring import add_confidence
 
 METHODS = ("SFT", "SFTMix", "DCO")
 

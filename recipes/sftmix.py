@@ -5,7 +5,7 @@
 
 Rows are what `trl sft` takes. Without a `confidence` column all three stages run: a reference is
 trained and each row scored first, into OUTPUT_DIR/confidence.jsonl, which a later run can start
-from. Add `--use_peft` for LoRA. The method is described in llmmix/sftmix.py.
+from. Add `--use_peft` for LoRA. The method is described in llmmix/sftmix/.
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
-from llmmix.confidence import ReferenceArguments, add_confidence
 from llmmix.data import load_train_and_eval
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.pairing import CONFIDENCE
 from llmmix.report import write_report
+from llmmix.sftmix.pairing import CONFIDENCE
+from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
 from llmmix.trainers import checkpoint_to_resume
 
 

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -215,6 +215,11 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+def script(module: str) -> bool:
+    """Whether a module is a recipe or an evaluation."""
+    return module.startswith(("llmmix.recipes", "llmmix.eval"))
+
+
 def arrows(house: House) -> Iterator[tuple[str, Import]]:
     """Every import of ours by ours, but those by which a package hands its own names on."""
     for module in house.paths:
@@ -285,8 +290,7 @@ def scripts_reach_inside(house: House) -> list[str]:
     """Recipes and evaluations that import each other, or a private name; the library doing so."""
     found = []
     for module, taken in arrows(house):
-        into = taken.module.startswith(("llmmix.recipes", "llmmix.eval"))
-        if into:
+        if script(taken.module):
             found.append(f"{house.where(module, taken.line)} imports the script {taken.module}")
     for module in house.paths:
         for taken in house.imports(module):
@@ -351,14 +355,17 @@ def _touched(node: ast.AST) -> Iterator[tuple[str, bool]]:
                 yield str(name.value), is_self(node.args[0])
 
 
-def siblings_trainers(house: House, trainer: type, config: type) -> list[str]:
-    """Modules of the library that import a trainer or config of another method.
+def siblings_trainers(
+    house: House, rooms: Collection[str], trainer: type, config: type
+) -> list[str]:
+    """Modules of methods, or below them, that import a trainer or config of another method.
 
     A method is what has a trainer. It is known by the stem of its classes: the module of
-    `UnlearnTrainer` may import `UnlearnConfig`.
+    `UnlearnTrainer` may import `UnlearnConfig`, and a room that is named after a method is its own.
 
     Args:
         house: The tree.
+        rooms: What is asked; what is built on the methods may import what it likes.
         trainer: What trainers build on.
         config: What configs build on.
     """
@@ -373,13 +380,15 @@ def siblings_trainers(house: House, trainer: type, config: type) -> list[str]:
                 methods.add(_stem(node.name))
     found = []
     for module, taken in arrows(house):
-        if module in house.faces or module.startswith(("llmmix.recipes", "llmmix.eval")):
-            continue
         name = taken.name or ""
         theirs = {_stem(name)} & methods & stems.get(taken.module, set())
-        if house.find_class(taken.module, name) and theirs - stems.get(module, set()):
-            if not handed_on(house, module, name):
-                found.append(f"{house.where(module, taken.line)} imports {name}")
+        own = {
+            *stems.get(module, set()),
+            *(stem for stem in theirs if stem.lower() == room(module)),
+        }
+        above = module in house.faces or room(module) not in rooms
+        if theirs - own and not above and not handed_on(house, module, name):
+            found.append(f"{house.where(module, taken.line)} imports {name}")
     return found
 
 

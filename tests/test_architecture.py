@@ -18,23 +18,13 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high: a module imports its own layer and those below
 LAYERS = [
-    {"cli", "fused", "logprobs", "steps"},
+    {"cli", "fused", "logprobs", "processes", "steps"},
     {"head"},
     {"builtin", "data", "figures", "files", "models"},
     {"trainers"},
-    {
-        "confidence",
-        "dco",
-        "filtering",
-        "grading",
-        "laws",
-        "rpo",
-        "sampling",
-        "sftmix",
-        "solve_rates",
-    },
+    {"dco", "filtering", "grading", "laws", "rpo", "sampling", "sftmix", "solve_rates"},
     {"mixing", "unlearning"},
-    {"flat", "report", "timing"},
+    {"confidence", "flat", "report", "timing"},
     {"eval", "recipes"},
 ]
 LAWS = {"numpy", "scipy", "sklearn", "pandas", "joblib", "threadpoolctl"}
@@ -93,7 +83,9 @@ RULES = {
     "laws": laws_reach_out,
     "scripts": rules.scripts_reach_inside,
     "private upstream names": unlisted,
-    "siblings' trainers": lambda house: rules.siblings_trainers(house, Trainer, TrainingArguments),
+    "siblings' trainers": lambda house: rules.siblings_trainers(
+        house, set().union(*LAYERS[:-2]), Trainer, TrainingArguments
+    ),
     "faces": rules.faces_that_differ,
     "size": lambda house: rules.oversized(house, lines=350, class_lines=200),
     "types": rules.unannotated,

@@ -5,14 +5,14 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 
 from llmmix import DCOConfig, DCOTrainer
-from llmmix.dco import dco_weight
+from llmmix.dco import attach_weights, dco_weight
 from llmmix.filtering import (
     FilteredSampler,
     LikelihoodFilter,
     attach_filter,
 )
 from llmmix.grading.verify import Verifier
-from llmmix.solve_rates import SolveRates, attach_weights
+from llmmix.solve_rates import SolveRates
 
 SETTINGS = {
     "max_steps": 6,

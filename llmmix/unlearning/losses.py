@@ -15,9 +15,9 @@ z the logits, sg a stopped gradient, and means over the answer's tokens (never o
     pdu          mean (max z - mean z)^2, and lambda (retain NLL - epsilon)              2506.05314
 
 and, towards what is to stay, `nll_loss` or `kl_loss`, the divergence from the reference model. To
-forget with forget data alone, see `llmmix.unlearning.flat`. Every function returns one value a row, in fp32 or
-better. Those that see tokens give a row without one an exact zero that is connected to the graph;
-npo and dpo see sums alone, and their caller leaves such rows out.
+forget with forget data alone, see `llmmix.unlearning.flat`. Every function returns one value a row,
+in fp32 or better. Those that see tokens give a row without one an exact zero that is connected to
+the graph; npo and dpo see sums alone, and their caller leaves such rows out.
 
     symbol   name
     l        logps, of ..._loss(logps, ...)

@@ -26,10 +26,10 @@ from llmmix import (
     UnlearnTrainer,
     sample,
 )
-from llmmix.confidence import add_confidence
 from llmmix.data import load_splits
 from llmmix.files import built_once
 from llmmix.models import encode, resolve_checkpoint
+from llmmix.sftmix.scoring import add_confidence
 
 pytestmark = pytest.mark.real
 

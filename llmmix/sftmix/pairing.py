@@ -2,7 +2,7 @@
 
     D^c, D^u  = the half of higher and the half of lower confidence, at the median
 
-The method is in llmmix/sftmix.py; stage 1, which writes the confidence, in llmmix/confidence.py.
+Stage 1, which writes the confidence, is in scoring.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence

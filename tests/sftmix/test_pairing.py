@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import BatchSampler
 
 from llmmix import SFTMixConfig, SFTMixTrainer
-from llmmix.pairing import PairSampler, confident_half, draw_shares
+from llmmix.sftmix.pairing import PairSampler, confident_half, draw_shares
 
 QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from peft import LoraConfig
 
-from llmmix import SFTMixConfig, reference_run
-from llmmix.confidence import mean_nlls
-from llmmix.reference_run import train_reference
+from llmmix import SFTMixConfig
+from llmmix.sftmix import reference_run
+from llmmix.sftmix.reference_run import train_reference
+from llmmix.sftmix.scoring import mean_nlls
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
 

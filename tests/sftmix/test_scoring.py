@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from llmmix import SFTMixConfig, confidence
-from llmmix.confidence import add_confidence, mean_nlls
+from llmmix import SFTMixConfig
+from llmmix.sftmix import scoring as confidence
+from llmmix.sftmix.scoring import add_confidence, mean_nlls
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The reference of SFTMix's stage 1: plain SFT that keeps checkpoints on its way.
 
 A finished reference is not trained twice and an interrupted one goes on from its last checkpoint:
-its folder is named after its data and settings. llmmix/confidence.py scores rows under it.
+its folder is named after its data and settings. scoring.py scores rows under it.
 """
 
 import copy
@@ -15,9 +15,9 @@ from datasets import Dataset
 
 from llmmix.files import checkpoint_id
 from llmmix.models import free_memory
-from llmmix.pairing import CONFIDENCE
 from llmmix.processes import main_process_says
-from llmmix.sftmix import SFTMixConfig, SFTMixTrainer
+from llmmix.sftmix.pairing import CONFIDENCE
+from llmmix.sftmix.trainer import SFTMixConfig, SFTMixTrainer
 
 if TYPE_CHECKING:
     from peft import PeftConfig

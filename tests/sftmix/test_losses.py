@@ -3,8 +3,8 @@ import torch
 
 from llmmix import SFTMixConfig
 from llmmix.logprobs import linear_logprobs
-from llmmix.pairing import confident_half
-from llmmix.sftmix import confidence, mix_pairs, mixup_loss
+from llmmix.sftmix.losses import confidence, mix_pairs, mixup_loss
+from llmmix.sftmix.pairing import confident_half
 
 W = torch.tensor([[1, 0, -1], [0.5, 2, 0], [-1, 1, 1], [0, -0.5, 0.25]], dtype=torch.float64)
 HC = torch.tensor([[1, 2, 3], [0, 1, -1], [0.5, 0.5, 0.5]], dtype=torch.float64)

@@ -1,23 +1,6 @@
-"""SFTMix: confidence-guided mixup of hidden states (arXiv 2410.05248).
+"""The config and the trainer of SFTMix: mixup in the forward that the cross-entropy comes from."""
 
-    Conf(Y|X) = -(1/C) sum_c exp(mean NLL of Y under checkpoint c)       stage 1, confidence.py
-    D^c, D^u  = the confident and the unconfident half, at the median    stage 2, pairing.py
-    Z~ = lam Z^c + (1 - lam) Z^u,   Y~ = lam Y^c + (1 - lam) Y^u,   lam ~ Beta(alpha, alpha)
-    L  = L_NTP(D^c and D^u) + mu * CE(Y~, softmax(W Z~))                 stage 3
-
-Z are the hidden states after the final norm at the positions that predict response tokens; token n
-of one response meets token n of the other, up to the shorter one. The two-target cross-entropy
-needs no soft labels: CE(Y~) = -lam log p[y^c] - (1 - lam) log p[y^u].
-
-    symbol   name
-    alpha    mixup_alpha
-    mu       mixup_weight
-    lam      lam            one a pair
-
-Recipes: recipes/sftmix.py, recipes/confidence.py. Invariants: tests/test_invariants.py.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,8 +14,8 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix.dco import dco_weight
 from llmmix.head import FusedHeadOutput, attach_head
-from llmmix.logprobs import linear_logprobs
-from llmmix.pairing import (
+from llmmix.sftmix.losses import mix_pairs
+from llmmix.sftmix.pairing import (
     PairSampler,
     check_confidence,
     confident_half,
@@ -53,110 +36,6 @@ from llmmix.trainers import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-def confidence(mean_nlls: Tensor) -> Tensor:
-    """Conf = -(1/C) sum_c exp(mean NLL_c), minus the mean perplexity over checkpoints.
-
-    Args:
-        mean_nlls: (C, B) mean response-token NLL in nats of B examples under C checkpoints.
-
-    Returns:
-        (B,) in fp64, where no mean NLL below 700 overflows.
-
-    Raises:
-        ValueError: `mean_nlls` is not of shape (C, B), or C is 0.
-    """
-    if mean_nlls.dim() != 2 or mean_nlls.size(0) == 0:
-        raise ValueError(
-            f"`mean_nlls` must be (C, B) with C of 1 or more, got {tuple(mean_nlls.shape)}."
-        )
-    return -mean_nlls.double().exp().mean(0)
-
-
-def mixup_loss(
-    hidden_a: Tensor,
-    hidden_b: Tensor,
-    weight: Tensor,
-    targets_a: Tensor,
-    targets_b: Tensor,
-    lam: float | Tensor,
-) -> Tensor:
-    """Cross-entropy of mixed hidden states against mixed one-hot targets, position by position.
-
-        CE = -lam log p[y_a] - (1 - lam) log p[y_b],   p = softmax(W (lam h_a + (1 - lam) h_b))
-
-    Args:
-        hidden_a: (n, H), after the final norm.
-        hidden_b: (n, H), after the final norm.
-        weight: (V, H), the weight of the head.
-        targets_a: (n,) token ids.
-        targets_b: (n,) token ids.
-        lam: Share of a, one for all or (n,).
-
-    Returns:
-        (n,) in fp32 or better, differentiable in both hidden states and the head.
-    """
-    if not isinstance(lam, Tensor):
-        lam = torch.tensor(lam, dtype=torch.float64, device=hidden_a.device)
-
-    def logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
-        return linear_logprobs(hidden, weight, targets)
-
-    return _mixup_loss(logprobs, hidden_a, hidden_b, targets_a, targets_b, lam)
-
-
-def _mixup_loss(
-    logprobs: Callable[[Tensor, Tensor], Tensor],
-    hidden_a: Tensor,
-    hidden_b: Tensor,
-    targets_a: Tensor,
-    targets_b: Tensor,
-    lam: Tensor,
-) -> Tensor:
-    # In bf16 a share of 0.999 would round to 1: mix in fp32 or better
-    dtype = torch.promote_types(hidden_a.dtype, torch.float32)
-    share = lam.to(dtype).expand(len(hidden_a)).unsqueeze(1)
-    mixed = share * hidden_a.to(dtype) + (1 - share) * hidden_b.to(dtype)
-    log_p = logprobs(mixed, torch.stack([targets_a, targets_b], dim=1))
-    return -(torch.cat([share, 1 - share], dim=1) * log_p).sum(1)
-
-
-def mix_pairs(
-    hidden: Tensor,
-    labels: Tensor,
-    logprobs: Callable[[Tensor, Tensor], Tensor],
-    *,
-    lam: Tensor,
-) -> dict[str, Tensor]:
-    """The mixup term of a batch whose rows 2j and 2j+1 are a pair. A `head_objective`.
-
-    Args:
-        hidden: (B, T, H), B even.
-        labels: (B, T), the token that each position predicts, -100 where ignored.
-        logprobs: The model's head: (hidden, targets) -> log p.
-        lam: (B/2,), the confident row's share in each pair.
-
-    Returns:
-        `mixup_losses` (B/2,): mean over the n = min(N_c, N_u) mixed positions of each pair, and
-        `mixed_tokens`, the number of response tokens that took part.
-    """
-    mask = labels != -100
-    shared = torch.minimum(mask[0::2].sum(1), mask[1::2].sum(1))  # n of each pair
-    # The first n response positions of each row, whatever its prompt's length or padding side
-    taking_part = mask & (mask.cumsum(1) <= shared.repeat_interleave(2).unsqueeze(1))
-    a, b = taking_part[0::2], taking_part[1::2]
-    pair = torch.arange(len(shared), device=labels.device).repeat_interleave(shared)
-    losses = _mixup_loss(
-        logprobs,
-        hidden[0::2][a],
-        hidden[1::2][b],
-        labels[0::2][a],
-        labels[1::2][b],
-        lam.to(hidden.device)[pair],
-    )
-    means = losses.new_zeros(len(shared)).index_add(0, pair, losses) / shared.clamp(min=1)
-    return {"mixup_losses": means, "mixed_tokens": 2 * shared.sum()}
 
 
 @dataclass
