@@ -228,7 +228,7 @@ class _Lab:
     def _transfer(self, number: int, large, laws: dict) -> dict:
         """Every law on the runs of other models; a figure and the calibration of the best one."""
         from llmmix.laws.figures import draw_transfer
-        from llmmix.laws.scores import weighted
+        from llmmix.laws.accuracy import weighted
         from llmmix.laws.transfer import TransferCalibrator, judge_transfer
 
         mixtures, losses = _tables(large)

@@ -22,6 +22,7 @@ import numpy as np
 from llmmix.laws.inputs import canonical_order
 from llmmix.laws.law import Law
 from llmmix.laws.simplex import nearest_run, project
+from llmmix.laws.wishes import Objective, Shares, law_bounds, prior_shares
 
 DRAWS = 400  # laws
 CANDIDATES = 2000
@@ -59,10 +60,10 @@ def next_mixtures(
     law: Law,
     count: int,
     *,
-    objective=None,
-    lower=None,
-    upper=None,
-    prior=None,
+    objective: Objective = None,
+    lower: Shares = None,
+    upper: Shares = None,
+    prior: Shares = None,
     apart: float = APART,
     draws: int = DRAWS,
     candidates: int = CANDIDATES,
@@ -71,19 +72,20 @@ def next_mixtures(
     """The mixtures whose runs would tell most about where the objective is smallest.
 
     Args:
-        law: Fitted.
-        count: Runs to plan, done side by side.
+        law: A fitted law.
+        count: Number of runs to plan, done side by side.
         objective: As of `Law.propose`, as are the bounds and the prior.
         lower: Smallest shares.
         upper: Largest shares.
-        prior: About which candidates are drawn, beside the runs' mean.
+        prior: Mixture about which candidates are drawn, beside the runs' mean.
         apart: Share by which each must differ from all runs and from each other.
-        draws: Laws that are asked.
-        candidates: Mixtures looked at.
-        seed: Of candidates and laws.
+        draws: Number of laws that are drawn and asked.
+        candidates: Number of mixtures looked at.
+        seed: Seed of candidates and laws.
 
     Raises:
-        ValueError: No runs to plan, bounds that leave fewer mixtures, or laws that agree.
+        ValueError: `count` is below 1, the bounds leave fewer mixtures than that, or all laws that
+            the runs leave open agree on what is best.
     """
     if not (isinstance(count, int | np.integer) and count >= 1):
         raise ValueError(f"`count` must be a whole number from 1, got {count!r}.")
@@ -94,8 +96,8 @@ def next_mixtures(
         )
     u = law.target_weights(objective)
     found = law.propose(objective, lower=lower, upper=upper, prior=prior, seed=seed)
-    centre = law.prior_shares(prior)
-    low, high = law.bounds(lower=lower, upper=upper)
+    centre = prior_shares(prior, law.inputs_)
+    low, high = law_bounds(law.inputs_, lower=lower, upper=upper)
     fixed = np.isin(law.domains_, law.unidentified_)
     # Drawn in an order of the domains that does not depend on how they came
     order = canonical_order(law.mixtures_, law.losses_)[1]

@@ -16,9 +16,10 @@ import numpy as np
 from scipy.stats import kendalltau
 from sklearn.base import BaseEstimator
 
+from llmmix.laws.accuracy import bootstrap, regret_of, spearman, weighted
 from llmmix.laws.inputs import canonical_order, check_losses
 from llmmix.laws.law import Law
-from llmmix.laws.scores import bootstrap, regret_of, same_mixture, spearman, weighted
+from llmmix.laws.simplex import same_mixture
 
 
 class TransferCalibrator(BaseEstimator):
