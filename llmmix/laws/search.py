@@ -7,7 +7,8 @@ The search follows the central path of a log barrier,
 by primal-dual Newton steps for all starts at once. Every point stays strictly inside, where laws
 with p^a, a < 1, have a finite slope; where the optimum is a whole face, the path ends in its
 middle, whatever the order of the domains. scipy's SLSQP needs a floor under the shares for such
-laws: with 1e-7 it is off by as much as that, with 1e-10 it stalls.
+laws, and on such a face it ends wherever it came from: with a floor of 1e-10 it is off by 3e-8 to
+2e-7 where laws have a single optimum, and gives two equal domains shares of 0.07 and 0.20.
 """
 
 from collections.abc import Callable

@@ -141,8 +141,8 @@ class Dynamics:
     Args:
         targets: m names, the rows of the matrix.
         domains: k names, its columns.
-        matrix: (m, k) loss that a target sheds a step, on average over the run, were all rows a domain's;
-            NaN in the columns of `unidentified`.
+        matrix: (m, k) loss that a target sheds a step, on average over the run, were all rows a
+            domain's; NaN in the columns of `unidentified`.
         errors: (m, k) standard errors; NaN without intervals to spare.
         decay: power and end of g.
         speed: (r,) g of each interval.
