@@ -227,7 +227,7 @@ class _Target:
         return rho
 
     def _over(self, theta: np.ndarray) -> tuple[np.ndarray, float]:
-        """Logarithm of each vertex's height above c over the ceiling's, and the ceiling's height."""
+        """Log of each vertex's height above c over the ceiling's, and the ceiling's height."""
         room = max(self.ceiling - theta[0], 1e-3 * self.spread)
         return theta[1] + self.vertices @ theta[2:] - np.log(room), room
 

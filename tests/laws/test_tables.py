@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from llmmix.laws.tables import find_target, read_runs
+from llmmix.laws.names import find_target
+from llmmix.laws.tables import read_runs
 
 RATIOS = "run_id,name,code,docs\na,first,0.25,0.75\nb,second,0.5,0.5\nc,third,1,0\n"
 METRICS = "run_id,name,code_val_loss,docs_val_loss\na,first,3.5,2\nb,second,3,2.5\nc,third,1,4\n"
