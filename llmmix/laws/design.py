@@ -149,7 +149,8 @@ class _Simplex:
     """
 
     def __init__(self, low: np.ndarray, high: np.ndarray, fixed: np.ndarray):
-        self.low, self.high, self.decimals = low, high, None
+        self.low, self.high = low, high
+        self.decimals: int | None = None
         for decimals in DECIMALS:
             unit = 10.0**-decimals
             least = np.ceil(low / unit - 1e-6) * unit
@@ -164,13 +165,14 @@ class _Simplex:
         """Distinct mixtures near p (n, k), in its order."""
         p = project(p, self.low, self.high)
         if self.decimals is not None:
-            p = np.array([self._rounded(q) for q in project(p, self.least, self.most)])
+            scale = 10**self.decimals
+            p = np.array([self._rounded(q, scale) for q in project(p, self.least, self.most)])
         p = p[((p >= self.low - 1e-9) & (p <= self.high + 1e-9)).all(1)]
         return p[np.sort(np.unique(p, axis=0, return_index=True)[1])]
 
-    def _rounded(self, p: np.ndarray) -> np.ndarray:
-        """Largest remainders, of those that are not held."""
-        scale, free = 10**self.decimals, ~self.held
+    def _rounded(self, p: np.ndarray, scale: int) -> np.ndarray:
+        """Largest remainders, of those that are not held, in units of 1 / scale."""
+        free = ~self.held
         units = p[free] * scale
         whole = np.floor(units + 1e-6)
         total = (1 - p[self.held].sum()) * scale
@@ -215,7 +217,9 @@ def _greedy(
             "`law`: the laws that the runs leave open agree on what is best for `objective`: no "
             "run would teach them more. Take another objective or law, or `best_mixture`."
         )
-    picked, after, open_ = [], [], np.ones(len(pool), bool)
+    picked: list[int] = []
+    after: list[float] = []
+    open_ = np.ones(len(pool), bool)
     before = np.sqrt(variance)
     for _ in range(count):
         if not open_.any():

@@ -169,7 +169,7 @@ def check_mixtures(
     bad = ~np.isfinite(shares) | (shares < 0)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        domain = column if names is None else names[column]
+        domain = column if names is None else names[int(column)]
         raise ValueError(
             f"`{argument}`: run {row} has a share of {shares[row, column]} of domain {domain}; "
             f"shares lie between 0 and 1."
@@ -225,7 +225,7 @@ def check_losses(values: ArrayLike, runs: int, names: Sequence | None = None) ->
     losses[~np.isfinite(losses)] = np.nan
     empty = np.flatnonzero(np.isnan(losses).all(0))
     if len(empty):
-        named = [str(j if names is None else names[j]) for j in empty]
+        named = [str(j if names is None else names[j]) for j in empty.tolist()]
         raise ValueError(f"`losses`: no run has a loss of {', '.join(named)}. Leave it out.")
     return losses
 

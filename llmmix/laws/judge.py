@@ -10,7 +10,7 @@ is of one scale: the best law of small runs need not be the best one of large ru
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,7 +106,7 @@ def cross_validate(
 
 
 def compare(
-    laws: dict[str, Law],
+    laws: Mapping[str, Law],
     mixtures: ArrayLike,
     losses: ArrayLike,
     *,
@@ -141,7 +141,7 @@ def compare(
     return judged
 
 
-def best_of(judged: dict[str, Judgement | str]) -> str:
+def best_of(judged: Mapping[str, Judgement | str]) -> str:
     """Name of the law of the lowest error; whether it really is better: `error_difference`.
 
     Raises:
@@ -159,7 +159,7 @@ def best_of(judged: dict[str, Judgement | str]) -> str:
     return min(errors, key=lambda name: errors[name])
 
 
-def as_good_as(best: str, judged: dict[str, Judgement | str]) -> list[str]:
+def as_good_as(best: str, judged: Mapping[str, Judgement | str]) -> list[str]:
     """Names of the other laws whose error the runs do not tell from that of `best`."""
     others = {name: one for name, one in judged.items() if name not in (best, BASELINE)}
     first = judged[best]

@@ -95,9 +95,9 @@ class Law(MixtureProposer, BaseEstimator):
         members = np.array([member._predict(X) for member in self._members()])
         return members[rng.integers(len(members), size=count)]
 
-    def _members(self) -> list[Self]:
+    def _members(self) -> list["Law"]:
         """Refits, made when first asked for."""
-        made: tuple[Problem | None, list[Self]] = getattr(self, "_made", (None, []))
+        made: tuple[Problem | None, list[Law]] = getattr(self, "_made", (None, []))
         if made[0] is not self._problem:
             made = self._made = (self._problem, _refits(self, self._problem))
         return made[1]
@@ -203,9 +203,10 @@ class Law(MixtureProposer, BaseEstimator):
         return losses[:, 0] if self.inputs_.flat else losses
 
 
-def _refits(law: Law, problem: Problem) -> list:
+def _refits(law: Law, problem: Problem) -> list[Law]:
     """Laws fitted to runs drawn with replacement."""
-    rng, members = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    members: list[Law] = []
     X, Y = problem
     while len(members) < MEMBERS:
         rows = rng.integers(len(X), size=len(X))

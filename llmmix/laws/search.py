@@ -77,9 +77,9 @@ def _newton(slope: Callable, lo, up, x, duals, mu) -> tuple[np.ndarray, np.ndarr
     return step, (residual * step).sum(1)
 
 
-def _follow(value: Callable, slope: Callable, lo, up, x, mu: float, last: float, most: int = 80):
-    """Follow the central path from x (n, k), strictly inside, as the barrier falls to `last`."""
-    x, mu = x.copy(), np.full(len(x), mu)
+def _follow(value: Callable, slope: Callable, lo, up, x, first: float, last: float, most: int = 80):
+    """Follow the central path from x (n, k), strictly inside; mu falls from `first` to `last`."""
+    x, mu = x.copy(), np.full(len(x), first)
     duals = np.stack([mu[:, None] / (x - lo), mu[:, None] / (up - x)])
 
     def merit(x, mu):
@@ -163,8 +163,8 @@ def _search_inside(value: Callable, slope: Callable, lower, upper, starts) -> tu
     steep = slopes(x)
     scale = np.median(np.abs(steep - steep.mean(1, keepdims=True))) or 1.0
     x = _follow(heights, slopes, lo, up, x, MU[0], MU[1])
-    kept = []
-    for i in np.argsort(heights(x), kind="stable"):
+    kept: list[int] = []
+    for i in np.argsort(heights(x), kind="stable").tolist():
         if len(kept) < BASINS and all(np.abs(x[i] - x[j]).max() > 0.01 for j in kept):
             kept.append(i)
     x = _follow(heights, slopes, lo, up, x[np.sort(kept)], MU[1], MU[2])
@@ -215,27 +215,28 @@ def minimize_mixture(
         A mixture at least as good, up to rounding, as every start and every corner.
 
     Raises:
-        ValueError: Starts of the wrong shape, or a law that is not finite inside the bounds.
+        ValueError: `starts` has the wrong shape, or the law is not finite inside the bounds.
     """
     lower, upper = np.asarray(lower, float), np.asarray(upper, float)
     starts = np.atleast_2d(np.asarray(starts, dtype=np.float64))
     if not starts.size or starts.shape[1:] != lower.shape:
         raise ValueError(f"`starts` must be (s, {len(lower)}), s > 0, got shape {starts.shape}.")
     known = np.vstack([project(starts, lower, upper), corners := _corners(lower, upper)])
-    scale, candidates = 1.0, []
+    scale = 1.0
+    found: list[np.ndarray] = []
     if 1e-9 < 1 - lower.sum() and upper.sum() - 1 > 1e-9:  # else a single mixture is feasible
         best = np.argsort(_values(value, corners), kind="stable")[:3]
         begin = np.vstack([known[: len(starts)], corners[best]])
         ends, scale = _search_inside(value, slope, lower, upper, begin)
-        candidates = [*_snapped(ends, lower, upper), *ends]
-    candidates = project(np.vstack([*candidates, known]), lower, upper)
+        found = [*_snapped(ends, lower, upper), *ends]
+    candidates = project(np.vstack([*found, known]), lower, upper)
     values = _values(value, candidates)
     if not np.isfinite(values.min()):
         raise ValueError(f"`value` must be finite somewhere, got {values.min()} at all candidates.")
     # Of those that differ by rounding the first at which nothing descends, so that the order of the
     # domains decides nothing, and a share that the law wants tiny is not taken for 0
     tied = values <= values.min() + 1e-14 * np.abs(values.min()) + 1e-13 * scale
-    for i in np.flatnonzero(tied):
+    for i in np.flatnonzero(tied).tolist():
         converged = _descent(slope, candidates[i], lower, upper) <= 1e-6 * scale
         if converged:
             break
@@ -264,12 +265,13 @@ def sample_mixture(
         lower: (k,).
         upper: (k,).
         prior: (k,) concentrations, token shares in RegMix; a domain at 0 stays at 0.
-        candidates: Mixtures drawn.
-        top: Mixtures averaged.
-        seed: Of the draws.
+        candidates: Number of mixtures drawn.
+        top: Number of mixtures averaged.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: A prior that no mixture within the bounds agrees with.
+        ValueError: `prior` is 0 where the bounds ask for a share, or `top` is not within the
+            number of candidates.
     """
     prior = shares_of("prior", prior, len(lower), 0.0, np.finfo(float).max, None)
     if not 1 <= top <= candidates:

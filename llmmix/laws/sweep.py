@@ -88,7 +88,10 @@ def _listed(table: Path, domains: list[str]) -> np.ndarray:
 
 def _read(table: Path) -> pd.DataFrame:
     """A table as text, so that a run 007 keeps its name; a byte-order mark is no part of it."""
-    return pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    try:
+        return pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame(columns=["run_id"])
 
 
 def finished(table: Path, run: str) -> dict[str, str] | None:

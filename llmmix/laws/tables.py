@@ -36,8 +36,8 @@ class Runs:
     """
 
     ids: list[str]
-    domains: list[str]
-    targets: list[str]
+    domains: Sequence[str]
+    targets: Sequence[str]
     mixtures: np.ndarray
     losses: np.ndarray
     notes: list[str]
@@ -103,8 +103,8 @@ def read_runs(ratios: str | Path, metrics: str | Path) -> Runs:
             f"{sums.min():.6g} and {sums.max():.6g}: they were divided by their sum."
         )
     targets, losses = _check_losses(right, targets, losses, notes)
-    domains, targets = shorten_names(columns, targets)
-    return Runs(ids, domains, targets, shares[kept], losses, notes)
+    short = shorten_names(columns, targets)
+    return Runs(ids, *short, shares[kept], losses, notes)
 
 
 def read_runs_like(runs: Runs, ratios: str | Path, metrics: str | Path) -> Runs:

@@ -83,10 +83,11 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
         notes.append(f"Losses that were not finite, at steps {shown}, are passed over.")
     begun = max(counts, default=0) // 10 if first_step is None else first_step
     kept = sorted(step for step in set(measured) - set(lost) if step >= begun)
-    spans, torn = [], 0
+    spans: list[tuple] = []
+    torn = 0
     for begin, end in zip(kept, kept[1:], strict=False):
-        drawn = [counts.get(s) for s in range(begin + 1, end + 1)]
-        if any(c is None for c in drawn) or not np.sum(drawn):
+        drawn = [counts[s] for s in range(begin + 1, end + 1) if s in counts]
+        if len(drawn) < end - begin or not np.sum(drawn):
             torn += 1
             continue
         rows = np.sum(drawn, axis=0)
@@ -118,7 +119,8 @@ def _read_record(folder: Path) -> tuple[dict, list[dict]]:
 
 def _decisions(entries: list[dict], m: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps and matrices; a plan repeats the last one until there is another."""
-    steps, matrices = [], []
+    steps: list[int] = []
+    matrices: list[np.ndarray] = []
     for entry in entries:
         if entry.get("matrix") is None:
             continue

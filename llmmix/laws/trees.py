@@ -9,6 +9,8 @@ lie apart (the jackknife over groups) the spread. Training residuals, which boos
 zero, give nothing.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.ensemble import HistGradientBoostingRegressor
@@ -134,7 +136,7 @@ class GradientBoostedLaw(Law):
         return self._predict(X) + np.einsum("cf,fnm->cnm", steps, apart)
 
 
-def _values(members: list, X: np.ndarray) -> np.ndarray:
+def _values(members: Sequence, X: np.ndarray) -> np.ndarray:
     """(n, m) of a regressor, or a number, for each target."""
     columns = [
         np.full(len(X), one) if isinstance(one, float) else one.predict(X) for one in members

@@ -43,7 +43,7 @@ def shares_of(
     vector = np.broadcast_to(vector, (k,)).copy()
     bad = ~((vector >= 0) & (vector <= most))  # true of NaN
     if bad.any():
-        which = {names[j] if names else int(j): float(vector[j]) for j in np.flatnonzero(bad)}
+        which = {names[j] if names else j: float(vector[j]) for j in np.flatnonzero(bad).tolist()}
         raise ValueError(f"`{what}` must lie in [0, {most:g}], got {which}.")
     return vector
 
@@ -97,11 +97,11 @@ def bounds_of(
     low = shares_of("lower", lower, k, 0.0, 1.0, names)
     given = high = shares_of("upper", upper, k, 1.0, 1.0, names)
     supply = _supply(k, available, tokens, max_epochs, names)
-    if supply is not None:
+    if supply is not None and tokens and max_epochs:
         high = np.minimum(given, max_epochs * supply / tokens)
     over = np.flatnonzero(low > high)
     if len(over):
-        j = over[0]
+        j = int(over[0])
         why = "." if high[j] == given[j] else f", the cap of {max_epochs:g} epochs."
         raise ValueError(
             f"`lower` of {_name(j, names)} is {low[j]:g}, above its upper bound {high[j]:g}{why} "
@@ -116,13 +116,15 @@ def bounds_of(
     return low, high
 
 
-def _name(j: int, names) -> str:
+def _name(j: int, names: Sequence[str] | None) -> str:
     return f"{names[j]!r}" if names else f"domain {j}"
 
 
 def _refuse_plan(given, high, supply, tokens, max_epochs, names):
     """Say which caps leave no mixture, and the largest run or the fewest epochs that have one."""
-    tight = ", ".join(f"{_name(j, names)} <= {high[j]:.4g}" for j in np.flatnonzero(high < given))
+    tight = ", ".join(
+        f"{_name(j, names)} <= {high[j]:.4g}" for j in np.flatnonzero(high < given).tolist()
+    )
     message = f"`max_epochs` caps the shares at a sum of {high.sum():.4g} ({tight}): "
     if given[supply > 0].sum() < 1:
         raise ValueError(message + "the domains with tokens cannot fill a run; raise `upper`.")
