@@ -46,7 +46,7 @@ class MixtureLawsArguments:
     )
     laws: list[str] = field(
         default_factory=lambda: list(LAWS),
-        metadata={"help": f"Laws that are fitted and judged. Default: {', '.join(LAWS)}."},
+        metadata={"help": f"Laws that are fitted and judged, of: {', '.join(LAWS)}."},
     )
     law: str | None = field(
         default=None,
@@ -87,7 +87,8 @@ class MixtureLawsArguments:
         default=None, metadata={"help": "Number of tokens of the run that is planned."}
     )
     max_epochs: float | None = field(
-        default=None, metadata={"help": "How often the planned run may repeat a domain at most."}
+        default=None,
+        metadata={"help": "Largest number of passes that the planned run may make over a domain."},
     )
     search: str = field(
         default="auto",

@@ -202,17 +202,7 @@ def fit_dynamics(
         )
     known = _identified(t)
     x, length = (t.shares * t.steps[:, None])[:, known], t.steps[:, None].astype(float)
-    grid = list(product(POWERS, ENDS)) if decay is None else [decay]
-
-    def score(pair):
-        g = _speed(t, *pair)
-        _, _, out = _least_squares(x, t.drops / g[:, None], ridge)
-        with np.errstate(divide="ignore"):
-            return (0.5 * np.log((out**2).mean(0)) + np.log(g).mean()).sum()
-
-    scores = [score(pair) for pair in grid] if len(grid) > 1 else [0.0]
-    # Where no interval can be left out every score is NaN, and nothing speaks for a decay
-    best = grid[int(np.argmin(np.nan_to_num(scores, nan=np.inf, neginf=-1e300)))]
+    best = _likeliest_decay(t, x, ridge) if decay is None else decay
     g = _speed(t, *best)
     y = t.drops / g[:, None]
     found, inner, out = _least_squares(x, y, ridge)
@@ -241,6 +231,21 @@ def fit_dynamics(
         residuals=out,
         null_residuals=null_out,
     )
+
+
+def _likeliest_decay(t: Trajectory, x: np.ndarray, ridge: float) -> tuple[float, float]:
+    """Power and end of g, of a grid, under which intervals left out are likeliest."""
+
+    def score(pair: tuple[float, float]) -> float:
+        g = _speed(t, *pair)
+        _, _, out = _least_squares(x, t.drops / g[:, None], ridge)
+        with np.errstate(divide="ignore"):
+            return float((0.5 * np.log((out**2).mean(0)) + np.log(g).mean()).sum())
+
+    grid = list(product(POWERS, ENDS))
+    scores = [score(pair) for pair in grid]
+    # Where no interval can be left out every score is NaN, and nothing speaks for a decay
+    return grid[int(np.argmin(np.nan_to_num(scores, nan=np.inf, neginf=-1e300)))]
 
 
 def _identified(t: Trajectory) -> np.ndarray:
