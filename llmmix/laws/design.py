@@ -74,7 +74,7 @@ def next_mixtures(
     Args:
         law: A fitted law.
         count: Number of runs to plan, done side by side.
-        objective: As of `Law.propose`, as are the bounds and the prior.
+        objective: As `Law.propose` takes it, as are the bounds and the prior.
         lower: Smallest shares.
         upper: Largest shares.
         prior: Mixture about which candidates are drawn, beside the runs' mean.
@@ -195,7 +195,7 @@ def _greedy(
         values: (draws, n) objective of each candidate under each law.
         noise: Variance of a run's objective.
         pool: (n, k) candidates.
-        count: To pick.
+        count: Number to pick.
         apart: Share by which they differ.
 
     Returns:

@@ -130,9 +130,9 @@ def assess(
 
     Args:
         folder: Folder with the `mixture.jsonl` of the run.
-        first_step: As of `read_trajectory`.
+        first_step: As `read_trajectory` takes it.
         target_weights: (m,) weights of the targets in the similarities; ones by default.
-        ridge: As of `fit_dynamics`.
+        ridge: As `fit_dynamics` takes it.
 
     Raises:
         FileNotFoundError: `folder` holds no record.

@@ -16,9 +16,9 @@ def draw_judgement(judgement: Judgement, weights: np.ndarray, law: str) -> bytes
     """A PNG of what a law predicted of runs held out: the objective first, then target by target.
 
     Args:
-        judgement: Of the law.
+        judgement: The law's judgement.
         weights: (m,) of the targets in the objective.
-        law: Its name.
+        law: Name of the law.
     """
     used = weights > 0
     parts = judgement.observed, judgement.predictions, judgement.stds
@@ -38,7 +38,7 @@ def draw_predictions(
         predicted: (n, p).
         std: (n, p) standard deviations, drawn as bars of 90 %.
         titles: p, of which the first 12 are drawn.
-        law: Its name.
+        law: Name of the law.
     """
     shown = min(len(titles), PANELS)
     columns = min(shown, 4)
@@ -138,7 +138,7 @@ def draw_transfer(predicted: np.ndarray, observed: np.ndarray, title: str) -> by
     Args:
         predicted: (n,) after the calibration.
         observed: (n,).
-        title: Of the picture.
+        title: Title of the picture.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")

@@ -39,7 +39,7 @@ class Judgement:
     """A law against n runs that it was not fitted to, of m targets; NaN for what is unknown.
 
     Attributes:
-        targets: Their m names.
+        targets: m names.
         observed: (n, m) losses.
         predictions: (n, m), each by the law fitted without the run's mixture.
         stds: (n, m) standard deviation of a new run's loss about them, as the law has it.
@@ -173,7 +173,7 @@ def as_good_as(best: str, judged: Mapping[str, Judgement | str]) -> list[str]:
 
 
 def error_difference(a: Judgement, b: Judgement) -> Interval:
-    """Mean squared standardised error of `a` less that of `b`: below 0 where `a` is better.
+    """Mean squared standardized error of `a` less that of `b`: below 0 where `a` is better.
 
     Raises:
         ValueError: `a` and `b` judge different runs.

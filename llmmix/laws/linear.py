@@ -238,7 +238,7 @@ def _solve(x: np.ndarray, z: np.ndarray, penalty: float, spent: int) -> tuple:
     Args:
         x: (n, k) design.
         z: (n,) values.
-        penalty: On b.
+        penalty: Penalty on the squares of b.
         spent: Degrees of freedom that the centre took.
 
     Returns:

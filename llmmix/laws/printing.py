@@ -172,7 +172,7 @@ def print_plan(plan: Design, domains: Sequence[str]) -> None:
 
 
 def print_curves(curves: dict[str, list[dict]]) -> None:
-    """Scores against the number of runs, by law, as `learning_curve.learning_curve` gives them."""
+    """Scores against the number of runs, by law, as `budget.learning_curve` gives them."""
     rows = [
         [law, str(point["runs"])]
         + [_pm(point[key], point[f"{key}_sd"]) for key in ("error", "spearman", "mae")]

@@ -57,7 +57,7 @@ def examine_proposal(
 
     Args:
         law: A fitted law.
-        objective: As of `Law.propose`.
+        objective: As `Law.propose` takes it.
         level: Level of the intervals.
         seed: Seed of a sampled search and of the laws drawn.
         **options: The other arguments of `Law.propose`: bounds, data, prior, method.

@@ -32,7 +32,7 @@ class Table:
 
     Args:
         argument: What the table was given as, for the messages.
-        path: Its file.
+        path: File of the table.
         header: Names of the columns.
         rows: Cells of the lines below the header.
         lines: The number of each of these lines in the file.
@@ -59,7 +59,7 @@ def load_table(argument: str, path: str | Path) -> Table:
 
     Args:
         argument: What the table was given as, for the messages.
-        path: Its file.
+        path: File of the table.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -30,7 +30,7 @@ class Found:
 
     Args:
         mixture: (k,) on the simplex and within the bounds.
-        value: Of the law there.
+        value: Value of the law there.
         converged: Gradient search: no feasible direction descends, to first order. Sampling:
             enough candidates lay within the bounds by themselves.
         at_bounds: Indices of the shares at their lower bound, zero included, or at an upper

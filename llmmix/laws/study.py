@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmmix.laws.budget import learning_curve, runs_needed
 from llmmix.laws.design import next_mixtures
 from llmmix.laws.figures import (
     draw_budget,
@@ -21,7 +22,6 @@ from llmmix.laws.figures import (
 )
 from llmmix.laws.judge import Judgement, as_good_as, best_of, compare
 from llmmix.laws.law import Law
-from llmmix.laws.learning_curve import learning_curve, runs_needed
 from llmmix.laws.printing import (
     print_by_target,
     print_curves,
@@ -46,7 +46,7 @@ class Study:
 
     Args:
         runs: The finished runs.
-        objective: As of `Law.propose`.
+        objective: As `Law.propose` takes it.
         folder: Folder for figures and tables.
         seed: Seed of the folds and of sampled searches.
         name: Name of the law that proposes, once it is adopted.
@@ -166,7 +166,7 @@ class Study:
             number: Number of the figure.
 
         Raises:
-            ValueError: They have no target in common with the law.
+            ValueError: The runs have no target in common with the law.
         """
         mixtures, losses = large.frames()
         mixtures = mixtures[[str(domain) for domain in self.runs.domains]]

@@ -139,7 +139,7 @@ def write_mixtures(path: Path, domains: Sequence[str], mixtures: np.ndarray, nam
         path: File to write.
         domains: k names.
         mixtures: (n, k) shares.
-        name: Of the runs; a number is added to it.
+        name: Name of the runs, to which a number is added.
     """
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -148,10 +148,10 @@ class Dynamics:
         errors: (m, k) standard errors; NaN without intervals to spare.
         decay: power and end of g.
         speed: (r,) g of each interval.
-        r2: In the sample, over all targets in units of each one's errors without a mixture.
-        r2_out: Of intervals left out one at a time; NaN where one is needed to fit the rest.
+        r2: R2 in the sample, over all targets in units of each one's errors without a mixture.
+        r2_out: R2 of intervals left out one at a time; NaN where one is needed to fit the rest.
         mse: Nats squared at the run's mean speed, in the sample.
-        mse_out: Likewise of intervals left out.
+        mse_out: The same of intervals left out.
         unidentified: Domains whose share hardly varied, or only with others' in lockstep.
         noise: (m, m) covariance of an interval's errors, divided by g.
         spread: (k, k) that of a row of A, in units of the noise.

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from llmmix.laws.learning_curve import learning_curve, runs_needed
+from llmmix.laws.budget import learning_curve, runs_needed
 from tests.laws.planes import PlaneLaw, plane
 
 
