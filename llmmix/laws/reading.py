@@ -99,13 +99,15 @@ def load_table(argument: str, path: str | Path) -> Table:
 
 
 def _read_csv(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
-    lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    separator = max(",;\t", key=lambda one: _count_cells(first, one))
     try:
-        # The separator is the one that cuts the header into most cells
-        separator = max(",;\t", key=lambda one: _parsed(first, one, first.count(one) + 1).shape[1])
+        # Cells in quotes may hold line ends, and a cell a lone quote: count with quotes and without
+        lines = [*text.splitlines(), *"".join(text.split('"')[::2]).splitlines()]
         width = 1 + max((line.count(separator) for line in lines), default=0)
         table = _parsed(text, separator, width)
+        if not isinstance(table.index, pd.RangeIndex):  # more cells: pandas made an index of some
+            raise pd.errors.ParserError("quotes that do not match")
     except pd.errors.ParserError as error:
         raise ValueError(f"{where} is no table: {error}. Mend its quotes.") from error
     number = 0
@@ -113,6 +115,14 @@ def _read_csv(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
         cells = [cell for cell in row if isinstance(cell, str)]  # a cell that is not there is NaN
         number += 1 + sum(cell.count("\n") for cell in cells)
         yield number, [cell.strip() for cell in cells]
+
+
+def _count_cells(header: str, separator: str) -> int:
+    """Into how many cells a separator cuts a header; none where its quotes forbid it."""
+    try:
+        return int(_parsed(header, separator, header.count(separator) + 1).notna().to_numpy().sum())
+    except pd.errors.ParserError:
+        return 0
 
 
 def _parsed(text: str, separator: str, width: int) -> pd.DataFrame:

@@ -115,6 +115,28 @@ def test_a_separator_within_quotes_is_part_of_a_name(tmp_path):
         assert read(tmp_path, ratios, metrics).domains == ["code, etc", "docs"]
 
 
+@pytest.mark.parametrize("lines", [1, 4])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_quoted_cells_are_the_same_cells(tmp_path, separator, lines):
+    tables = []
+    for text in (RATIOS, METRICS):
+        rows = [line.split(",") for line in text.splitlines()]
+        rows = [[f'"{c}"' if i < lines else c for c in row] for i, row in enumerate(rows)]
+        tables.append("\n".join(separator.join(row) for row in rows))
+    check_same(read(tmp_path, *tables))
+
+
+def test_a_quoted_cell_may_hold_line_ends_and_separators(tmp_path):
+    ratios = RATIOS.replace("first", '"one,\ntwo,\nthree,,"')
+    check_same(read(tmp_path, ratios))
+    assert "ratios.csv, line 5" in refused(tmp_path, ratios.replace("second,0.5", "second,-1"))
+
+
+@pytest.mark.parametrize("text", ['run_id,code,docs\na,"0.2"5,0.75\n', '"run_id,code\na,0.5\n'])
+def test_broken_quotes_are_refused(tmp_path, text):
+    assert "Mend its quotes" in refused(tmp_path, text)
+
+
 @pytest.mark.parametrize("change", [b"\r\n", b"\r", b"\n\n", b" \n"])
 def test_line_ends_and_blank_lines_change_nothing(tmp_path, change):
     check_same(read(tmp_path, *(t.encode().replace(b"\n", change) for t in (RATIOS, METRICS))))
