@@ -84,6 +84,11 @@ def checkpoint_id(checkpoint: str, revision: str | None = None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a file with a JSON object a line; blank lines are skipped."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
 def plain(value: Any) -> Any:
     """A document of JSON values alone, with null for what is no finite number.
 

@@ -28,9 +28,12 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
     if training_args.padding_free or training_args.packing:
-        raise ValueError("`padding_free`, `packing`: a sweep needs each domain's loss. Set no one.")
+        raise ValueError(
+            "`padding_free`, `packing`: a sweep needs each domain's loss, which these do not keep "
+            "apart. Leave both off."
+        )
     prior = training_args.sampler(train).weights
-    out = Path(training_args.output_dir)
+    out = Path(str(training_args.output_dir))
     tables = {name: out / f"{name}.csv" for name in ("ratios", "metrics")}
     mixtures = choose_mixtures(sweep_args, prior, training_args.seed, list(train))
     for number, weights in enumerate(mixtures):

@@ -22,6 +22,7 @@ import numpy as np
 from llmmix.laws.inputs import canonical_order
 from llmmix.laws.law import Law
 from llmmix.laws.simplex import nearest_run, project
+from llmmix.laws.wishes import Objective, Shares, law_bounds, prior_shares
 
 DRAWS = 400  # laws
 CANDIDATES = 2000
@@ -59,10 +60,10 @@ def next_mixtures(
     law: Law,
     count: int,
     *,
-    objective=None,
-    lower=None,
-    upper=None,
-    prior=None,
+    objective: Objective = None,
+    lower: Shares = None,
+    upper: Shares = None,
+    prior: Shares = None,
     apart: float = APART,
     draws: int = DRAWS,
     candidates: int = CANDIDATES,
@@ -71,19 +72,20 @@ def next_mixtures(
     """The mixtures whose runs would tell most about where the objective is smallest.
 
     Args:
-        law: Fitted.
-        count: Runs to plan, done side by side.
-        objective: As of `Law.propose`, as are the bounds and the prior.
+        law: A fitted law.
+        count: Number of runs to plan, done side by side.
+        objective: As `Law.propose` takes it, as are the bounds and the prior.
         lower: Smallest shares.
         upper: Largest shares.
-        prior: About which candidates are drawn, beside the runs' mean.
+        prior: Mixture about which candidates are drawn, beside the runs' mean.
         apart: Share by which each must differ from all runs and from each other.
-        draws: Laws that are asked.
-        candidates: Mixtures looked at.
-        seed: Of candidates and laws.
+        draws: Number of laws that are drawn and asked.
+        candidates: Number of mixtures looked at.
+        seed: Seed of candidates and laws.
 
     Raises:
-        ValueError: No runs to plan, bounds that leave fewer mixtures, or laws that agree.
+        ValueError: `count` is below 1, the bounds leave fewer mixtures than that, or all laws that
+            the runs leave open agree on what is best.
     """
     if not (isinstance(count, int | np.integer) and count >= 1):
         raise ValueError(f"`count` must be a whole number from 1, got {count!r}.")
@@ -94,8 +96,8 @@ def next_mixtures(
         )
     u = law.target_weights(objective)
     found = law.propose(objective, lower=lower, upper=upper, prior=prior, seed=seed)
-    centre = law.prior_shares(prior)
-    low, high = law.bounds(lower=lower, upper=upper)
+    centre = prior_shares(prior, law.inputs_)
+    low, high = law_bounds(law.inputs_, lower=lower, upper=upper)
     fixed = np.isin(law.domains_, law.unidentified_)
     # Drawn in an order of the domains that does not depend on how they came
     order = canonical_order(law.mixtures_, law.losses_)[1]
@@ -147,7 +149,8 @@ class _Simplex:
     """
 
     def __init__(self, low: np.ndarray, high: np.ndarray, fixed: np.ndarray):
-        self.low, self.high, self.decimals = low, high, None
+        self.low, self.high = low, high
+        self.decimals: int | None = None
         for decimals in DECIMALS:
             unit = 10.0**-decimals
             least = np.ceil(low / unit - 1e-6) * unit
@@ -162,13 +165,14 @@ class _Simplex:
         """Distinct mixtures near p (n, k), in its order."""
         p = project(p, self.low, self.high)
         if self.decimals is not None:
-            p = np.array([self._rounded(q) for q in project(p, self.least, self.most)])
+            scale = 10**self.decimals
+            p = np.array([self._rounded(q, scale) for q in project(p, self.least, self.most)])
         p = p[((p >= self.low - 1e-9) & (p <= self.high + 1e-9)).all(1)]
         return p[np.sort(np.unique(p, axis=0, return_index=True)[1])]
 
-    def _rounded(self, p: np.ndarray) -> np.ndarray:
-        """Largest remainders, of those that are not held."""
-        scale, free = 10**self.decimals, ~self.held
+    def _rounded(self, p: np.ndarray, scale: int) -> np.ndarray:
+        """Largest remainders, of those that are not held, in units of 1 / scale."""
+        free = ~self.held
         units = p[free] * scale
         whole = np.floor(units + 1e-6)
         total = (1 - p[self.held].sum()) * scale
@@ -191,7 +195,7 @@ def _greedy(
         values: (draws, n) objective of each candidate under each law.
         noise: Variance of a run's objective.
         pool: (n, k) candidates.
-        count: To pick.
+        count: Number to pick.
         apart: Share by which they differ.
 
     Returns:
@@ -213,7 +217,9 @@ def _greedy(
             "`law`: the laws that the runs leave open agree on what is best for `objective`: no "
             "run would teach them more. Take another objective or law, or `best_mixture`."
         )
-    picked, after, open_ = [], [], np.ones(len(pool), bool)
+    picked: list[int] = []
+    after: list[float] = []
+    open_ = np.ones(len(pool), bool)
     before = np.sqrt(variance)
     for _ in range(count):
         if not open_.any():

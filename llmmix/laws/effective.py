@@ -194,7 +194,7 @@ class EffectiveDataLaw(Law):
         self.floor_[rows] = self._mean + self._sd * floor
         self.top_[rows] = np.exp(log_top) * self._sd[:, None]
         self.power_[rows] = _softplus(power)
-        self.worth_[np.ix_(rows, range(K), columns)] = worth
+        self.worth_[np.ix_(rows, np.arange(K), columns)] = worth
         self.returns_[:, columns] = _softplus(returns)
 
     def _predict(self, X):

@@ -13,20 +13,21 @@ above the worst run as that is above the best. The ridge alone does not do: stro
 that, it forbids the steep falls that a domain's own loss has in its first percents.
 
 The problem has several minima, so it is solved from several c, with the linear fit of log(L - c) as
-the start for t; the two best are solved to the end.
+the start for t; the two best are solved to the end (`scipy.optimize.least_squares`).
 """
 
 import numpy as np
+from scipy.linalg import helmert
+from scipy.optimize import least_squares
 from scipy.stats import norm
 
 from llmmix.laws.law import Law
-from llmmix.laws.least_squares import Arrow, Posterior, Prior, Residuals, levenberg_marquardt
+from llmmix.laws.least_squares import Arrow, Posterior, Prior
 from llmmix.laws.linear import require_runs
 
 LEAST_RIDGE = 1e-10  # keeps the normal matrix invertible where the paper's fit has no answer
 NEAREST, FARTHEST = 0.05, 20.0  # starts of c below the least loss, in spreads of the losses
 FIRST, FINAL = 30, 2  # steps from each start, and starts that are solved to the end
-UNIT = 1e-3  # of the objective, in spreads: far below any residual, so that `tol` is relative
 FAR = 10.0  # spreads from the median at which a loss says nothing of the ceiling
 CAPPED = 4.0  # deviations at which a residual counts in the noise, as after a run that diverged
 NO_SHARED, NO_PRECISION = np.zeros(0), np.zeros((0, 0))
@@ -43,9 +44,9 @@ class ExponentialLaw(Law):
     Args:
         huber: Size of a residual, in the losses' units, beyond which it counts linearly. None:
             least squares.
-        ridge: On t. 0: the paper's fit, with neither ridge nor ceiling.
-        starts: Values of c to start from.
-        max_iter: Steps of the last fits.
+        ridge: Ridge on t. 0: the paper's fit, with neither ridge nor ceiling.
+        starts: Number of values of c to start from.
+        max_iter: Largest number of evaluations in each of the last fits.
         tol: Relative fall of the objective at which a fit has converged.
 
     After `fit`, beside what `Law` lists, by the caller's targets and domains, NaN where not fitted:
@@ -69,7 +70,7 @@ class ExponentialLaw(Law):
         self.max_iter = max_iter
         self.tol = tol
 
-    def _fit(self, X, Y):
+    def _fit(self, X: np.ndarray, Y: np.ndarray) -> np.ndarray:
         if self.huber is not None and not self.huber > 0:
             raise ValueError(f"`huber` must be above 0, or None, got {self.huber!r}.")
         if not (np.isfinite(self.ridge) and self.ridge >= 0):
@@ -154,34 +155,35 @@ class _Target:
     """The fit to x (n, k) about the centre and y (n,) of one target; `vertices` (k, k) likewise."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, vertices: np.ndarray, law: ExponentialLaw):
-        n, k = x.shape
-        self.x, self.y, self.tol = x, y, law.tol
+        k = x.shape[1]
+        # A number added to all t changes nothing but the ridge, which is least where their sum is
+        # 0: t is sought among those, in k - 1 numbers
+        self.basis = helmert(k)
+        self.x, self.y, self.tol = x @ self.basis.T, y, law.tol
         self.bounded = y.min() > 0
         self.spread = _spread_of(y)
-        self.unit = UNIT * self.spread
         self.least = np.quantile(y, 0.02)
         top = min(y.max(), np.median(y) + FAR * self.spread)
         self.ceiling = top + (top - self.least)
         ridge = np.array([LEAST_RIDGE] * 2 + [max(law.ridge, LEAST_RIDGE)] * k)
         self.precision = np.diag(2 * self.spread**2 * ridge)
-        self.vertices = vertices if law.ridge else vertices[:0]
-        above = np.zeros(len(self.vertices))
-        self.residuals = Residuals(np.append(y, above)[:, None], np.array([self.unit]), None)
-        if law.huber is not None:
-            self.residuals.huber = np.append(np.full(n, law.huber / self.unit), above + np.inf)
+        self.root = np.sqrt(2 * ridge[:-1])
+        self.vertices = (vertices if law.ridge else vertices[:0]) @ self.basis.T
+        self.bend = np.inf if law.huber is None else law.huber / self.spread
 
     def solve(self, starts: int, steps: int) -> tuple[np.ndarray, bool, bool]:
         """The parameters (2 + k,), whether c is free, and whether the fit converged."""
         tried = [self._descend(theta, FIRST) for theta in self._starts(starts)]
         tried.sort(key=lambda found: found[0])
         tried = [self._descend(found[1], steps) for found in tried[:FINAL]]
-        return min(tried, key=lambda found: found[0])[1:]
+        _, theta, free, converged = min(tried, key=lambda found: found[0])
+        return np.append(theta[:2], theta[2:] @ self.basis), free, converged
 
     def _starts(self, count: int) -> list[np.ndarray]:
         """Start c from near the least loss down; log k and t from the fit of log(y - c)."""
         gaps = self.spread * np.geomspace(NEAREST, FARTHEST, count)
         gaps = np.unique(np.minimum(gaps, self.least) if self.bounded else gaps)
-        root = np.diag(np.sqrt(self.precision.diagonal()[1:]))
+        root = np.diag(self.spread * self.root[1:])
         starts = []
         for gap in gaps:
             e = np.maximum(self.y - self.least + gap, gap / 2)
@@ -194,41 +196,54 @@ class _Target:
 
     def _descend(self, theta: np.ndarray, steps: int) -> tuple[float, np.ndarray, bool, bool]:
         """The objective, the parameters, whether c is free, and whether it converged."""
-        value, theta, converged = self._free_descend(theta, True, steps)
-        if not self.bounded or theta[0] >= 0:
-            return value, theta, True, converged
-        # The bound holds: c = 0 is the best that it allows
-        theta[:2] = 0.0, np.log(max(np.exp(theta[1]) + theta[0], self.spread))
-        value, theta, converged = self._free_descend(theta, False, steps)
-        return value, theta, False, converged
-
-    def _free_descend(self, theta, free, steps):
-        mean = np.append(theta[:2], np.zeros(len(theta) - 2))[None]
-        prior = Prior(mean, self.precision / self.unit**2, NO_SHARED, NO_PRECISION)
-        found, _, value, converged = levenberg_marquardt(
-            lambda theta, shared, derivatives: self._curve(theta, free, derivatives),
-            theta[None],
-            NO_SHARED,
-            self.residuals,
-            prior,
-            max_iter=steps,
-            tol=self.tol,
+        least = np.full(len(theta), -np.inf)
+        least[0] = 0.0 if self.bounded else -np.inf
+        mean = np.append(theta[:2], np.zeros(len(theta) - 2))
+        found = least_squares(
+            lambda theta: self._residuals(theta, mean),
+            np.maximum(theta, least),
+            self._derivatives,
+            bounds=(least, np.inf),
+            method="dogbox",  # the one that can end on the bound c = 0
+            x_scale="jac",
+            loss=self._rho,
+            ftol=self.tol,
+            gtol=None,
+            max_nfev=steps,
         )
-        return value, found[0], converged
+        return found.cost, found.x, found.x[0] > least[0], found.status > 0
 
-    def _curve(self, theta: np.ndarray, free: bool, derivatives: bool):
-        """The law at the runs and then, by how much the vertices are above the ceiling."""
-        room = max(self.ceiling - theta[0, 0], 1e-3 * self.spread)
-        over = theta[0, 1] + self.vertices @ theta[0, 2:] - np.log(room)
-        above = self.spread * np.maximum(over, 0)[None]
-        runs = _curve(theta, self.x[None], np.array([free]), derivatives)
-        if not derivatives:
-            return np.hstack([runs, above])
-        J = np.empty((1, len(over), theta.shape[1]))
-        J[0, :, 0], J[0, :, 1], J[0, :, 2:] = free / room, 1, self.vertices
-        J *= self.spread * (over > 0)[None, :, None]
-        values = np.hstack([runs[0], above])
-        return values, np.hstack([runs[1], J]), np.zeros((*values.shape, 0))
+    def _rho(self, squares: np.ndarray) -> np.ndarray:
+        """Huber's loss of the runs' squared residuals, and the squares of all others."""
+        rho = np.stack([squares, np.ones_like(squares), np.zeros_like(squares)])
+        far = np.flatnonzero(squares[: len(self.y)] > self.bend**2)
+        z = squares[far]
+        root = np.sqrt(z)
+        rho[:, far] = (
+            (2 * root - self.bend) * self.bend,
+            self.bend / root,
+            -0.5 * self.bend / (root * z),
+        )
+        return rho
+
+    def _over(self, theta: np.ndarray) -> tuple[np.ndarray, float]:
+        """Log of each vertex's height above c over the ceiling's, and the ceiling's height."""
+        room = max(self.ceiling - theta[0], 1e-3 * self.spread)
+        return theta[1] + self.vertices @ theta[2:] - np.log(room), room
+
+    def _residuals(self, theta: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Residuals of the runs in spreads, of the vertices above the ceiling, and of the ridge."""
+        with np.errstate(over="ignore"):
+            runs = theta[0] + np.exp(theta[1] + self.x @ theta[2:]) - self.y
+        above = np.maximum(self._over(theta)[0], 0)
+        return np.concatenate([runs / self.spread, above, self.root * (theta - mean)])
+
+    def _derivatives(self, theta: np.ndarray) -> np.ndarray:
+        e = np.exp(theta[1] + self.x @ theta[2:])[:, None]
+        over, room = self._over(theta)
+        runs = np.hstack([np.ones_like(e), e, e * self.x]) / self.spread
+        above = np.column_stack([np.full_like(over, 1 / room), np.ones_like(over), self.vertices])
+        return np.vstack([runs, above * (over > 0)[:, None], np.diag(self.root)])
 
 
 def _curve(theta: np.ndarray, x: np.ndarray, free: np.ndarray, derivatives: bool):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
 from llmmix.laws.trajectory import Dynamics, Trajectory, fit_dynamics, mean_r2, read_trajectory
@@ -17,22 +18,24 @@ from llmmix.laws.trajectory import Dynamics, Trajectory, fit_dynamics, mean_r2, 
 RESAMPLES = 2000  # of the fitted column sums, for the similarity's interval
 
 
-def similarity(implied, fitted, target_weights=None) -> float:
+def similarity(
+    implied: ArrayLike, fitted: ArrayLike, target_weights: ArrayLike | None = None
+) -> float:
     """How alike two matrices' column sums are: 1/2 cosine + 1/2 Spearman.
 
     Of 2 domains the Spearman part is 1 or -1; positive sums have a cosine near 1 whatever they are,
     so compare it with what shuffled domains have (`Fidelity.chance`).
 
     Args:
-        implied: (m, k) of a method.
-        fitted: (m, k) of the run.
+        implied: (m, k) matrix of a method.
+        fitted: (m, k) matrix fitted to the run.
         target_weights: (m,) weights of the rows; ones by default.
 
     Returns:
         Between -1 and 1; NaN where either has the same sum in every column, which ranks nothing.
 
     Raises:
-        ValueError: Shapes that differ, or entries that are not finite.
+        ValueError: The shapes differ, or an entry is not finite.
     """
     implied, fitted = np.asarray(implied, dtype=float), np.asarray(fitted, dtype=float)
     if implied.ndim != 2 or implied.shape != fitted.shape:
@@ -77,22 +80,22 @@ class Fidelity:
     itself; what the method foretold of intervals after its decisions (`implied_r2`) does not.
 
     Args:
-        method: Its class.
-        intervals: Between two measurements.
-        decisions: Matrices that differ from the one before.
+        method: Class of the method.
+        intervals: Number of intervals between two measurements.
+        decisions: Number of matrices that differ from the one before.
         fitted: The law fitted to the run.
         similarity: Mean over the decisions; this and what follows: NaN without a matrix.
-        similarity_of_mean: Of the mean of the matrices, each of size 1.
-        similarity_of_last: Of the last one.
-        interval: Between which 90 % of `similarity_of_mean` lie, as the fitted errors go.
+        similarity_of_mean: Similarity of the mean of the matrices, each of size 1.
+        similarity_of_last: Similarity of the last matrix.
+        interval: 90 % interval of `similarity_of_mean`, from the errors of the fitted matrix.
         chance: Mean of `similarity_of_mean` over all permutations of the domains.
         scale: b of drop / g = b (A x) / |A|, A the last matrix known, over the `foretold`
             intervals. |A|, its size, is the root of the sum of squares.
-        foretold: Intervals that began with a matrix known.
-        implied_r2: Of b A x there, b from the other intervals, against no mixture.
-        fitted_r2: Of the fitted law on the same intervals, each left out.
-        implied_mse: As `Dynamics.mse_out`.
-        fitted_mse: Likewise.
+        foretold: Number of intervals that began with a matrix known.
+        implied_r2: R2 of b A x there, b from the other intervals, against no mixture.
+        fitted_r2: R2 of the fitted law on the same intervals, each left out.
+        implied_mse: Mean squared error of b A x there, as `Dynamics.mse_out`.
+        fitted_mse: Mean squared error of the fitted law there.
         unidentified: Domains of which the run says nothing; no similarity counts them.
         notes: What to mind.
     """
@@ -117,19 +120,23 @@ class Fidelity:
 
 
 def assess(
-    folder: str | Path, *, first_step: int | None = None, target_weights=None, ridge: float = 0.0
+    folder: str | Path,
+    *,
+    first_step: int | None = None,
+    target_weights: ArrayLike | None = None,
+    ridge: float = 0.0,
 ) -> Fidelity:
     """The fidelity of a mixture run's method.
 
     Args:
-        folder: With the `mixture.jsonl` of the run.
-        first_step: As of `read_trajectory`.
+        folder: Folder with the `mixture.jsonl` of the run.
+        first_step: As `read_trajectory` takes it.
         target_weights: (m,) weights of the targets in the similarities; ones by default.
-        ridge: As of `fit_dynamics`.
+        ridge: As `fit_dynamics` takes it.
 
     Raises:
-        FileNotFoundError: No record.
-        ValueError: Too little of it, or shares that never vary.
+        FileNotFoundError: `folder` holds no record.
+        ValueError: The record holds too few measurements, or the shares never vary.
     """
     t = read_trajectory(folder, first_step)
     u = _weights(target_weights, len(t.targets))
@@ -140,7 +147,7 @@ def assess(
     size = np.sqrt((matrices**2).sum((1, 2), keepdims=True))
     matrices = matrices / np.where(size > 0, size, 1.0)
     known = ~np.isnan(fitted.spread.diagonal())
-    a, sums = (u @ fitted.matrix.values)[known], (u @ matrices)[:, known]
+    a, sums = (u @ fitted.matrix)[known], (u @ matrices)[:, known]
     each = np.array([_alike(a, b) for b in sums])
     mean = sums.mean(0) if len(sums) else np.full(known.sum(), np.nan)
     told = _foretell(t, fitted, decided, matrices)

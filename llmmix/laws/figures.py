@@ -1,14 +1,36 @@
 """Pictures of a mixture law: how it predicts, what moves what, and what it proposes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.stats import norm
 
 from llmmix.figures import COLOURS, png, pyplot
+from llmmix.laws.accuracy import weighted
+from llmmix.laws.judge import Judgement
 
 PANELS = 12  # of predicted against observed
 
 
-def draw_predictions(observed, predicted, std, titles: list[str], law: str) -> bytes:
+def draw_judgement(judgement: Judgement, weights: np.ndarray, law: str) -> bytes:
+    """A PNG of what a law predicted of runs held out: the objective first, then target by target.
+
+    Args:
+        judgement: The law's judgement.
+        weights: (m,) of the targets in the objective.
+        law: Name of the law.
+    """
+    used = weights > 0
+    parts = judgement.observed, judgement.predictions, judgement.stds
+    observed, predicted, stds = (np.column_stack([weighted(part, weights), part]) for part in parts)
+    stds[:, 0] = np.sqrt((judgement.stds[:, used] ** 2) @ weights[used] ** 2)
+    titles = ["objective", *map(str, judgement.targets)]
+    return draw_predictions(observed, predicted, stds, titles, law)
+
+
+def draw_predictions(
+    observed: np.ndarray, predicted: np.ndarray, std: np.ndarray, titles: list[str], law: str
+) -> bytes:
     """A PNG of held-out predictions against what was observed, a panel a target.
 
     Args:
@@ -16,7 +38,7 @@ def draw_predictions(observed, predicted, std, titles: list[str], law: str) -> b
         predicted: (n, p).
         std: (n, p) standard deviations, drawn as bars of 90 %.
         titles: p, of which the first 12 are drawn.
-        law: Its name.
+        law: Name of the law.
     """
     shown = min(len(titles), PANELS)
     columns = min(shown, 4)
@@ -39,7 +61,9 @@ def draw_predictions(observed, predicted, std, titles: list[str], law: str) -> b
     return png(figure)
 
 
-def draw_effects(changes, domains: list[str], targets: list[str], moved: float) -> bytes:
+def draw_effects(
+    changes: np.ndarray, domains: Sequence[str], targets: Sequence[str], moved: float
+) -> bytes:
     """A PNG of a matrix: what moving a part of the mixture to a domain does to each loss.
 
     Args:
@@ -67,7 +91,7 @@ def draw_effects(changes, domains: list[str], targets: list[str], moved: float) 
     return png(figure)
 
 
-def draw_mixtures(mixtures: dict[str, np.ndarray], domains: list[str]) -> bytes:
+def draw_mixtures(mixtures: dict[str, np.ndarray], domains: Sequence[str]) -> bytes:
     """A PNG of mixtures side by side, a group of bars a domain, the first mixture's largest first.
 
     Args:
@@ -108,13 +132,13 @@ def draw_budget(curves: dict[str, list[dict]]) -> bytes:
     return png(figure)
 
 
-def draw_transfer(predicted, observed, title: str) -> bytes:
+def draw_transfer(predicted: np.ndarray, observed: np.ndarray, title: str) -> bytes:
     """A PNG of other models' objective against the law's, calibrated to them.
 
     Args:
         predicted: (n,) after the calibration.
         observed: (n,).
-        title: Of the picture.
+        title: Title of the picture.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")

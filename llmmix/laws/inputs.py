@@ -1,14 +1,142 @@
 """What a law is fitted to, checked: shares on the simplex and losses, with the names of both."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 TOLERANCE = 1e-3  # by which shares may miss a sum of one
 ROUNDING = 5e-3  # and by which those may that were written with three decimals or more
 
 
-def check_mixtures(values, names=None, argument: str = "mixtures") -> np.ndarray:
+class Problem(NamedTuple):
+    """What is fitted: shares of the domains that vary, losses of the targets that do."""
+
+    mixtures: np.ndarray  # (n, k)
+    losses: np.ndarray  # (n, m), NaN where missing
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The runs behind a law, checked, and what of them can be fitted.
+
+    Args:
+        domains: Names, those of a data frame's columns, else 0, 1, ...
+        targets: Names, likewise.
+        mixtures: (n, k) shares.
+        losses: (n, m), NaN where missing.
+        flat: Whether the losses came as (n,).
+        runs: (n,) indices of the runs in the order of the fit (`canonical_order`).
+        varied: Indices of the domains whose share varied, in the order of the fit.
+        moving: Indices of the targets whose loss varied, likewise.
+    """
+
+    domains: list
+    targets: list
+    mixtures: np.ndarray
+    losses: np.ndarray
+    flat: bool
+    runs: np.ndarray
+    varied: np.ndarray
+    moving: np.ndarray
+
+    @property
+    def problem(self) -> Problem:
+        """The runs as they are fitted: without what never varied, in the order of the fit."""
+        X = self.mixtures[np.ix_(self.runs, self.varied)]
+        return Problem(X, self.losses[np.ix_(self.runs, self.moving)])
+
+    @property
+    def fixed(self) -> np.ndarray:
+        """(k,) whether all runs gave the domain the same share."""
+        return ~np.isin(np.arange(len(self.domains)), self.varied)
+
+    @property
+    def unidentified(self) -> list:
+        """Names of the domains whose share never varied."""
+        return [self.domains[j] for j in np.flatnonzero(self.fixed)]
+
+    @property
+    def constant(self) -> list:
+        """Names of the targets whose loss never varied."""
+        return [name for i, name in enumerate(self.targets) if i not in self.moving]
+
+    def check(self, mixtures: ArrayLike) -> np.ndarray:
+        """(n, k) shares of mixtures that are asked about.
+
+        Raises:
+            ValueError: `mixtures` are no shares, or of other domains than the runs.
+        """
+        X = check_mixtures(mixtures)
+        if X.shape[1] != len(self.domains):
+            raise ValueError(f"`mixtures` must have {len(self.domains)} domains, got {X.shape[1]}.")
+        names = column_names(mixtures)
+        if names and names != [str(name) for name in self.domains]:
+            raise ValueError(
+                f"`mixtures` has the domains {names}, the law was fitted to {self.domains}."
+            )
+        return X
+
+
+def check_inputs(mixtures: ArrayLike, losses: ArrayLike) -> Inputs:
+    """Finished runs, checked for a fit.
+
+    Args:
+        mixtures: (n, k) shares.
+        losses: (n, m), or (n,) of a single target.
+
+    Raises:
+        ValueError: Shares or losses that are not valid, or no two runs with different mixtures.
+    """
+    domains, targets = column_names(mixtures), column_names(losses)
+    X = check_mixtures(mixtures, domains)
+    Y = check_losses(losses, len(X), targets)
+    varied = np.ptp(X, 0) > 1e-9
+    if not varied.any():
+        why = "there is one domain" if X.shape[1] == 1 else f"all {len(X)} have the same"
+        raise ValueError(f"`mixtures`: no two runs differ in their mixture: {why}. Add runs.")
+    moving = np.nanmax(Y, 0) - np.nanmin(Y, 0) > 1e-12 * np.abs(np.nanmax(Y, 0))
+    shared, lost = np.flatnonzero(varied), np.flatnonzero(moving)
+    runs, inner, outer = canonical_order(X[:, shared], Y[:, lost])
+    return Inputs(
+        domains=domains or list(range(X.shape[1])),
+        targets=targets or list(range(Y.shape[1])),
+        mixtures=X,
+        losses=Y,
+        flat=np.ndim(losses) == 1,
+        runs=runs,
+        varied=shared[inner],
+        moving=lost[outer],
+    )
+
+
+def column_names(table: Any) -> list[str] | None:
+    """A data frame's column names as text; None of what has no columns.
+
+    Raises:
+        ValueError: Two columns have the same name.
+    """
+    columns = getattr(table, "columns", None)
+    if columns is None:
+        return None
+    names = [str(name) for name in columns]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"A table has two columns {listed(twice)}: name each once.")
+    return names
+
+
+def listed(names: Sequence, most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def check_mixtures(
+    values: ArrayLike, names: Sequence | None = None, argument: str = "mixtures"
+) -> np.ndarray:
     """Shares as float64, every row scaled to a sum of one.
 
     Args:
@@ -21,7 +149,8 @@ def check_mixtures(values, names=None, argument: str = "mixtures") -> np.ndarray
         (n, k), a copy.
 
     Raises:
-        ValueError: No numbers, no rows, a negative or missing share, or a sum that is not one.
+        ValueError: `values` holds no numbers, no rows, a negative or missing share, or a row whose
+            sum is not one.
     """
     if hasattr(values, "index") and hasattr(values, "to_dict") and np.ndim(values) == 1:
         raise ValueError(f"`{argument}` must be an array or a data frame, got a series.")
@@ -40,7 +169,7 @@ def check_mixtures(values, names=None, argument: str = "mixtures") -> np.ndarray
     bad = ~np.isfinite(shares) | (shares < 0)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        domain = column if names is None else names[column]
+        domain = column if names is None else names[int(column)]
         raise ValueError(
             f"`{argument}`: run {row} has a share of {shares[row, column]} of domain {domain}; "
             f"shares lie between 0 and 1."
@@ -65,7 +194,7 @@ def _tolerance(shares: np.ndarray) -> float:
     return TOLERANCE + 1e-9
 
 
-def check_losses(values, runs: int, names=None) -> np.ndarray:
+def check_losses(values: ArrayLike, runs: int, names: Sequence | None = None) -> np.ndarray:
     """Losses as float64, NaN where a run has none.
 
     Args:
@@ -77,7 +206,7 @@ def check_losses(values, runs: int, names=None) -> np.ndarray:
         (n, m), a copy.
 
     Raises:
-        ValueError: No numbers, another number of runs, or a target without a single loss.
+        ValueError: `values` holds no numbers, another number of runs, or a target without a loss.
     """
     try:
         losses = np.array(values, dtype=np.float64)
@@ -96,13 +225,13 @@ def check_losses(values, runs: int, names=None) -> np.ndarray:
     losses[~np.isfinite(losses)] = np.nan
     empty = np.flatnonzero(np.isnan(losses).all(0))
     if len(empty):
-        named = [str(j if names is None else names[j]) for j in empty]
+        named = [str(j if names is None else names[j]) for j in empty.tolist()]
         raise ValueError(f"`losses`: no run has a loss of {', '.join(named)}. Leave it out.")
     return losses
 
 
-def by_name(given):
-    """A mapping or a pandas series as a dictionary by text; what is none as it is."""
+def by_name(given: Any) -> Any:
+    """A mapping or a pandas series as a dictionary by text; anything else unchanged."""
     if isinstance(given, Mapping) or (hasattr(given, "to_dict") and hasattr(given, "index")):
         return {str(name): number for name, number in dict(given).items()}
     return given

@@ -11,12 +11,13 @@ cannot: 13 targets of 39 parameters and 34 shared ones on 512 runs take a second
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 # (theta (m, P), shared (S,), whether with derivatives) -> values (m, n) or
 # values, their derivatives in theta (m, n, P) and in shared (m, n, S)
-Curve = Callable[[np.ndarray, np.ndarray, bool], tuple | np.ndarray]
+Curve = Callable[[np.ndarray, np.ndarray, bool], Any]
 LARGEST = 3.0  # step of a parameter: most are logarithms
 
 
@@ -29,7 +30,7 @@ class Prior:
     shared: np.ndarray  # (S,)
     shared_precision: np.ndarray  # (S, S)
 
-    def terms(self, theta, shared) -> tuple[float, np.ndarray, np.ndarray]:
+    def terms(self, theta: np.ndarray, shared: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """Minus its logarithm, and its gradients."""
         d, e = theta - self.theta, shared - self.shared
         slope, shared_slope = d @ self.precision, self.shared_precision @ e
@@ -58,7 +59,14 @@ class Residuals:
 class Arrow:
     """The normal matrix: blocks (m, P, P), borders (m, P, S), corner (S, S)."""
 
-    def __init__(self, J, Js, weights, scale, prior: Prior):
+    def __init__(
+        self,
+        J: np.ndarray,
+        Js: np.ndarray,
+        weights: np.ndarray,
+        scale: np.ndarray,
+        prior: Prior,
+    ):
         root = (np.sqrt(weights) * scale)[:, :, None]
         A, B = J * root, Js * root
         At = A.transpose(0, 2, 1)
@@ -66,7 +74,7 @@ class Arrow:
         self.border = At @ B
         self.corner = (B.transpose(0, 2, 1) @ B).sum(0) + prior.shared_precision
 
-    def solve(self, g, gs, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, g: np.ndarray, gs: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
         """The damped step against gradients g (m, P) and gs (S,)."""
         i = np.arange(self.blocks.shape[1])
         blocks = self.blocks.copy()
@@ -88,14 +96,16 @@ class Posterior:
         corner = arrow.corner - (arrow.border.transpose(0, 2, 1) @ self.through).sum(0)
         self.corner_chol = np.linalg.cholesky(corner)
 
-    def variance(self, J, Js) -> np.ndarray:
+    def variance(self, J: np.ndarray, Js: np.ndarray) -> np.ndarray:
         """(m, n) variance of values with the derivatives J (m, n, P) and Js (m, n, S)."""
         own = np.linalg.solve(self.chol, J.transpose(0, 2, 1))
         border = (Js - J @ self.through).transpose(0, 2, 1)
         shared = np.linalg.solve(self.corner_chol, border) if border.size else border
         return (own**2).sum(1) + (shared**2).sum(1)
 
-    def draws(self, J, Js, count: int, rng: np.random.Generator) -> np.ndarray:
+    def draws(
+        self, J: np.ndarray, Js: np.ndarray, count: int, rng: np.random.Generator
+    ) -> np.ndarray:
         """(count, m, n) deviations of the values, linear in those of the parameters."""
         m, P, S = self.through.shape
         shared = np.linalg.solve(self.corner_chol.T, rng.standard_normal((S, count)))
@@ -117,11 +127,11 @@ def levenberg_marquardt(
 
     Args:
         curve: The law at the runs.
-        theta: Where to start.
-        shared: Where to start.
-        residuals: The losses.
-        prior: Of the parameters.
-        max_iter: Steps at most.
+        theta: Parameters to start from.
+        shared: Shared parameters to start from.
+        residuals: The losses and their weights.
+        prior: Prior of the parameters.
+        max_iter: Largest number of steps.
         tol: Relative fall of the objective below which it has converged.
 
     Returns:

@@ -12,7 +12,10 @@ Directions in which the runs do not differ are not called known: there the sprea
 slopes that were found are large.
 """
 
+from typing import Self
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llmmix.laws.law import Law
 
@@ -27,9 +30,13 @@ class _LeastSquares(Law):
     """
 
     centred = True
-    penalty = 0.0  # on the slopes, against their sum of squared residuals
 
-    def fit(self, mixtures, losses) -> "_LeastSquares":
+    @property
+    def penalty(self) -> float:
+        """Penalty on the squares of the slopes, against the sum of squared residuals."""
+        return 0.0
+
+    def fit(self, mixtures: ArrayLike, losses: ArrayLike) -> Self:
         """Fit to finished runs; see `Law.fit`."""
         super().fit(mixtures, losses)
         self._publish()
@@ -174,7 +181,7 @@ class LinearDynamicLaw(_LeastSquares):
     def __init__(self, ridge: float = 0.0):
         self.ridge = ridge
 
-    def fit(self, mixtures, changes) -> "LinearDynamicLaw":
+    def fit(self, mixtures: ArrayLike, changes: ArrayLike) -> Self:
         """Fit to rounds.
 
         Args:
@@ -182,7 +189,8 @@ class LinearDynamicLaw(_LeastSquares):
             changes: (n, m), or (n,) of a single target: loss after the round minus loss before it.
 
         Raises:
-            ValueError: Shares or changes that are none, a ridge below 0, or too few rounds.
+            ValueError: Shares or changes are not valid, `ridge` is below 0, or the rounds are too
+                few.
         """
         if not (np.isfinite(self.ridge) and self.ridge >= 0):
             raise ValueError(f"`ridge` must be 0 or more, got {self.ridge!r}.")
@@ -207,11 +215,11 @@ def require_runs(law: Law, Y: np.ndarray, needed: int, parameters: int) -> None:
     Args:
         law: For the message.
         Y: (n, m) losses as fitted, NaN where missing.
-        needed: Runs.
-        parameters: Of a target, for the message.
+        needed: Number of runs.
+        parameters: Number of a target's parameters, for the message.
 
     Raises:
-        ValueError: Fewer.
+        ValueError: A target has fewer runs than `needed`.
     """
     runs = np.isfinite(Y).sum(0)
     short = int(runs.argmin())
@@ -230,7 +238,7 @@ def _solve(x: np.ndarray, z: np.ndarray, penalty: float, spent: int) -> tuple:
     Args:
         x: (n, k) design.
         z: (n,) values.
-        penalty: On b.
+        penalty: Penalty on the squares of b.
         spent: Degrees of freedom that the centre took.
 
     Returns:

@@ -2,11 +2,26 @@
 
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
+from llmmix.laws.design import Design
+from llmmix.laws.fidelity import Fidelity
+from llmmix.laws.judge import Judgement
+from llmmix.laws.proposal import Proposal
+from llmmix.laws.tables import Runs
+from llmmix.laws.transfer import Transfer
 
-def print_judged(judged: dict, levels) -> None:
+
+def print_runs(runs: Runs) -> None:
+    """How many runs there are, their domains, and what to mind."""
+    print(f"{len(runs.ids)} runs of {len(runs.domains)} domains: {', '.join(runs.domains)}.")
+    for note in runs.notes:
+        print(f"Note: {note}")
+
+
+def print_judged(judged: dict[str, Judgement | str], levels: Sequence[float]) -> None:
     """Laws against each other, as `judge.compare` gives them, with coverage at the levels."""
     title = "Held-out runs: error over all targets (1: as the mean); the objective"
     head = ["law", "error", "rank corr.", "MAE, nats", "regret"]
@@ -30,7 +45,7 @@ def print_judged(judged: dict, levels) -> None:
             print(f"Note: {name}: {problem}")
 
 
-def print_by_target(judged: dict) -> None:
+def print_by_target(judged: dict[str, Judgement | str]) -> None:
     """The same laws, target by target."""
     known = {name: found for name, found in judged.items() if not isinstance(found, str)}
     targets = next(iter(known.values())).targets
@@ -42,7 +57,9 @@ def print_by_target(judged: dict) -> None:
     print_table("By target: MAE in nats, and rank correlation in %", ["target", *known], rows)
 
 
-def print_proposal(name: str, found, runs, shown: dict, level: float) -> None:
+def print_proposal(
+    name: str, found: Proposal, runs: Runs, shown: dict[str, np.ndarray], level: float
+) -> None:
     """A `proposal.Proposal`: shares beside other mixtures', losses, and how far to trust it."""
     rows = [
         [domain, *(f"{shares[j]:.3f}" for shares in shown.values())]
@@ -74,7 +91,7 @@ def print_proposal(name: str, found, runs, shown: dict, level: float) -> None:
         print("Note: the search did not converge: the proposal may be short of the law's best.")
 
 
-def print_transfers(name: str, found: dict) -> None:
+def print_transfers(name: str, found: dict[str, Transfer]) -> None:
     """Laws on the runs of other models, as `transfer.judge_transfer` judges each."""
     rows = []
     for law, one in found.items():
@@ -91,7 +108,7 @@ def print_transfers(name: str, found: dict) -> None:
     print_table(f"Laws on the runs of {name}", head, rows)
 
 
-def print_transfer(law: str, found) -> None:
+def print_transfer(law: str, found: Transfer) -> None:
     """A law on the runs of other models, target by target, and after calibration on a few."""
     rows = [
         [str(name)]
@@ -129,7 +146,7 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def _mixture(shares, domains: list[str], most: int = 5) -> str:
+def _mixture(shares: np.ndarray, domains: Sequence[str], most: int = 5) -> str:
     """The largest shares in words."""
     order = [j for j in np.argsort(-shares, kind="stable") if shares[j] > 0]
     named = " ".join(f"{domains[j]} {shares[j]:.3f}" for j in order[:most])
@@ -140,7 +157,7 @@ def _pm(value: float, sd: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f} +- {sd:.3f}"
 
 
-def print_plan(plan, domains: list[str]) -> None:
+def print_plan(plan: Design, domains: Sequence[str]) -> None:
     """Mixtures to run next, as `design.next_mixtures` gives them."""
     rows = [
         [str(i + 1), _mixture(p, domains), f"{plan.expected[i]:.4f} +- {plan.std[i]:.4f}"]
@@ -154,8 +171,8 @@ def print_plan(plan, domains: list[str]) -> None:
         print(f"Note: {note}")
 
 
-def print_curves(curves: dict) -> None:
-    """Scores against the number of runs, by law, as `judge.learning_curve` gives them."""
+def print_curves(curves: dict[str, list[dict]]) -> None:
+    """Scores against the number of runs, by law, as `budget.learning_curve` gives them."""
     rows = [
         [law, str(point["runs"])]
         + [_pm(point[key], point[f"{key}_sd"]) for key in ("error", "spearman", "mae")]
@@ -166,7 +183,7 @@ def print_curves(curves: dict) -> None:
     print_table("What fewer runs tell", head, rows)
 
 
-def print_fidelity(found, folder: str) -> None:
+def print_fidelity(found: Fidelity, folder: str) -> None:
     """How true a method's law was to a run, as `fidelity.assess` gives it."""
     rows = [
         ["likeness of the method's matrix to the fitted one", f"{found.similarity_of_mean:.3f}"],

@@ -1,12 +1,14 @@
 """A mixture that a law proposes, beside the runs: what it promises, and how far it ventures."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from llmmix.laws.law import Law
 from llmmix.laws.search import Found
 from llmmix.laws.simplex import hull_distance, nearest_run, typical_spacing
+from llmmix.laws.wishes import Objective
 
 DRAWS = 400  # laws that the runs leave open, asked whether the proposal is better
 
@@ -17,17 +19,17 @@ class Proposal:
 
     Args:
         mixture: (k,).
-        objective: Of the law there.
-        losses: (m,) of the law there.
-        low: (m,) between which and
-        high: a run's losses lie, at the level asked for.
+        objective: The law's objective there.
+        losses: (m,) the law's losses there.
+        low: (m,) lower end of the interval of a run's losses, at the level asked for.
+        high: (m,) upper end of it.
         found: How it was found.
         best_run: Index of the run whose observed objective is smallest.
         best_observed: That objective.
         best_predicted: What the law says of it: the law's own error there.
         better: Part of the laws that the runs leave open under which the proposal beats that run.
         nearest_run: Index of the run nearest to the proposal.
-        distance: To it.
+        distance: Distance to that run.
         spacing: Median distance of a run to its nearest other one.
         outside: Distance to the nearest mean of runs: 0 within what they span.
     """
@@ -48,18 +50,20 @@ class Proposal:
     outside: float
 
 
-def propose(law: Law, objective=None, *, level: float = 0.9, seed: int = 0, **options) -> Proposal:
+def examine_proposal(
+    law: Law, objective: Objective = None, *, level: float = 0.9, seed: int = 0, **options: Any
+) -> Proposal:
     """The law's best mixture beside the runs behind it.
 
     Args:
-        law: Fitted.
-        objective: As of `Law.propose`.
-        level: Of the intervals.
-        seed: Of a sampled search and of the laws drawn.
+        law: A fitted law.
+        objective: As `Law.propose` takes it.
+        level: Level of the intervals.
+        seed: Seed of a sampled search and of the laws drawn.
         **options: The other arguments of `Law.propose`: bounds, data, prior, method.
 
     Raises:
-        ValueError: As `Law.propose`; or no run has all losses of the objective.
+        ValueError: `Law.propose` refuses the arguments, or no run has all losses of the objective.
     """
     found = law.propose(objective, seed=seed, **options)
     u, runs = law.target_weights(objective), law.mixtures_

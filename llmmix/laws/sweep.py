@@ -7,25 +7,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from llmmix.laws.inputs import check_mixtures
 
 
 @dataclass
 class SweepArguments:
-    """Which mixtures."""
+    """Which mixtures a sweep trains."""
 
-    mixtures: int = field(default=16, metadata={"help": "How many, of a sample."})
+    mixtures: int = field(
+        default=16, metadata={"help": "Number of mixtures that are drawn (--sample dirichlet)."}
+    )
     sample: str = field(
         default="dirichlet",
-        metadata={"help": "dirichlet, grid, or a table of mixtures (.csv), a line a run."},
+        metadata={
+            "help": "Which mixtures are trained: dirichlet (drawn), grid, or a table of mixtures "
+            "(.csv) with a line for each run."
+        },
     )
     concentration: list[float] = field(
         default_factory=lambda: [0.3, 1.0, 3.0],
-        metadata={"help": "Of the Dirichlet draws, in turn, times the --weights scaled to mean 1."},
+        metadata={
+            "help": "Concentrations of the Dirichlet draws, used in turn, each times the --weights "
+            "scaled to a mean of 1."
+        },
     )
-    grid_steps: int = field(default=4, metadata={"help": "Of a grid: shares in steps of 1 / this."})
-    keep_models: bool = field(default=False, metadata={"help": "Keep every trained model."})
+    grid_steps: int = field(
+        default=4,
+        metadata={"help": "Number of steps of a grid: its shares are multiples of 1 / grid_steps."},
+    )
+    keep_models: bool = field(
+        default=False, metadata={"help": "Keep the trained model of every run."}
+    )
 
 
 def choose_mixtures(
@@ -34,13 +48,13 @@ def choose_mixtures(
     """(runs, m) mixtures to train.
 
     Args:
-        args: How many, and of what sample.
-        prior: (m,) around which a sample is drawn.
-        seed: Of it.
+        args: How many mixtures, and which sample of them.
+        prior: (m,) mixture around which a sample is drawn.
+        seed: Seed of the draws.
         domains: m names, for a table's columns.
 
     Raises:
-        ValueError: A sample of another name, no mixture, or a table of other domains.
+        ValueError: `sample` is no known name, `mixtures` is below 1, or a table has other domains.
     """
     if args.sample.endswith(".csv"):
         return _listed(Path(args.sample), list(domains))
@@ -62,30 +76,38 @@ def choose_mixtures(
 
 
 def _listed(table: Path, domains: list[str]) -> np.ndarray:
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    known = set(rows[0]) - {"run_id", "name"} if rows else set()
+    rows = _read(table)
+    known = set(rows.columns) - {"run_id", "name"} if len(rows) else set()
     if known != set(domains):
         raise ValueError(
             f"`sample`: {table} must have a column for each of {domains}, and the names of runs "
             f"alone beside; got {sorted(known)}."
         )
-    return check_mixtures([[row[name] for name in domains] for row in rows], domains, "sample")
+    return check_mixtures(rows[domains].to_numpy(), domains, "sample")
 
 
-def finished(table: Path, run: str) -> dict | None:
-    """A run's line in a table."""
+def _read(table: Path) -> pd.DataFrame:
+    """A table as text, so that a run 007 keeps its name; a byte-order mark is no part of it."""
+    try:
+        return pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame(columns=["run_id"])
+
+
+def finished(table: Path, run: str) -> dict[str, str] | None:
+    """A run's line in a table, as text; None where there is none."""
     if not table.exists():
         return None
-    with table.open() as file:
-        return next((row for row in csv.DictReader(file) if row["run_id"] == run), None)
+    rows = _read(table)
+    found = rows[rows["run_id"] == run].to_dict("records")
+    return {str(name): cell for name, cell in found[0].items()} if found else None
 
 
 def check_same(row: dict, weights: dict[str, float], table: Path) -> None:
     """Refuse to go on with a sweep of other mixtures.
 
     Raises:
-        ValueError: A line has other domains or shares.
+        ValueError: `row` has other domains or shares than `weights`.
     """
     there = {name: float(value) for name, value in row.items() if name not in ("run_id", "name")}
     if there.keys() != weights.keys() or any(abs(there[n] - weights[n]) > 1e-9 for n in weights):

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.mixing.influence import InfluenceMatrix
-from llmmix.mixing.record import NAME, read_record
+from llmmix.files import read_json_lines
 
+NAME = "mixture.jsonl"  # the record that a mixture run keeps in its folder
 VARIED = 0.01  # standard deviation over intervals that a share must have for its column
 POWERS, ENDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
@@ -36,11 +36,11 @@ class Trajectory:
         domains: k names.
         targets: m names.
         start: (r,) step before the first of each interval.
-        steps: (r,) its length.
+        steps: (r,) length of each interval.
         shares: (r, k) of the rows drawn in it.
         drops: (r, m) losses before minus after.
         decided: (d,) steps at which the method had a new matrix.
-        matrices: (d, m, k) them; entries may be NaN.
+        matrices: (d, m, k) these matrices; entries may be NaN.
         notes: What of the record could not be used.
     """
 
@@ -60,18 +60,19 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
     """The intervals and matrices of a mixture run.
 
     Args:
-        folder: With the `mixture.jsonl` of the run.
+        folder: Folder with the `mixture.jsonl` of the run.
         first_step: Intervals that begin before it are left out; a tenth of the run's steps by
             default.
 
     Raises:
-        FileNotFoundError: It holds none.
+        FileNotFoundError: `folder` holds no record.
         ValueError: The losses were not measured twice with the draws between known.
     """
-    header, entries = read_record(folder)
+    header, entries = _read_record(Path(folder))
     k, m = len(header["domains"]), len(header["targets"])
     counts = {e["step"]: np.array(e["counts"], float) for e in entries if "counts" in e}
-    measured, notes = {}, []
+    measured: dict[int, np.ndarray] = {}
+    notes: list[str] = []
     for entry in entries:
         losses = entry.get("final", entry.get("measured", {}).get("losses"))
         if losses is not None:  # of two at a step, before and after a plan, the last
@@ -82,10 +83,11 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
         notes.append(f"Losses that were not finite, at steps {shown}, are passed over.")
     begun = max(counts, default=0) // 10 if first_step is None else first_step
     kept = sorted(step for step in set(measured) - set(lost) if step >= begun)
-    spans, torn = [], 0
+    spans: list[tuple] = []
+    torn = 0
     for begin, end in zip(kept, kept[1:], strict=False):
-        drawn = [counts.get(s) for s in range(begin + 1, end + 1)]
-        if any(c is None for c in drawn) or not np.sum(drawn):
+        drawn = [counts[s] for s in range(begin + 1, end + 1) if s in counts]
+        if len(drawn) < end - begin or not np.sum(drawn):
             torn += 1
             continue
         rows = np.sum(drawn, axis=0)
@@ -106,9 +108,19 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
     return Trajectory(header["method"], *names, *found, tuple(notes))
 
 
+def _read_record(folder: Path) -> tuple[dict, list[dict]]:
+    """The first line of a run's record, with the names, and the others."""
+    path = folder / NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {NAME}: it is not the folder of a mixture run.")
+    header, *entries = read_json_lines(path)
+    return header, entries
+
+
 def _decisions(entries: list[dict], m: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps and matrices; a plan repeats the last one until there is another."""
-    steps, matrices = [], []
+    steps: list[int] = []
+    matrices: list[np.ndarray] = []
     for entry in entries:
         if entry.get("matrix") is None:
             continue
@@ -129,15 +141,17 @@ class Dynamics:
     """The linear dynamic law of a run.
 
     Args:
-        matrix: Loss that a target sheds a step, on average over the run, were all rows a domain's;
-            NaN in the columns of `unidentified`.
+        targets: m names, the rows of the matrix.
+        domains: k names, its columns.
+        matrix: (m, k) loss that a target sheds a step, on average over the run, were all rows a
+            domain's; NaN in the columns of `unidentified`.
         errors: (m, k) standard errors; NaN without intervals to spare.
         decay: power and end of g.
         speed: (r,) g of each interval.
-        r2: In the sample, over all targets in units of each one's errors without a mixture.
-        r2_out: Of intervals left out one at a time; NaN where one is needed to fit the rest.
+        r2: R2 in the sample, over all targets in units of each one's errors without a mixture.
+        r2_out: R2 of intervals left out one at a time; NaN where one is needed to fit the rest.
         mse: Nats squared at the run's mean speed, in the sample.
-        mse_out: Likewise of intervals left out.
+        mse_out: The same of intervals left out.
         unidentified: Domains whose share hardly varied, or only with others' in lockstep.
         noise: (m, m) covariance of an interval's errors, divided by g.
         spread: (k, k) that of a row of A, in units of the noise.
@@ -145,7 +159,9 @@ class Dynamics:
         null_residuals: (r, m) likewise of the law without a mixture.
     """
 
-    matrix: InfluenceMatrix
+    targets: tuple[str, ...]
+    domains: tuple[str, ...]
+    matrix: np.ndarray
     errors: np.ndarray
     decay: tuple[float, float]
     speed: np.ndarray
@@ -166,13 +182,14 @@ def fit_dynamics(
     """A by least squares on what each interval shed.
 
     Args:
-        trajectory: Of a run.
+        trajectory: What the run's record says.
         ridge: Shrinks A towards 0, in units of the mean square of a domain's steps.
         decay: power and end of g; None: of a grid the pair under which intervals left out are
             likeliest, which makes `r2_out` a little too good.
 
     Raises:
-        ValueError: Fewer intervals than domains, shares that never vary, or a negative ridge.
+        ValueError: There are fewer intervals than domains, the shares never vary, or `ridge` is
+            negative.
     """
     t, k = trajectory, len(trajectory.domains)
     r, m = t.drops.shape
@@ -185,17 +202,7 @@ def fit_dynamics(
         )
     known = _identified(t)
     x, length = (t.shares * t.steps[:, None])[:, known], t.steps[:, None].astype(float)
-    grid = list(product(POWERS, ENDS)) if decay is None else [decay]
-
-    def score(pair):
-        g = _speed(t, *pair)
-        _, _, out = _least_squares(x, t.drops / g[:, None], ridge)
-        with np.errstate(divide="ignore"):
-            return (0.5 * np.log((out**2).mean(0)) + np.log(g).mean()).sum()
-
-    scores = [score(pair) for pair in grid] if len(grid) > 1 else [0.0]
-    # Where no interval can be left out every score is NaN, and nothing speaks for a decay
-    best = grid[int(np.argmin(np.nan_to_num(scores, nan=np.inf, neginf=-1e300)))]
+    best = _likeliest_decay(t, x, ridge) if decay is None else decay
     g = _speed(t, *best)
     y = t.drops / g[:, None]
     found, inner, out = _least_squares(x, y, ridge)
@@ -208,7 +215,9 @@ def fit_dynamics(
     values[:, known] = found.T
     spread[np.ix_(known, known)] = np.linalg.inv(gram)
     return Dynamics(
-        matrix=InfluenceMatrix(values, t.targets, t.domains),
+        targets=t.targets,
+        domains=t.domains,
+        matrix=values,
         errors=np.sqrt(np.outer(noise.diagonal(), spread.diagonal())),
         decay=best,
         speed=g,
@@ -222,6 +231,21 @@ def fit_dynamics(
         residuals=out,
         null_residuals=null_out,
     )
+
+
+def _likeliest_decay(t: Trajectory, x: np.ndarray, ridge: float) -> tuple[float, float]:
+    """Power and end of g, of a grid, under which intervals left out are likeliest."""
+
+    def score(pair: tuple[float, float]) -> float:
+        g = _speed(t, *pair)
+        _, _, out = _least_squares(x, t.drops / g[:, None], ridge)
+        with np.errstate(divide="ignore"):
+            return float((0.5 * np.log((out**2).mean(0)) + np.log(g).mean()).sum())
+
+    grid = list(product(POWERS, ENDS))
+    scores = [score(pair) for pair in grid]
+    # Where no interval can be left out every score is NaN, and nothing speaks for a decay
+    return grid[int(np.argmin(np.nan_to_num(scores, nan=np.inf, neginf=-1e300)))]
 
 
 def _identified(t: Trajectory) -> np.ndarray:

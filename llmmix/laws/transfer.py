@@ -9,16 +9,22 @@ target. Two numbers, which a few large runs tell; more could not be told from so
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import kendalltau
 from sklearn.base import BaseEstimator
 
+from llmmix.laws.accuracy import bootstrap, regret_of, spearman, weighted
 from llmmix.laws.inputs import canonical_order, check_losses
 from llmmix.laws.law import Law
-from llmmix.laws.scores import bootstrap, regret_of, same_mixture, spearman, weighted
+from llmmix.laws.simplex import same_mixture
+from llmmix.laws.wishes import Objective
 
 
 class TransferCalibrator(BaseEstimator):
@@ -34,7 +40,7 @@ class TransferCalibrator(BaseEstimator):
     After `fit`: slope_, intercept_ (m,) and monotone_ (m,), False where the slope was not positive.
     """
 
-    def fit(self, predicted, observed) -> "TransferCalibrator":
+    def fit(self, predicted: ArrayLike, observed: ArrayLike) -> Self:
         """Fit to runs at the size to predict.
 
         Args:
@@ -42,7 +48,7 @@ class TransferCalibrator(BaseEstimator):
             observed: (n, m) losses; NaN where a run has none.
 
         Raises:
-            ValueError: Other shapes, no numbers, or a target without a loss.
+            ValueError: The shapes differ, a number is not finite, or a target has no loss.
         """
         self._flat = np.ndim(predicted) == 1
         x = _columns(predicted)
@@ -68,11 +74,11 @@ class TransferCalibrator(BaseEstimator):
             )
         return self
 
-    def predict(self, predicted) -> np.ndarray:
+    def predict(self, predicted: ArrayLike) -> np.ndarray:
         """Losses on the scale of `observed`, shaped as what `fit` was given.
 
         Raises:
-            ValueError: Not fitted, or another number of targets.
+            ValueError: `fit` was not called, or had another number of targets.
         """
         if not hasattr(self, "slope_"):
             raise ValueError("TransferCalibrator is not fitted: call `fit` first.")
@@ -83,7 +89,7 @@ class TransferCalibrator(BaseEstimator):
         return found[:, 0] if self._flat else found
 
 
-def _columns(predicted) -> np.ndarray:
+def _columns(predicted: ArrayLike) -> np.ndarray:
     x = np.asarray(predicted, dtype=np.float64)
     x = x[:, None] if x.ndim == 1 else x
     if x.ndim != 2 or not np.isfinite(x).all():
@@ -91,15 +97,18 @@ def _columns(predicted) -> np.ndarray:
     return x
 
 
-class Agreement(NamedTuple):
+Number = TypeVar("Number", np.ndarray, float)
+
+
+class Agreement(NamedTuple, Generic[Number]):
     """What was predicted beside what was observed: by target (m,), or of the objective."""
 
-    spearman: np.ndarray | float
-    spearman_low: np.ndarray | float  # the bounds of its 95 % interval
-    spearman_high: np.ndarray | float
-    kendall: np.ndarray | float
-    mae: np.ndarray | float  # as predicted, at the small models' scale
-    mae_in_sample: np.ndarray | float  # each target calibrated to these very runs: what is left
+    spearman: Number
+    spearman_low: Number  # the bounds of its 95 % interval
+    spearman_high: Number
+    kendall: Number
+    mae: Number  # as predicted, at the small models' scale
+    mae_in_sample: Number  # each target calibrated to these very runs: what is left
 
 
 class Calibrated(NamedTuple):
@@ -132,8 +141,8 @@ class Transfer:
 
     targets: list
     runs: int
-    by_target: Agreement
-    objective: Agreement
+    by_target: Agreement[np.ndarray]
+    objective: Agreement[float]
     regret: float
     overlap: float
     top: int
@@ -143,30 +152,31 @@ class Transfer:
 
 def judge_transfer(
     law: Law,
-    mixtures,
-    losses,
+    mixtures: ArrayLike,
+    losses: ArrayLike,
     *,
-    targets=None,
-    objective=None,
-    counts=(2, 4, 8, 16),
+    targets: Sequence | None = None,
+    objective: Objective = None,
+    counts: Sequence[int] = (2, 4, 8, 16),
     draws: int = 200,
     seed: int = 0,
 ) -> Transfer:
     """A law fitted to small models judged on runs of large ones.
 
     Args:
-        law: Fitted.
+        law: A fitted law.
         mixtures: (n, k) of the large runs.
         losses: (n, m'), NaN where a run has none.
         targets: Names of the columns of `losses`, matched with `law.targets_`. Default: a data
             frame's own; else those of the law, of which there must be as many.
         objective: As in `Law.propose`; what its other targets weigh is spread over those in common.
         counts: Numbers of large runs to calibrate on. The others judge, so 2 must be left.
-        draws: Choices of those runs.
-        seed: Of the choices.
+        draws: How often those runs are chosen.
+        seed: Seed of the choices.
 
     Raises:
-        ValueError: No target in common, fewer than 3 runs, or an objective of none of the targets.
+        ValueError: There is no target in common, there are fewer than 3 runs, or the objective
+            weighs none of the targets.
     """
     names = _names_of(law, losses, targets)
     with warnings.catch_warnings(record=True) as said:
@@ -190,8 +200,32 @@ def judge_transfer(
     feasible = _feasible(counts, whole.sum(), notes)
     few = predicted[whole], observed[whole], weights
     calibrated = {count: _calibrated(*few, count, draws, seed) for count in feasible}
-    best = _best(weighted(observed, weights), predicted @ weights)
-    return Transfer(common, len(X), *agreement, *best, calibrated, notes)
+    regret, overlap, top = _best(weighted(observed, weights), predicted @ weights)
+    return Transfer(common, len(X), *agreement, regret, overlap, top, calibrated, notes)
+
+
+def calibrated_objective(
+    law: Law, transfer: Transfer, mixtures: pd.DataFrame, losses: pd.DataFrame, objective: Objective
+) -> tuple[TransferCalibrator, np.ndarray, np.ndarray]:
+    """A law calibrated to all large runs, with what it then says of their objective.
+
+    Args:
+        law: A fitted law.
+        transfer: As `judge_transfer` judged the law on these runs.
+        mixtures: (n, k) of the large runs.
+        losses: (n, m) with the names of the targets.
+        objective: As in `Law.propose`.
+
+    Returns:
+        The calibrator of the targets in common, the objective (n,) as predicted after it, and as
+        observed.
+    """
+    columns = [law.targets_.index(target) for target in transfer.targets]
+    weights = law.target_weights(objective)[columns]
+    predicted, observed = law.predict(mixtures)[:, columns], losses[transfer.targets].to_numpy()
+    fitted = TransferCalibrator().fit(predicted, observed)
+    shares = weights / weights.sum()
+    return fitted, weighted(fitted.predict(predicted), shares), weighted(observed, shares)
 
 
 def _feasible(counts, runs: int, notes: list[str]) -> list[int]:
@@ -201,10 +235,10 @@ def _feasible(counts, runs: int, notes: list[str]) -> list[int]:
     return feasible
 
 
-def _names_of(law: Law, losses, targets) -> list:
+def _names_of(law: Law, losses: Any, targets: Sequence | None) -> list:
     columns = getattr(losses, "columns", None)
     if targets is not None or columns is not None:
-        names = list(targets) if targets is not None else [str(name) for name in columns]
+        names = [str(name) for name in losses.columns] if targets is None else list(targets)
         if len(set(names)) < len(names):
             raise ValueError(f"`targets` has a name twice: {names}.")
         return names
@@ -241,7 +275,9 @@ def _weights(law: Law, common: list, objective, notes: list[str]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _agreement(predicted, observed, weights, mixture) -> tuple[Agreement, Agreement]:
+def _agreement(
+    predicted, observed, weights, mixture
+) -> tuple[Agreement[np.ndarray], Agreement[float]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # slopes that are not positive: Spearman shows them
         fitted = TransferCalibrator().fit(predicted, observed).predict(predicted)
@@ -251,7 +287,7 @@ def _agreement(predicted, observed, weights, mixture) -> tuple[Agreement, Agreem
         )
         rows = [
             [
-                *bootstrap(lambda counts, x=x, y=y: spearman(y, x, counts), mixture),
+                *bootstrap(partial(spearman, y, x), mixture),
                 kendalltau(x, y, nan_policy="omit").statistic,
                 np.nanmean(np.abs(x - y)),
                 np.nanmean(np.abs(z - y)),
@@ -259,7 +295,7 @@ def _agreement(predicted, observed, weights, mixture) -> tuple[Agreement, Agreem
             for x, y, z in zip(predicted.T, observed.T, fitted.T, strict=True)
         ]
     scores = np.array(rows, dtype=np.float64).T
-    return Agreement(*scores[:, :-1]), Agreement(*map(float, scores[:, -1]))
+    return Agreement(*scores[:, :-1]), Agreement(*scores[:, -1].tolist())
 
 
 def _calibrated(predicted, observed, weights, count: int, draws: int, seed: int) -> Calibrated:
@@ -277,7 +313,16 @@ def _calibrated(predicted, observed, weights, count: int, draws: int, seed: int)
         results.append([*mae, mae.mean(), total, regret, overlap])
         monotone.append(calibrator.monotone_.mean())
     medians = np.median(results, 0)
-    return Calibrated(medians[:-4], *map(float, medians[-4:]), top, float(1 - np.mean(monotone)))
+    mean_mae, objective_mae, regret, overlap = map(float, medians[-4:])
+    return Calibrated(
+        mae=medians[:-4],
+        mean_mae=mean_mae,
+        objective_mae=objective_mae,
+        regret=regret,
+        overlap=overlap,
+        top=top,
+        not_monotone=float(1 - np.mean(monotone)),
+    )
 
 
 def _best(observed: np.ndarray, predicted: np.ndarray, most: int = 10) -> tuple[float, float, int]:

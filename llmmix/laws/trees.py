@@ -9,6 +9,8 @@ lie apart (the jackknife over groups) the spread. Training residuals, which boos
 zero, give nothing.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.ensemble import HistGradientBoostingRegressor
@@ -26,14 +28,14 @@ class GradientBoostedLaw(Law):
     """Gradient-boosted regression trees for each target, squared error.
 
     Args:
-        n_estimators: Trees.
-        learning_rate: Of each tree.
-        max_leaf_nodes: Leaves of a tree at most.
-        min_samples_leaf: Runs in a leaf. Below 10 times as many runs, a tenth of them, at least 2,
-            since with 32 runs no tree could otherwise split.
-        seed: Of the division into the groups that are left out.
-        n_jobs: Processes over which the targets are spread; -1: as many as there are cores. Within
-            a tree a second thread makes hundreds of runs slower, not faster.
+        n_estimators: Number of trees.
+        learning_rate: Weight of each tree.
+        max_leaf_nodes: Largest number of leaves of a tree.
+        min_samples_leaf: Smallest number of runs in a leaf. Below 10 times as many runs, a tenth of
+            them, at least 2, since with 32 runs no tree could otherwise split.
+        seed: Seed of the division into the groups that are left out.
+        n_jobs: Number of processes over which the targets are spread; -1: as many as there are
+            cores. Within a tree a second thread makes hundreds of runs slower, not faster.
 
     No early stopping: no test runs are looked at.
 
@@ -134,7 +136,7 @@ class GradientBoostedLaw(Law):
         return self._predict(X) + np.einsum("cf,fnm->cnm", steps, apart)
 
 
-def _values(members: list, X: np.ndarray) -> np.ndarray:
+def _values(members: Sequence, X: np.ndarray) -> np.ndarray:
     """(n, m) of a regressor, or a number, for each target."""
     columns = [
         np.full(len(X), one) if isinstance(one, float) else one.predict(X) for one in members

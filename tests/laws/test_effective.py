@@ -129,9 +129,10 @@ def test_the_jacobian_is_that_of_the_curve(components):
         assert Js[:, :, p] == pytest.approx((up - down) / 2e-6, rel=1e-5, abs=1e-8)
 
 
-def test_intervals_hold_what_they_promise():
+@pytest.mark.parametrize("seeds", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_intervals_hold_what_they_promise(seeds):
     inside = []
-    for seed in range(6):
+    for seed in range(seeds):
         world = World(seed=seed)
         law = EffectiveDataLaw().fit(*world.runs(60, noise=0.03, seed=seed))
         low, high = law.interval(world.runs(1, seed=0)[0], 0.9)
@@ -191,13 +192,16 @@ def test_a_missing_loss_is_left_out_of_its_target_alone(world):
     assert standard_error(law, held, truth) < 2 * standard_error(whole, held, truth)
 
 
-def test_forty_domains_and_a_thousand_runs():
-    world = World(k=40, m=2, seed=3)
-    law = EffectiveDataLaw(max_iter=15).fit(*world.runs(1000, noise=0.01))
+@pytest.mark.parametrize(
+    ("domains", "runs"), [(12, 150), pytest.param(40, 1000, marks=pytest.mark.slow)]
+)
+def test_many_domains_and_runs(domains, runs):
+    world = World(k=domains, m=2, seed=3)
+    law = EffectiveDataLaw(max_iter=15).fit(*world.runs(runs, noise=0.01))
     assert standard_error(law, *world.runs(200, seed=8)) < 0.2
     best = law.propose()
     assert best.converged
-    assert world(best.mixture).mean() < world.runs(1000)[1].mean(1).min()
+    assert world(best.mixture).mean() < world.runs(runs)[1].mean(1).min()
 
 
 def test_the_same_runs_give_the_same_law(world):

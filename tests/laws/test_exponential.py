@@ -155,10 +155,11 @@ def test_a_run_that_diverged_bends_little():
     assert np.abs(ExponentialLaw(huber=None).fit(X, Y).predict(Z) - truth(Z)).max() > 0.5
 
 
-def test_intervals_cover():
+@pytest.mark.parametrize("seeds", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_intervals_cover(seeds):
     for noise in (0.005, 0.1):  # within Huber's quadratic part, and beyond it
         inside = []
-        for seed in range(4):
+        for seed in range(seeds):
             X, Y, truth = world(seed, n=50, noise=noise)
             rng = np.random.default_rng(seed + 99)
             Z = simplex(seed + 50, 50, 4)

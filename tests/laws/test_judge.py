@@ -7,120 +7,9 @@ from scipy.stats import norm, spearmanr
 from sklearn.metrics import mean_absolute_error
 
 from llmmix.laws import EffectiveDataLaw
-from llmmix.laws.judge import (
-    MeanLaw,
-    best_of,
-    compare,
-    cross_validate,
-    folds_of,
-    learning_curve,
-    paired_difference,
-    runs_needed,
-)
-from llmmix.laws.law import Law
-
-
-class PlaneLaw(Law):
-    """Least squares on the shares, with a deviation that is the noise alone."""
-
-    def __init__(self, fewest: int = 0, stuck: bool = False):
-        self.fewest = fewest
-        self.stuck = stuck
-
-    def _fit(self, X, Y):
-        if len(X) < self.fewest:
-            raise ValueError(f"PlaneLaw takes {self.fewest} runs, got {len(X)}.")
-        self.converged_ = not self.stuck
-        self._slopes = []
-        for y in Y.T:
-            kept = ~np.isnan(y)
-            self._slopes.append(np.linalg.lstsq(X[kept], y[kept], rcond=None)[0])
-        self._plane = np.array(self._slopes).T
-        return np.sqrt(np.nanmean((X @ self._plane - Y) ** 2, 0))
-
-    def _predict(self, X):
-        return X @ self._plane
-
-    def _spread(self, X):
-        return np.zeros((len(X), self._plane.shape[1]))
-
-
-class NanLaw(PlaneLaw):
-    def _predict(self, X):
-        return super()._predict(X) * np.nan
-
-
-class Nearest(PlaneLaw):
-    """What the nearest run had: perfect where a seed of the mixture was fitted to."""
-
-    def _fit(self, X, Y):
-        self._X, self._Y = X, Y
-        return np.ones(Y.shape[1])
-
-    def _predict(self, X):
-        return self._Y[np.abs(X[:, None] - self._X).sum(2).argmin(1)]
-
-    def _spread(self, X):
-        return np.zeros((len(X), self._Y.shape[1]))
-
-
-SLOPES = np.array([[1.0, 3.0], [2.0, 2.5], [4.0, 1.0]])
-
-
-def plane(n=60, noise=0.1, seed=0):
-    rng = np.random.default_rng(seed)
-    X = rng.dirichlet(np.ones(3), n)
-    return X, X @ SLOPES + noise * rng.normal(size=(n, 2))
-
-
-def as_sets(folds):
-    return [(frozenset(map(int, a)), frozenset(map(int, b))) for a, b in folds]
-
-
-# -- folds
-
-
-@pytest.mark.parametrize(
-    ("holdout", "n", "folds"),
-    [(0.5, 10, 2), (0.2, 10, 5), (0.2, 4, 4), (0.1, 30, 10), (0.01, 7, 7), (0.4, 10, 2)],
-)
-def test_every_run_is_held_out_once(holdout, n, folds):
-    found = folds_of(plane(n)[0], holdout, 0)
-    assert len(found) == folds
-    for train, test in found:
-        assert len(train) and len(test)
-        assert sorted([*train, *test]) == list(range(n))
-    assert sorted(np.concatenate([test for _, test in found])) == list(range(n))
-
-
-def test_runs_of_a_mixture_share_a_fold():
-    X = np.repeat(plane(12)[0], 3, 0)
-    X[::3] += [3e-10, -3e-10, 0]
-    for train, test in folds_of(X, 0.25, 1):
-        assert not {i // 3 for i in train} & {i // 3 for i in test}
-        assert len(test) == 9
-    X[::3] += [1e-6, -1e-6, 0]
-    assert any({i // 3 for i in a} & {i // 3 for i in b} for a, b in folds_of(X, 0.25, 1))
-
-
-def test_folds_do_not_depend_on_the_order_of_the_runs():
-    X = np.vstack([plane(20)[0], plane(20)[0][:6], np.eye(3)])
-    order = np.random.default_rng(3).permutation(len(X))
-    moved = [(order[a], order[b]) for a, b in folds_of(X[order], 0.2, 5)]
-    assert as_sets(moved) == as_sets(folds_of(X, 0.2, 5))
-    assert as_sets(folds_of(X, 0.2, 6)) != as_sets(folds_of(X, 0.2, 5))
-
-
-@pytest.mark.parametrize("holdout", [0, -0.1, 0.51, 1, np.nan])
-def test_bad_holdout(holdout):
-    with pytest.raises(ValueError, match="`holdout` must lie above 0"):
-        folds_of(plane()[0], holdout, 0)
-
-
-def test_two_mixtures_are_too_few_whatever_the_runs():
-    with pytest.raises(ValueError, match="takes 3 different ones, got 2 in 20 runs"):
-        folds_of(np.repeat(np.eye(2), 10, 0), 0.2, 0)
-
+from llmmix.laws.held_out import folds_of
+from llmmix.laws.judge import best_of, compare, cross_validate, error_difference
+from tests.laws.planes import NanLaw, Nearest, PlaneLaw, plane
 
 # -- a judgement
 
@@ -279,14 +168,14 @@ def test_the_right_law_wins_and_the_difference_says_so():
     assert best_of(judged) == "plane"
     assert judged["plane"].error < 0.3 and judged["mean"].error == pytest.approx(1, abs=0.1)
     a, b = judged["plane"], judged["near"]
-    found, back = paired_difference(a, b), paired_difference(b, a)
+    found, back = error_difference(a, b), error_difference(b, a)
     assert found.low < found.estimate < found.high < 0
     assert found.estimate == pytest.approx((a.standardized**2 - b.standardized**2).mean())
     assert found.estimate == pytest.approx(
         ((a.rmse / Y.std(0)) ** 2).mean() - (b.standardized**2).mean()
     )
     assert back.estimate == -found.estimate and back.low == pytest.approx(-found.high)
-    assert paired_difference(a, a) == (0, 0, 0)
+    assert error_difference(a, a) == (0, 0, 0)
 
 
 def test_laws_that_are_as_good_differ_by_nothing():
@@ -295,7 +184,7 @@ def test_laws_that_are_as_good_differ_by_nothing():
             return super()._predict(X) + 0.05 * np.sin(1e4 * X[:, :1])
 
     judged = compare({"a": PlaneLaw(), "b": Other()}, *plane(40, 0.5))
-    found = paired_difference(judged["a"], judged["b"])
+    found = error_difference(judged["a"], judged["b"])
     assert found.low < 0 < found.high
 
 
@@ -326,16 +215,7 @@ def test_comparisons_that_make_no_sense():
     with pytest.raises(ValueError, match="`holdout`"):
         compare({"plane": PlaneLaw()}, X, Y, holdout=0.7)
     with pytest.raises(ValueError, match="judge other runs"):
-        paired_difference(cross_validate(PlaneLaw(), X, Y), cross_validate(PlaneLaw(), X, Y + 1))
-
-
-def test_the_mean_law_is_a_law():
-    X, Y = plane()
-    law = MeanLaw().fit(X, Y)
-    mean, std = law.predict(X[:3], return_std=True)
-    np.testing.assert_allclose(mean, np.tile(Y.mean(0), (3, 1)))
-    np.testing.assert_allclose(std, np.tile(Y.std(0) * np.sqrt(1 + 1 / 60), (3, 1)))
-    assert not law.gradient(X).any()
+        error_difference(cross_validate(PlaneLaw(), X, Y), cross_validate(PlaneLaw(), X, Y + 1))
 
 
 def test_the_default_law_beats_the_mean_on_its_own_curve():
@@ -344,101 +224,3 @@ def test_the_default_law_beats_the_mean_on_its_own_curve():
     Y = 2 + (0.1 + np.sqrt(X) @ rng.uniform(0.2, 2, (4, 2))) ** -0.5
     judged = compare({"effective": EffectiveDataLaw(components=1)}, X, Y)
     assert judged["effective"].error < 0.2 < judged["mean"].error
-
-
-# -- learning curves
-
-
-def test_a_curve_falls_and_ends_at_four_fifths():
-    curve = learning_curve(PlaneLaw(), *plane(100, 0.3))
-    assert [point["runs"] for point in curve] == [8, 16, 32, 64, 80]
-    assert curve[0]["error"] > curve[-1]["error"] > 0
-    assert curve[0]["spearman"] < curve[-1]["spearman"] < 1
-    assert curve[0]["mae"] > curve[-1]["mae"]
-    assert all(point[f"{name}_sd"] > 0 for point in curve for name in ("error", "spearman", "mae"))
-    assert not any(point["reason"] for point in curve)
-
-
-def test_a_point_is_a_fit_judged_on_runs_apart():
-    seen = []
-
-    class Watched(PlaneLaw):
-        def _fit(self, X, Y):
-            seen.append(("fit", X.copy()))
-            return super()._fit(X, Y)
-
-        def _predict(self, X):
-            seen.append(("predict", X.copy()))
-            return super()._predict(X)
-
-    X, Y = plane(20)
-    X, Y = np.repeat(X, 2, 0), np.repeat(Y, 2, 0)  # two seeds of each
-    learning_curve(Watched(), X, Y, sizes=[5, 16], repeats=2)
-    assert [len(x) for _, x in seen] == [5, 8, 16, 8] * 2
-    # A law sees the domains in an order of its own
-    rows = [{tuple(sorted(x)) for x in np.round(x, 12)} for _, x in seen]
-    for few, test, many, again in (rows[:4], rows[4:]):
-        assert few < many and test == again and not many & test
-        assert len(few) == 5 and len(many) == 16  # each run of another mixture
-    assert rows[1] != rows[5]
-
-
-def test_a_mixture_is_stood_for_by_any_of_its_runs():
-    fitted = []
-
-    class Watched(PlaneLaw):
-        def _fit(self, X, Y):
-            fitted.extend(Y[:, 0])
-            return super()._fit(X, Y)
-
-    X, Y = np.repeat(plane(20)[0], 2, 0), np.arange(40.0)
-    learning_curve(Watched(), X, Y, sizes=[16], repeats=1)
-    assert {int(y) % 2 for y in fitted} == {0, 1} and len(fitted) == 16
-
-
-def test_curves_repeat_themselves():
-    first, again, other = (
-        learning_curve(PlaneLaw(), *plane(), sizes=[10], seed=seed) for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
-def test_sizes_that_a_law_does_not_take_are_listed_with_the_reason():
-    curve = learning_curve(PlaneLaw(fewest=20), *plane(50))
-    assert [point["runs"] for point in curve] == [8, 16, 32, 40]
-    assert curve[0]["reason"] == "PlaneLaw takes 20 runs, got 8."
-    assert np.isnan([curve[0][name] for name in ("error", "spearman", "mae", "mae_sd")]).all()
-    assert curve[2]["reason"] == "" and curve[2]["error"] > 0
-
-
-def test_a_draw_that_fails_is_counted():
-    class Fickle(PlaneLaw):
-        calls = 0
-
-        def _fit(self, X, Y):
-            Fickle.calls += 1
-            if Fickle.calls == 2:
-                raise ValueError("Not today.")
-            return super()._fit(X, Y)
-
-    (point,) = learning_curve(Fickle(), *plane(), sizes=[10], repeats=3)
-    assert point["reason"] == "1 of 3 draws: Not today." and point["error"] > 0
-
-
-def test_curves_of_too_little():
-    with pytest.raises(ValueError, match="takes 5 different ones, got 4"):
-        learning_curve(PlaneLaw(), *plane(4))
-    for sizes in ([0], [9]):
-        with pytest.raises(ValueError, match="`sizes` must lie between 1 and 8"):
-            learning_curve(PlaneLaw(), *plane(10), sizes=sizes)
-    assert [point["runs"] for point in learning_curve(PlaneLaw(), *plane(8))] == [6]
-
-
-def test_runs_needed():
-    curve = [{"runs": n, "error": e} for n, e in [(4, np.nan), (8, 2), (16, 1.1), (32, 1.0)]]
-    assert runs_needed(curve, within=0.101) == 16
-    assert runs_needed(curve, within=0.05) == 32
-    assert runs_needed(curve, within=1) == 8
-    assert runs_needed(curve[::-1], within=0.101) == 16
-    with pytest.raises(ValueError, match="`curve` has no error"):
-        runs_needed(curve[:1])

@@ -1,5 +1,6 @@
 """What every mixture law promises: its contract, bad input, an answer that moves with the order."""
 
+import pkgutil
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 
+from llmmix import laws
 from llmmix.laws import EffectiveDataLaw, Law
 from llmmix.laws.inputs import canonical_order, check_losses, check_mixtures
 
@@ -36,6 +38,15 @@ def test_no_law_imports_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_the_package_names_is_there():
+    assert laws.DefaultLaw is EffectiveDataLaw
+    for name in laws.__all__:
+        assert callable(getattr(laws, name)), name
+    # A function of a module's name would hide the module
+    modules = {module.name for module in pkgutil.iter_modules(laws.__path__)}
+    assert not modules & set(laws.__all__)
 
 
 def test_shapes(fitted):

@@ -86,9 +86,9 @@ def test_a_matrix_without_noise_is_found_to_the_digit(tmp_path, decay):
     t = read_trajectory(write(tmp_path, run()))
     fit = fit_dynamics(t, decay=decay)
     assert fit.decay == (0.0, 0.0)
-    assert np.allclose(fit.matrix.values, A, atol=1e-9)
-    assert fit.matrix.of("u", "a") == pytest.approx(4e-3)
-    assert fit.matrix.of("v", "c") == pytest.approx(3e-3)
+    assert np.allclose(fit.matrix, A, atol=1e-9)
+    assert fit.matrix[fit.targets.index("u"), fit.domains.index("a")] == pytest.approx(4e-3)
+    assert fit.matrix[fit.targets.index("v"), fit.domains.index("c")] == pytest.approx(3e-3)
     assert fit.r2 == pytest.approx(1) and fit.r2_out == pytest.approx(1)
     assert fit.unidentified == () and fit.mse_out < 1e-18
 
@@ -101,7 +101,7 @@ def test_decay_is_found_and_its_mean_is_the_matrix(tmp_path):
     fit = fit_dynamics(read_trajectory(write(tmp_path, entries)))
     flat = fit_dynamics(read_trajectory(tmp_path), decay=(0.0, 0.0))
     assert fit.decay[0] in (0.25, 0.5, 0.75) and fit.decay[1] in (0.5, 1.0, 1.5)
-    ratio = fit.matrix.values / A
+    ratio = fit.matrix / A
     assert np.ptp(ratio) < 0.15 * ratio.mean()
     after = np.arange(16, 160) / 160 + 0.5 / 160
     assert ratio.mean() == pytest.approx(speed(after).mean(), rel=0.1)
@@ -115,7 +115,7 @@ def test_standard_errors_are_those_of_repeated_runs(tmp_path):
         t = read_trajectory(write(tmp_path, entries))
         # Noise of the losses enters this run's drops once, since `run` carries it on
         fit = fit_dynamics(t, decay=(0.0, 0.0))
-        found.append(fit.matrix.values)
+        found.append(fit.matrix)
         errors.append(fit.errors)
     scores = (np.array(found) - A) / np.array(errors)
     assert 0.8 < scores.std() < 1.25 and abs(scores.mean()) < 0.2
@@ -145,7 +145,7 @@ def test_a_mixture_that_does_not_matter_explains_nothing(tmp_path):
     t = read_trajectory(write(tmp_path, run(same, intervals=60, noise=1e-3)))
     fit = fit_dynamics(t)
     assert fit.r2_out < 0.1
-    assert np.abs(fit.matrix.values / fit.errors).mean() > 1  # they all help, none more
+    assert np.abs(fit.matrix / fit.errors).mean() > 1  # they all help, none more
 
 
 def test_domains_in_lockstep_are_not_told_apart(tmp_path):
@@ -155,7 +155,7 @@ def test_domains_in_lockstep_are_not_told_apart(tmp_path):
 
     fit = fit_dynamics(read_trajectory(write(tmp_path, run(mixture=mixture))))
     assert fit.unidentified == ("a", "b")
-    assert np.isfinite(fit.matrix.values[:, 2]).all()
+    assert np.isfinite(fit.matrix[:, 2]).all()
 
 
 def test_runs_that_identify_nothing_are_refused(tmp_path):
@@ -181,5 +181,5 @@ def test_runs_that_identify_nothing_are_refused(tmp_path):
 def test_as_many_intervals_as_domains_have_no_errors(tmp_path):
     t = read_trajectory(write(tmp_path, run(intervals=3)), first_step=0)
     fit = fit_dynamics(t)
-    assert np.allclose(fit.matrix.values, A, atol=1e-9)
+    assert np.allclose(fit.matrix, A, atol=1e-9)
     assert np.isnan(fit.errors).all() and np.isnan(fit.r2_out)

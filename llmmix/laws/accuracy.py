@@ -6,15 +6,13 @@ Runs of one mixture are no independent evidence: intervals are of 95 %, over mix
 replacement. Runs with a NaN are left out of a score.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import norm
-from sklearn.cluster import DBSCAN
 
-from llmmix.laws.inputs import check_mixtures
-
-SAME = 1e-9  # by which shares of the same mixture may differ
 RESAMPLES = 1000
 
 
@@ -26,22 +24,15 @@ class Interval(NamedTuple):
     high: float
 
 
-def same_mixture(mixtures) -> np.ndarray:
-    """(n,) number of each run's mixture, whatever the order of runs and domains."""
-    X = check_mixtures(mixtures)
-    domains = np.lexsort(np.sort(X, 0)[::-1])
-    order = np.lexsort(X[:, domains].T[::-1])
-    labels = DBSCAN(eps=SAME, min_samples=1, metric="chebyshev").fit_predict(X[order])
-    return labels[np.argsort(order)]
-
-
-def bootstrap(statistic, mixture: np.ndarray, resamples: int = RESAMPLES) -> Interval:
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], mixture: np.ndarray, resamples: int = RESAMPLES
+) -> Interval:
     """A statistic of all runs, and its interval over mixtures drawn with replacement.
 
     Args:
-        statistic: Of (resamples, n) times that each run counts; gives (resamples,).
-        mixture: (n,) as from `same_mixture`.
-        resamples: How many draws. None: no bounds.
+        statistic: (resamples, n) times that each run counts -> (resamples,).
+        mixture: (n,) as from `simplex.same_mixture`.
+        resamples: Number of draws. 0: no bounds.
     """
     groups = mixture.max() + 1
     drawn = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), resamples)
@@ -51,7 +42,7 @@ def bootstrap(statistic, mixture: np.ndarray, resamples: int = RESAMPLES) -> Int
     return Interval(float(found[0]), float(low), float(high))
 
 
-def r2(*, observed, predicted, baseline):
+def r2(*, observed: ArrayLike, predicted: ArrayLike, baseline: ArrayLike) -> np.ndarray:
     """1 - sum (observed - predicted)^2 / sum (observed - baseline)^2, over the runs (axis 0).
 
     Out of sample if both `predicted` and `baseline` are: then the mean of what was fitted to has 0.
@@ -63,11 +54,13 @@ def r2(*, observed, predicted, baseline):
     return 1 - np.nansum(left + 0 * base, 0) / np.where(total > 0, total, np.nan)
 
 
-def spearman(observed: np.ndarray, predicted: np.ndarray, counts=None) -> np.ndarray:
+def spearman(
+    observed: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None
+) -> np.ndarray:
     """Rank correlation of (n,) and (n,), runs with a NaN left out; NaN of fewer than 3 runs.
 
     As scipy's spearmanr, but for all of a bootstrap's draws at once: (draws,) of `counts` (draws,
-    n), the times that each run counts. Without, of every run once.
+    n), the times that each run counts. Without `counts` every run counts once.
     """
     kept = ~np.isnan(observed + predicted)
     counts = np.ones((1, len(kept))) if counts is None else counts

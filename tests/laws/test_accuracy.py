@@ -3,14 +3,7 @@ import pytest
 from scipy.stats import norm, spearmanr
 from sklearn.metrics import r2_score
 
-from llmmix.laws.scores import bootstrap, coverage_of, r2, regret_of, same_mixture, spearman
-
-
-def test_sameness_does_not_hang_on_rounding():
-    """Shares on both sides of where a rounding to 9 decimals would part them."""
-    X = np.array([[0.1 + 4.9e-10, 0.9 - 4.9e-10], [0.1 + 5.1e-10, 0.9 - 5.1e-10], [0.5, 0.5]])
-    a, b, c = same_mixture(X)
-    assert a == b != c
+from llmmix.laws.accuracy import bootstrap, coverage_of, r2, regret_of, spearman
 
 
 def test_r2_is_out_of_sample():

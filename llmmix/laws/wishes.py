@@ -1,0 +1,212 @@
+"""What a user asks of a mixture, checked: weights of the targets, bounds on shares, a prior."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+
+from llmmix.laws.inputs import Inputs, by_name, check_mixtures, listed
+
+Shares = ArrayLike | Mapping[str, float] | None  # one number, k numbers, or by name
+Objective = str | ArrayLike | Mapping[str, float] | None
+
+
+def shares_of(
+    what: str, given: Shares, k: int, default: float, most: float, names: Sequence[str] | None
+) -> np.ndarray:
+    """(k,) out of None, a scalar, k numbers or numbers by name.
+
+    Args:
+        what: The argument's name, for the messages.
+        given: The argument's value.
+        k: Number of domains.
+        default: Value of a domain for which nothing is given.
+        most: The largest value that is allowed.
+        names: k names of domains, if there are any.
+
+    Raises:
+        ValueError: `given` has another length, an unknown name, or a number outside [0, most].
+    """
+    given = by_name(given)
+    if isinstance(given, dict):
+        if names is None:
+            raise ValueError(f"`{what}` is given by name: pass `names`, or give {k} numbers.")
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"`{what}` names {unknown}, which are not among {list(names)}.")
+        given = [given.get(name, default) for name in names]
+    vector = np.asarray(default if given is None else given, dtype=np.float64)
+    if vector.shape not in ((), (k,)):
+        raise ValueError(f"`{what}` must be one number or {k}, got shape {vector.shape}.")
+    vector = np.broadcast_to(vector, (k,)).copy()
+    bad = ~((vector >= 0) & (vector <= most))  # true of NaN
+    if bad.any():
+        which = {names[j] if names else j: float(vector[j]) for j in np.flatnonzero(bad).tolist()}
+        raise ValueError(f"`{what}` must lie in [0, {most:g}], got {which}.")
+    return vector
+
+
+def _supply(k: int, available, tokens, max_epochs, names) -> np.ndarray | None:
+    """(k,) tokens there are, None without a limit on epochs."""
+    plan = {"available": available, "tokens": tokens, "max_epochs": max_epochs}
+    missing = [f"`{name}`" for name, one in plan.items() if one is None]
+    if len(missing) == 3:
+        return None
+    if missing:
+        raise ValueError(
+            "A limit on epochs takes `available`, `tokens` and `max_epochs`: pass "
+            f"{' and '.join(missing)} too."
+        )
+    for name in ("tokens", "max_epochs"):
+        if not 0 < plan[name] < np.inf:
+            raise ValueError(f"`{name}` must be positive and finite, got {plan[name]}.")
+    return shares_of("available", available, k, np.inf, np.inf, names)
+
+
+def bounds_of(
+    k: int,
+    *,
+    lower: Shares = None,
+    upper: Shares = None,
+    available: Shares = None,
+    tokens: float | None = None,
+    max_epochs: float | None = None,
+    names: list[str] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds on shares: given ones, and p_j <= max_epochs * available_j / tokens.
+
+    Args:
+        k: Number of domains.
+        lower: Smallest shares: a number, k numbers, or by name (those left out: 0).
+        upper: Largest shares, likewise (those left out: 1).
+        available: Tokens each domain has, likewise; inf for no limit (those left out).
+        tokens: Tokens of the run that is planned.
+        max_epochs: How often a token may be seen in that run.
+        names: k names of domains, for the messages and for bounds by name.
+
+    Returns:
+        lower and upper, (k,) each.
+
+    Raises:
+        ValueError: A bound is outside [0, 1], or no mixture meets the bounds.
+    """
+    if names is not None and (len(names) != k or len(set(names)) != k):
+        raise ValueError(f"`names` must be {k} different names, got {list(names)}.")
+    low = shares_of("lower", lower, k, 0.0, 1.0, names)
+    given = high = shares_of("upper", upper, k, 1.0, 1.0, names)
+    supply = _supply(k, available, tokens, max_epochs, names)
+    if supply is not None and tokens and max_epochs:
+        high = np.minimum(given, max_epochs * supply / tokens)
+    over = np.flatnonzero(low > high)
+    if len(over):
+        j = int(over[0])
+        why = "." if high[j] == given[j] else f", the cap of {max_epochs:g} epochs."
+        raise ValueError(
+            f"`lower` of {_name(j, names)} is {low[j]:g}, above its upper bound {high[j]:g}{why} "
+            "Lower the one or raise the other."
+        )
+    if low.sum() > 1 + 1e-9:
+        raise ValueError(f"`lower` must sum to at most 1, got {low.sum():.6g}: lower some.")
+    if given.sum() < 1 - 1e-9:
+        raise ValueError(f"`upper` must sum to at least 1, got {given.sum():.6g}: raise some.")
+    if high.sum() < 1 - 1e-9:
+        _refuse_plan(given, high, supply, tokens, max_epochs, names)
+    return low, high
+
+
+def _name(j: int, names: Sequence[str] | None) -> str:
+    return f"{names[j]!r}" if names else f"domain {j}"
+
+
+def _refuse_plan(given, high, supply, tokens, max_epochs, names):
+    """Say which caps leave no mixture, and the largest run or the fewest epochs that have one."""
+    tight = ", ".join(
+        f"{_name(j, names)} <= {high[j]:.4g}" for j in np.flatnonzero(high < given).tolist()
+    )
+    message = f"`max_epochs` caps the shares at a sum of {high.sum():.4g} ({tight}): "
+    if given[supply > 0].sum() < 1:
+        raise ValueError(message + "the domains with tokens cannot fill a run; raise `upper`.")
+    # Epochs per token of the run at which the caps sum to 1; their sum grows with it
+    spare = np.where(supply > 0, supply, np.inf)
+    most = (given / spare).max()
+    rate = brentq(lambda x: np.minimum(given, x * supply).sum() - 1, 0, most * 1.001, xtol=1e-300)
+    raise ValueError(
+        f"{message}plan at most {np.floor(max_epochs / rate * (1 - 1e-9)):.0f} tokens instead of "
+        f"{tokens:.0f}, or allow at least {np.ceil(rate * tokens * 1e4) / 1e4:.4f} epochs."
+    )
+
+
+def target_weights(objective: Objective, targets: Sequence) -> np.ndarray:
+    """(m,) weights of sum 1: of the mean, of a single target, or as given.
+
+    Args:
+        objective: None for the mean over targets, a target's name, m weights, or weights by name.
+        targets: m names.
+
+    Raises:
+        ValueError: A name is none of `targets`, or the weights are negative or all zero.
+    """
+    m = len(targets)
+    if objective is None:
+        return np.full(m, 1 / m)
+    given = by_name({objective: 1.0} if isinstance(objective, str) else objective)
+    if isinstance(given, dict):
+        names = [str(name) for name in targets]
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"`objective`: no target {listed(unknown)}; there are {targets}.")
+        given = [given.get(name, 0.0) for name in names]
+    weights = np.asarray(given, dtype=np.float64)
+    if weights.shape != (m,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(f"`objective` must be {m} weights of at least 0, got {given}.")
+    if not weights.sum():
+        raise ValueError("`objective`: the weights are all 0; give one of them a weight.")
+    return weights / weights.sum()
+
+
+def prior_shares(prior: Shares, inputs: Inputs) -> np.ndarray:
+    """(k,) shares of a prior; without one, the mean of the runs' mixtures.
+
+    Args:
+        prior: (k,) shares, or by name, where those left out are 0.
+        inputs: The runs behind the law.
+
+    Raises:
+        ValueError: A name is no domain, or the shares are not one mixture of all domains.
+    """
+    if prior is None:
+        return inputs.mixtures.mean(0)
+    domains, given = inputs.domains, by_name(prior)
+    if isinstance(given, dict):
+        names = [str(name) for name in domains]
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"`prior`: no domain {listed(unknown)} among {domains}.")
+        given = [given.get(name, 0.0) for name in names]
+    if len(given) != len(domains):
+        raise ValueError(f"`prior` must be {len(domains)} shares, got {len(given)}.")
+    return check_mixtures(given, domains, "prior")[0]
+
+
+def law_bounds(inputs: Inputs, **limits: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(k,) smallest and (k,) largest shares; domains that no run varied keep their share.
+
+    Args:
+        inputs: The runs behind the law.
+        **limits: As `bounds_of` takes them: lower, upper, available, tokens, max_epochs.
+
+    Raises:
+        ValueError: A bound is outside [0, 1], or no mixture meets the bounds.
+    """
+    names = [str(name) for name in inputs.domains]
+    low, high = bounds_of(len(names), **limits, names=names)
+    fixed = inputs.fixed
+    low[fixed] = high[fixed] = inputs.mixtures[0, fixed]
+    if low.sum() > 1 + 1e-9 or high.sum() < 1 - 1e-9:
+        raise ValueError(
+            f"`lower` and `upper` leave no mixture beside {listed(inputs.unidentified)}, whose "
+            f"share no run varied: widen them."
+        )
+    return low, high
