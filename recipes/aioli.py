@@ -16,39 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from llmmix import mixing
 from llmmix.cli import parse_args
-from llmmix.mixing import (
-    AioliCallback,
-    AioliConfig,
-    DoGECallback,
-    DoGEConfig,
-    DoReMiCallback,
-    DoReMiConfig,
-    MixtureCallback,
-    ODMCallback,
-    ODMConfig,
-    SkillItCallback,
-    SkillItConfig,
-    attach_mixture,
-    label_domains,
-    stratified,
-)
+from llmmix.mixing import AioliConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
+from llmmix.mixing.methods import METHODS, config_of
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
 from llmmix.trainers import checkpoint_to_resume
-
-METHODS = ("aioli", "skillit", "doremi", "doge", "odm", "stratified", "fixed")
-CONFIGS = {
-    "skillit": SkillItConfig,
-    "doremi": DoReMiConfig,
-    "doge": DoGEConfig,
-    "odm": ODMConfig,
-}
 
 
 @dataclass
@@ -65,25 +43,6 @@ class MethodArguments:
             "help": "Options of a method other than aioli, each as NAME=VALUE: eta=0.5 window=5."
         },
     )
-
-
-def config_of(method: str, given: list[str]) -> Any:
-    """The config of a method other than aioli, from NAME=VALUE; None for one without options.
-
-    Raises:
-        ValueError: The method is unknown, an option is not NAME=VALUE, or the method takes none.
-    """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
-    if bad := [option for option in given if "=" not in option]:
-        raise ValueError(f"`method_options`: {bad} must be NAME=VALUE.")
-    if given and method not in CONFIGS:
-        raise ValueError(
-            f"`method_options` are for the methods {list(CONFIGS)}; {method!r} takes none."
-        )
-    options = dict(option.split("=", 1) for option in given)
-    options = {name: yaml.safe_load(value) for name, value in options.items()}
-    return CONFIGS[method](**options) if method in CONFIGS else None
 
 
 def main(
@@ -108,7 +67,7 @@ def main(
         trainer = SFTTrainer(
             checkpoint,
             args=args,
-            train_dataset=label_domains(train),
+            train_dataset=mixing.label_domains(train),
             eval_dataset=validation,
             processing_class=tokenizer,
             quantization_config=get_quantization_config(model_args),
@@ -116,7 +75,7 @@ def main(
         )
         sampler = args.sampler(train, weights)
         callback = make_callback(sampler, measured_rows=args.measured_rows)
-        attach_mixture(trainer, sampler, callback)
+        mixing.attach_mixture(trainer, sampler, callback)
         resume = checkpoint_to_resume(args)
         if folder != out or (resume is True and method in ("doremi", "doge")):
             # A stage may not have begun, or be over: it goes on from what it has saved, if anything
@@ -129,21 +88,23 @@ def main(
 
     weights = None  # of the run itself; by default the configured ones
     if method == "stratified":
-        weights = stratified(len(train))
+        weights = mixing.stratified(len(train))
     elif method == "doremi":
-        fit(out / "reference", MixtureCallback)
+        fit(out / "reference", mixing.MixtureCallback)
         reference = str(out / "reference")
-        _, proxy = fit(out / "proxy", partial(DoReMiCallback, config=config, reference=reference))
+        _, proxy = fit(
+            out / "proxy", partial(mixing.DoReMiCallback, config=config, reference=reference)
+        )
         weights = proxy.average
     elif method == "doge":
-        _, proxy = fit(out / "proxy", partial(DoGECallback, config=config))
+        _, proxy = fit(out / "proxy", partial(mixing.DoGECallback, config=config))
         weights = proxy.average
     callbacks: dict[str, Callable] = {
-        "aioli": partial(AioliCallback, config=aioli_config),
-        "skillit": partial(SkillItCallback, config=config),
-        "odm": partial(ODMCallback, config=config),
+        "aioli": partial(mixing.AioliCallback, config=aioli_config),
+        "skillit": partial(mixing.SkillItCallback, config=config),
+        "odm": partial(mixing.ODMCallback, config=config),
     }
-    trainer, _ = fit(out, callbacks.get(method, MixtureCallback), weights)
+    trainer, _ = fit(out, callbacks.get(method, mixing.MixtureCallback), weights)
     if trainer.accelerator.is_main_process:
         print(f"Report: {write_report(out)}")
     if training_args.push_to_hub:

@@ -29,57 +29,38 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from transformers import default_data_collator as collate
 from transformers.utils import logging
 
-from llmmix import builtin
+from llmmix import builtin, mixing
 from llmmix.builtin.corpora import windows
 from llmmix.cli import parse_args
-from llmmix.figures import draw_panels
-from llmmix.mixing import (
-    AioliCallback,
-    AioliConfig,
-    DoGECallback,
-    DoGEConfig,
-    DoReMiCallback,
-    MixtureCallback,
-    MixtureSampler,
-    ODMCallback,
-    SkillItCallback,
-    SkillItConfig,
-    attach_mixture,
-    skillit_graph,
-)
+from llmmix.mixing.figure import draw_paths
 from llmmix.mixing.record import drawn_shares, read_record
 from llmmix.mixing.rows import by_target
 
-EQUAL = "equal shares"
-BEST = "best fixed shares"
-MATCHED = "fixed, as Aioli drew"
+EQUAL, BEST, MATCHED = "equal shares", "best fixed shares", "fixed, as Aioli drew"
 ONE_HOT, REGRESSION = "Aioli, one_hot", "Aioli, regression"
 MOVING = (ONE_HOT, REGRESSION, "Skill-It", "ODM")  # their trajectories are drawn
 GRID = (0.5, 0.8)  # shares of one domain above the others
 DEV_SEEDS = (100, 101)  # the best fixed shares are chosen on these, by validation loss
+Make = Callable[..., Any] | None  # (sampler, measured_rows) -> the callback of a method
+SIZE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 
 
 @dataclass
 class StudyArguments:
     """The size of the study."""
 
-    output_dir: str = field(
-        default="runs/mixing_study", metadata={"help": "Folder of results and figure."}
-    )
+    output_dir: str = field(default="runs/mixing_study", metadata={"help": "Folder of results."})
     domains: list[str] = field(
-        default_factory=lambda: ["docs", "noise", "noise2"],
-        metadata={"help": "Domains to mix, of those in builtin:domains."},
+        default_factory=lambda: ["docs", "noise", "noise2"], metadata={"help": "Domains to mix."}
     )
     seeds: int = field(default=3, metadata={"help": "Number of seeds of each method."})
     aioli_seeds: int = field(
-        default=8,
-        metadata={"help": "Number of seeds of Aioli, equal shares and the best fixed shares."},
+        default=8, metadata={"help": "Number of seeds of Aioli, equal and the best fixed shares."}
     )
     max_steps: int = field(default=500, metadata={"help": "Steps of each training."})
     batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens in a step."})
-    learning_rate: float = field(
-        default=3e-3, metadata={"help": "Peak learning rate, before a cosine to zero."}
-    )
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak of a cosine to zero."})
     test_rows: int = field(default=200, metadata={"help": "Number of test windows of each domain."})
 
 
@@ -101,24 +82,11 @@ class Study:
         self.results: dict[str, dict[int, dict]] = {}
 
     def fit(
-        self,
-        seed: int,
-        weights: Any = None,
-        make_callback: Callable[..., MixtureCallback] | None = None,
-        steps: int | None = None,
+        self, seed: int, weights: Any = None, make: Make = None, steps: int | None = None
     ) -> tuple[LlamaForCausalLM, Any, float]:
         """A trained model, its callback, and how long it took."""
         args, begun = self.args, time.perf_counter()
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(self.tokenizer),
-            tie_word_embeddings=True,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        )
         settings = TrainingArguments(
             str(self.folder / "training"),
             max_steps=steps or args.max_steps,
@@ -134,27 +102,23 @@ class Study:
             use_cpu=True,
             seed=seed,
         )
+        config = LlamaConfig(vocab_size=len(self.tokenizer), tie_word_embeddings=True, **SIZE)
         model = LlamaForCausalLM(config)
         rows = {"train_dataset": self.train, "eval_dataset": self.validation}
         trainer = Trainer(model, settings, data_collator=collate, **rows)
         trainer.remove_callback(PrinterCallback)
-        sampler = MixtureSampler(self.rows, weights, seed=seed, method="even")
-        made = make_callback(sampler, measured_rows=24) if make_callback else None
-        callback = attach_mixture(trainer, sampler, made)
+        sampler = mixing.MixtureSampler(self.rows, weights, seed=seed, method="even")
+        made = make(sampler, measured_rows=24) if make else None
+        callback = mixing.attach_mixture(trainer, sampler, made)
         with contextlib.redirect_stdout(None):
             trainer.train()
         return model, callback, time.perf_counter() - begun
 
     def run(
-        self,
-        name: str,
-        seed: int,
-        weights: Any = None,
-        make_callback: Callable[..., MixtureCallback] | None = None,
-        before: float = 0.0,
+        self, name: str, seed: int, weights: Any = None, make: Make = None, before: float = 0.0
     ) -> LlamaForCausalLM:
         """Train, test, keep and say; `before` are seconds that the method took until then."""
-        model, callback, seconds = self.fit(seed, weights, make_callback)
+        model, callback, seconds = self.fit(seed, weights, make)
         _, entries = read_record(self.folder / "training")
         path = [[e["step"], e["weights"]] for e in entries if "weights" in e]
         losses = [self.loss(model, rows) for rows in self.test.values()]
@@ -179,8 +143,7 @@ class Study:
 
     def grid(self) -> list[float]:
         """The fixed shares with the least validation loss, one domain above the others."""
-        rest = 1 / (len(self.names) - 1)
-        found = {}
+        rest, found = 1 / (len(self.names) - 1), {}
         for domain in range(len(self.names)):
             for share in GRID:
                 weights = np.full(len(self.names), (1 - share) * rest)
@@ -199,7 +162,7 @@ class Study:
             self.fit(DEV_SEEDS[0], domain, steps=steps)
             ends.append(self.final())
         self.fit(DEV_SEEDS[0], steps=1)
-        return skillit_graph(self.final(), ends).tolist()
+        return mixing.skillit_graph(self.final(), ends).tolist()
 
     def final(self) -> list[float]:
         """Validation losses at the end of the last training."""
@@ -213,8 +176,11 @@ def main(args: StudyArguments) -> None:
     logging.set_verbosity_error()
     study = Study(args)
     study.folder.mkdir(parents=True, exist_ok=True)
-    run, aioli = study.run, lambda **o: lambda s, **g: AioliCallback(s, AioliConfig(**o), **g)
-    best, skillit = study.grid(), SkillItConfig(graph=study.graph())
+    run, aioli = (
+        study.run,
+        lambda **o: lambda s, **g: mixing.AioliCallback(s, mixing.AioliConfig(**o), **g),
+    )
+    best, skillit = study.grid(), mixing.SkillItConfig(graph=study.graph())
     for seed in range(max(args.seeds, args.aioli_seeds)):
         reference = run(EQUAL, seed)
         if seed < args.aioli_seeds:
@@ -223,11 +189,11 @@ def main(args: StudyArguments) -> None:
             run(REGRESSION, seed, None, aioli(estimator="regression", order_seed=seed))
             run(MATCHED, seed, study.results[REGRESSION][seed]["shares"])
         if seed < args.seeds:
-            run("Skill-It", seed, None, lambda s, **g: SkillItCallback(s, skillit, **g))
-            run("ODM", seed, None, ODMCallback)
+            run("Skill-It", seed, None, lambda s, **g: mixing.SkillItCallback(s, skillit, **g))
+            run("ODM", seed, None, mixing.ODMCallback)
             proxies: dict[str, Callable] = {
-                "DoReMi": lambda s, r=reference, **g: DoReMiCallback(s, reference=r, **g),
-                "DoGE": lambda s, **g: DoGECallback(s, DoGEConfig(interval=5), **g),
+                "DoReMi": lambda s, r=reference, **g: mixing.DoReMiCallback(s, reference=r, **g),
+                "DoGE": lambda s, **g: mixing.DoGECallback(s, mixing.DoGEConfig(interval=5), **g),
             }
             for name, proxy in proxies.items():
                 _, callback, seconds = study.fit(seed, None, proxy)
@@ -262,14 +228,12 @@ def show(args: StudyArguments, results: dict, best: list[float]) -> None:
         )
     Console(width=max(Console().width, 100)).print(table)
     print(f"Equal shares: {np.mean([run['mean'] for run in equal.values()]):.4f}. Best: {best}")
-    steps, panels = np.linspace(0, args.max_steps, 41), {}
-    for name in filter(results.get, MOVING):
-        paths = [run["path"] for run in results[name].values()]
-        places = [np.searchsorted([at for at, _ in path], steps, "right") - 1 for path in paths]
-        shares = [[path[i][1] for i in at] for path, at in zip(paths, places, strict=True)]
-        panels[name] = dict(zip(args.domains, np.array(shares).transpose(2, 0, 1), strict=True))
-    path = Path(args.output_dir) / "mixing_study.png"
-    print(f"Figure: {draw_panels(path, steps.tolist(), panels, 'step')}")
+    paths = {
+        name: [run["path"] for run in results[name].values()]
+        for name in filter(results.get, MOVING)
+    }
+    figure = Path(args.output_dir) / "mixing_study.png"
+    print(f"Figure: {draw_paths(figure, args.domains, paths, args.max_steps)}")
 
 
 if __name__ == "__main__":

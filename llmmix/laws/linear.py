@@ -227,7 +227,7 @@ def require_runs(law: Law, Y: np.ndarray, needed: int, parameters: int) -> None:
         name = type(law).__name__
         raise ValueError(
             f"{name} has {parameters} parameters for each target and needs {needed} runs or more; "
-            f"target {law.targets_[law._targets[short]]} has {runs[short]}. Add runs, or use "
+            f"target {law.targets_[law.inputs_.moving[short]]} has {runs[short]}. Add runs, or use "
             f"EffectiveDataLaw, which does with few."
         )
 

@@ -1,11 +1,11 @@
 """The picture of a mixture run: its shares, its losses and what the domains were found to do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from llmmix.figures import COLOURS, png, pyplot
+from llmmix.figures import COLOURS, draw_panels, png, pyplot
 from llmmix.mixing.record import read_record
 
 
@@ -92,3 +92,25 @@ def _matrix(axis, header, entries, measured, found) -> None:
     axis.set_yticks(range(len(header["targets"])), header["targets"], fontsize=8)
     axis.set_xlabel("trained on")
     axis.set_title("mean matrix, 1/1000 nats a step", fontsize=10)
+
+
+def draw_paths(
+    path: str | Path, domains: Sequence[str], paths: Mapping[str, Sequence], steps: int
+) -> Path:
+    """A PNG of shares over a run, a panel a method: the mean over repeats within their range.
+
+    Args:
+        path: Path of the PNG.
+        domains: Names of the domains.
+        paths: By method, its runs; each a list of (step, weights from that step on).
+        steps: Steps of a run.
+
+    Returns:
+        The path.
+    """
+    grid, panels = np.linspace(0, steps, 41), {}
+    for name, runs in paths.items():
+        places = [np.searchsorted([at for at, _ in run], grid, "right") - 1 for run in runs]
+        shares = [[run[i][1] for i in at] for run, at in zip(runs, places, strict=True)]
+        panels[name] = dict(zip(domains, np.array(shares).transpose(2, 0, 1), strict=True))
+    return draw_panels(path, grid.tolist(), panels, "step")

@@ -29,7 +29,7 @@ class InfluenceMatrix:
     targets: tuple[str, ...]
     domains: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = np.shape(self.values)
         if shape != (len(self.targets), len(self.domains)):
             raise ValueError(
