@@ -14,8 +14,8 @@ TORCH_INDEX ?=
 quickstart: $(VENV)/.installed
 	$(BIN)/llmmix run quickstart
 
-# As many workers as there are cores; tests that share an expensive fixture stay on one
-PYTEST := $(BIN)/python -m pytest -n logical --dist loadgroup
+# As many workers as there are cores; a file of tests, with what its tests share, stays on one
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow"

@@ -14,10 +14,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when transformers imports it
 
 from datasets import Dataset, disable_progress_bars
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llmmix import builtin
+from tests.ranks import run_on_two_ranks
 
 gc.freeze()  # what the imports left: each trainer collects garbage, and would go through it anew
 torch.set_num_threads(1)  # small tensors, and no fight for cores with a torchrun beside
@@ -80,3 +82,19 @@ def preference_rows():
 @pytest.fixture
 def text_rows():
     return Dataset.from_dict({"text": ["2+2=4", "3+4=7", "10-3=7", "6*7=42"]})
+
+
+@pytest.fixture(scope="session")
+def two_ranks(checkpoint, math_rows, preference_rows, tmp_path_factory, request):
+    """The folder that one launch of tests/two_ranks.py wrote, for every test and every worker."""
+    root = tmp_path_factory.getbasetemp()
+    workers = getattr(request.config, "workerinput", None)
+    folder = (root if workers is None else root.parent) / "two_ranks"
+    with FileLock(f"{folder}.lock"):
+        printed = folder / "printed.txt"
+        if not printed.exists():
+            folder.mkdir(exist_ok=True)
+            math_rows.to_json(folder / "math.jsonl")
+            preference_rows.to_json(folder / "preferences.jsonl")
+            printed.write_text(run_on_two_ranks("tests.two_ranks", checkpoint, folder).stdout)
+    return folder

@@ -1,10 +1,11 @@
-"""Run under torchrun by test_two_ranks.py: what must come out as on one process.
+"""Run under torchrun by the fixture `two_ranks`: what must come out as on one process.
 
     two_ranks.py CHECKPOINT FOLDER
 
 FOLDER holds the rows as `math.jsonl` and `preferences.jsonl`. For every method, and for DCO with a
 filter and weights from sampling, the main rank writes NAME.json, the losses, and NAME.pt, the
-weights. Last comes the fused head with its weight spread over the ranks (tests/sharded.py).
+weights. Mixtures and unlearning write into folders of their own. Last comes the fused head with its
+weight spread over the ranks (tests/sharded.py).
 """
 
 import json
@@ -17,6 +18,8 @@ from transformers import AutoTokenizer, Trainer
 
 from llmmix import DCOConfig, DCOTrainer
 from tests import sharded, test_filtering, test_invariants
+from tests.mixing import two_ranks as mixing
+from tests.unlearning import two_ranks as unlearning
 
 
 def main(checkpoint: str, folder: Path) -> None:
@@ -44,6 +47,8 @@ def main(checkpoint: str, folder: Path) -> None:
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
     )
     train(test_filtering.chain_of_thought(filtered), "filtered", folder)
+    mixing.run(checkpoint, folder / "mixing")
+    unlearning.run(checkpoint, folder / "unlearning")
     sharded.compare("fsdp2")
 
 

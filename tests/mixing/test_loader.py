@@ -2,9 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -153,23 +150,6 @@ def test_spilling_reads_every_row_once(make):
 # Two processes
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, tokenizer):
-    """The folder of runs under torchrun: tests/mixing/two_processes.py."""
-    folder = tmp_path_factory.mktemp("two")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.mixing.two_processes", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
 def read_by_two(folder, name):
     """Rows by step: of each micro-batch, what the first process reads and then the second."""
     first, second = (json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
@@ -180,15 +160,15 @@ def read_by_two(folder, name):
     return [[tuple(row) for row in step] for step in steps], first["log"]
 
 
-def test_two_processes_read_and_train_as_one(two_processes, make, tmp_path):
+def test_two_processes_read_and_train_as_one(two_ranks, make, tmp_path):
     trainer = make(max_steps=8, gradient_accumulation_steps=4)
     mixed(trainer, Moving())
     log, _ = finish(trainer)
-    read, other = read_by_two(two_processes, "moving")
+    read, other = read_by_two(two_ranks / "mixing", "moving")
     assert read == trainer.steps_read
     np.testing.assert_allclose(np.array(other), np.array(log), rtol=1e-5)
     header, entries = record_of(tmp_path / "run")
-    header_of_two, entries_of_two = record_of(two_processes / "moving")
+    header_of_two, entries_of_two = record_of(two_ranks / "mixing" / "moving")
     assert header_of_two == header
     for mine, other in zip(entries, entries_of_two, strict=True):
         assert mine.keys() == other.keys() and mine["step"] == other["step"]
@@ -199,16 +179,16 @@ def test_two_processes_read_and_train_as_one(two_processes, make, tmp_path):
             np.testing.assert_allclose(theirs, np.array(values, dtype=float), rtol=1e-4)
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one(two_processes, make):
-    read, log = read_by_two(two_processes, "moving")
+def test_a_checkpoint_of_two_processes_goes_on_in_one(two_ranks, make):
+    read, log = read_by_two(two_ranks / "mixing", "moving")
     again = make(max_steps=8, gradient_accumulation_steps=4)
     mixed(again, Moving())
-    resumed, _ = finish(again, resume_from_checkpoint=str(two_processes / "moving/checkpoint-4"))
+    resumed, _ = finish(again, resume_from_checkpoint=str(two_ranks / "mixing/moving/checkpoint-4"))
     assert again.steps_read == read[4:]
     np.testing.assert_allclose(np.array(resumed), np.array(log), rtol=1e-5)
     # and in steps half as large, where the order of the rows stays
-    read, _ = read_by_two(two_processes, "still")
+    read, _ = read_by_two(two_ranks / "mixing", "still")
     again = make("half", max_steps=8)
     mixed(again)
-    again.train(resume_from_checkpoint=str(two_processes / "still/checkpoint-4"))
+    again.train(resume_from_checkpoint=str(two_ranks / "mixing/still/checkpoint-4"))
     assert sum(again.steps_read, []) == sum(read[4:], [])[:16]

@@ -1,10 +1,6 @@
 """Runs of the unlearning trainers that must be the same run."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +19,7 @@ from tests.unlearning.runs import (
     lora,
     prepare,
 )
+from tests.unlearning.two_ranks import EVEN, runs_of_two
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -137,30 +134,12 @@ def test_bf16_stays_near_fp32(plain_run, run, name):
     assert ((exact - rough).abs() / scale).max() < 0.08
 
 
-TWO = ["flat", "npo", "kl", "pdu"]
-
-
-EVEN = {"rows": FORGET.select(range(8))}  # four rows a step, two steps an epoch
-
-
-def two_runs():
-    return [(name, None) for name in TWO] + [(name, lora()) for name in ("npo-kl", "rmu")]
-
-
-def test_two_processes_are_one(checkpoint, tmp_path):
-    """Torchrun over gloo, two ranks of 1 row and 2 micro-batches, against one of 4 rows."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.unlearning.test_trainer", checkpoint, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "two.pt", weights_only=True)
-    metrics = json.loads((tmp_path / "two.json").read_text())
-    for name, peft in two_runs():
+def test_two_processes_are_one(two_ranks, checkpoint, tmp_path):
+    """Two ranks of 1 row and 2 micro-batches, against one process of 4 rows."""
+    folder = two_ranks / "unlearning"
+    found = torch.load(folder / "two.pt", weights_only=True)
+    metrics = json.loads((folder / "two.json").read_text())
+    for name, peft in runs_of_two():
         torch.manual_seed(0)
         trainer = prepare(name, tmp_path / "one", checkpoint, peft=peft, use_cpu=True, **EVEN)
         one = finish(trainer)
@@ -245,20 +224,3 @@ def test_saved_model_is_a_plain_checkpoint(make, tmp_path):
         loaded = LlamaForCausalLM.from_pretrained(tmp_path / name)
         for a, b in zip(loaded.parameters(), trainer.model.parameters(), strict=True):
             assert torch.equal(a, b.cpu())
-
-
-if __name__ == "__main__":  # under torchrun
-    torch.set_num_threads(1)
-    checkpoint, folder = sys.argv[1], Path(sys.argv[2])
-    results, metrics = {}, {}
-    for name, peft in two_runs():
-        torch.manual_seed(0)
-        split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-        trainer = prepare(name, folder / "two", checkpoint, peft=peft, **EVEN, **split)
-        assert trainer.accelerator.num_processes == 2
-        results[f"{name} {peft is not None}"] = finish(trainer)
-        metrics[f"{name} {peft is not None}"] = trainer.state.log_history
-    if trainer.accelerator.is_main_process:
-        torch.save(results, folder / "two.pt")
-        (folder / "two.json").write_text(json.dumps(metrics))
-    torch.distributed.destroy_process_group()  # its threads must not outlive it

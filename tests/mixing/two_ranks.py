@@ -1,19 +1,16 @@
-"""Run under torchrun by test_loader.py: mixtures on two processes; each writes what it read."""
+"""Mixtures on two ranks, for tests/two_ranks.py: each rank writes what it read."""
 
 import json
-import sys
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from tests.mixing.runs import Moving, build, finish, mixed
 
 
-def main(folder: Path) -> None:
+def run(checkpoint: str, folder: Path) -> None:
     """Train with a mixture that moves and with one that stands still."""
-    torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for name, controller in (("moving", Moving()), ("still", None)):
         trainer = build(
             folder / name,
@@ -27,8 +24,3 @@ def main(folder: Path) -> None:
         log, _ = finish(trainer)
         found = {"read": trainer.steps_read, "log": log}
         (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()  # its threads must not outlive it
