@@ -131,6 +131,7 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(smollm2):
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].size(1) :])
 
 
+@pytest.mark.slow
 def test_sampling_is_generate_in_the_greedy_limit_and_alone_or_together_the_same(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
