@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -77,8 +78,7 @@ def list_recipes(_args: argparse.Namespace) -> int:
     for command, package in KINDS.items():
         print(f"llmmix {command} ...")
         for path in _scripts(package):
-            summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
-            print(f"  {path.stem:16} {summary}")
+            print(f"  {path.stem:16} {_summary(path)}")
     return 0
 
 
@@ -169,7 +169,14 @@ def parse_args(
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     path = Path(script)
     # Any: TRL's own type variable takes no dataclass in general
-    parser: Any = TrlParser(dataclass_types, prog=path.stem, allow_abbrev=False)  # type: ignore[arg-type]
+    parser: Any = TrlParser(
+        dataclass_types,  # type: ignore[arg-type]
+        prog=path.stem,
+        usage=f"{_command_of(path)} [flags]",
+        description=_summary(path),
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
     # --config is taken here and not by TRL's parser, so that a mistake in it is named
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--config")
@@ -184,6 +191,29 @@ def parse_args(
     if rest:
         raise UsageError(f"unexpected {' '.join(rest)!r} on the command line.")
     return tuple(parsed)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds no default where there is none, or where the help says it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = re.search(r"\bdefault(s to|:| is|ing)|by default", action.help or "", re.IGNORECASE)
+        bare = told or action.default is None or action.default == []
+        return action.help if bare else super()._get_help_string(action)
+
+
+def _command_of(script: Path) -> str:
+    """What starts a script."""
+    for command, package in KINDS.items():
+        if script.resolve() in map(Path.resolve, _scripts(package)):
+            return f"llmmix {command} {script.stem}"
+    return f"llmmix run {script.name}"
+
+
+def _summary(script: Path) -> str:
+    """The first line of a script's docstring."""
+    text = script.read_text() if script.is_file() else ""
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 
 
 def _read_yaml(path: Path, fields: dict[str, dataclasses.Field]) -> dict:

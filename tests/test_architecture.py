@@ -1,5 +1,6 @@
 """The rules of the layout, over the syntax trees; and that a planted violation of each is found."""
 
+import argparse
 import importlib
 import inspect
 import subprocess
@@ -47,6 +48,7 @@ LAWS_MAY_IMPORT = {"laws", "figures", "files"}
 PRIVATE = {
     "_attn_implementation": PreTrainedConfig,
     "_commit_hash": PreTrainedConfig,
+    "_get_help_string": argparse.HelpFormatter,
     "_get_train_sampler": Trainer,
     "_metrics": SFTTrainer,
     "_name": SFTTrainer,

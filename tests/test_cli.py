@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -127,3 +128,22 @@ def test_launcher_flags_stand_before_the_name(argv, module, start, monkeypatch):
     monkeypatch.setattr(cli, "_become", lambda *given: started.append(given) or 0)
     assert cli.main(argv) == 0
     assert started[0][0] == module and started[0][1][: len(start)] == start
+
+
+@pytest.mark.parametrize(("command", "name"), [("run", "aioli"), ("eval", "unlearning")])
+def test_help_begins_with_what_it_is_and_says_a_default_once(command, name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, name, "--help"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: llmmix {command} {name} [flags]\n\n")
+    summary = next(line for line in said.splitlines()[2:] if line)
+    assert summary and not summary.startswith("options")
+    assert "(default: None)" not in said and "(default: [])" not in said
+    for option in said.split("\n  --"):
+        assert len(re.findall(r"\bDefault: |\(default:|by default", option.replace("\n", " "))) <= 1
+
+
+def test_a_mistyped_value_is_told_in_two_lines(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "dco", "--max_steps", "many"])
+    assert len(capsys.readouterr().err.splitlines()) == 2
