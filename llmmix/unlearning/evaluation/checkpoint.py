@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
 from datasets import Dataset
 
-import llmmix
 from llmmix.models import Checkpoint, Loader
 from llmmix.unlearning.evaluation.document import as_rows, evaluate_subject
 from llmmix.unlearning.evaluation.leak_metrics import LeakOptions, leak_metrics
@@ -19,6 +16,8 @@ from llmmix.unlearning.evaluation.open_unlearning import open_unlearning_documen
 from llmmix.unlearning.evaluation.probes import Relearning, probe_metrics
 from llmmix.unlearning.evaluation.subject import MeasureOptions, checkpoint_subject
 from llmmix.unlearning.evaluation.summary import Fluency
+
+PACKAGES = ("llmmix", "torch", "transformers", "datasets")  # whose versions are told
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,12 @@ def evaluate_checkpoint(
         fluency=plan.fluency,
     )
     fingerprint = loader.fingerprint(checkpoint)
-    used = (llmmix, torch, transformers, datasets)
     told = {
         "eval": "unlearning",
         "model": checkpoint.model,
         "adapter": checkpoint.adapter,
         "fingerprint": fingerprint,
-        "versions": {module.__name__: module.__version__ for module in used},
+        "versions": {package: version(package) for package in PACKAGES},
         "sets": dict(plan.sets),
         "rows": {role: len(rows) for role, rows in data.items()},
         "seed": plan.leaking.seed,
