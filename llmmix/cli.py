@@ -8,13 +8,16 @@ What stands before the name is the launcher's, what stands after it the recipe's
 
 import argparse
 import ast
+import copy
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import runpy
 import shutil
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Collection, Iterable
@@ -24,6 +27,9 @@ from typing import Any
 
 KINDS = {"run": "llmmix.recipes", "eval": "llmmix.eval"}
 PACKAGES = ("llmmix", *KINDS.values())
+UPSTREAM = ("trl", "transformers")  # whose options come second in --help, but for these:
+INDENT = " " * 19  # of a summary in `llmmix ls`
+NAMED = ("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +84,10 @@ def list_recipes(_args: argparse.Namespace) -> int:
     for command, package in KINDS.items():
         print(f"llmmix {command} ...")
         for path in _scripts(package):
-            print(f"  {path.stem:16} {_summary(path)}")
+            width = shutil.get_terminal_size().columns
+            print(
+                textwrap.fill(f"  {path.stem:16} {_summary(path)}", width, subsequent_indent=INDENT)
+            )
     return 0
 
 
@@ -172,9 +181,9 @@ def parse_args(
     parser: Any = TrlParser(
         dataclass_types,  # type: ignore[arg-type]
         prog=path.stem,
-        usage=f"{_command_of(path)} [flags]",
+        usage=f"{_command_of(path)} [--config FILE.yaml] [flags]",
         description=_summary(path),
-        formatter_class=_Help,
+        formatter_class=functools.partial(_Help, first=_own_options(dataclass_types)),
         allow_abbrev=False,
     )
     # --config is taken here and not by TRL's parser, so that a mistake in it is named
@@ -194,12 +203,45 @@ def parse_args(
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds no default where there is none, or where the help says it in words."""
+    """What a script adds to TRL comes first; each option is written once, each default told once.
+
+    Args:
+        prog: Name of the program.
+        first: Names of the options to show first.
+    """
+
+    def __init__(self, prog: str, first: Collection[str] = ()):
+        super().__init__(prog)
+        self._first = {"help", *first}
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Two sections in the place of one, where some options are TRL's."""
+        actions = list(actions)
+        rest = [action for action in actions if action.dest not in self._first]
+        super().add_arguments([action for action in actions if action.dest in self._first])
+        if rest:
+            self.end_section()
+            self.start_section("options of TRL and transformers")
+            super().add_arguments(rest)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = re.search(r"\bdefault(s to|:| is|ing)|by default", action.help or "", re.IGNORECASE)
         bare = told or action.default is None or action.default == []
-        return action.help if bare else super()._get_help_string(action)
+        text = action.help if bare else super()._get_help_string(action)
+        return f"{text} One of: {', '.join(map(str, action.choices))}." if action.choices else text
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)  # `--max-steps` is `--max_steps`, and choices stand in the help
+        shown.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        shown.metavar = shown.metavar or (action.dest.upper() if action.choices else None)
+        return super()._format_action_invocation(shown)
+
+
+def _own_options(dataclass_types: Iterable[type]) -> list[str]:
+    """What a script adds to TRL's options, and what every run names."""
+    bases = {base for kind in dataclass_types for base in kind.__mro__}
+    ours = [base for base in bases if base.__module__.partition(".")[0] not in UPSTREAM]
+    return [*NAMED, *(name for base in ours for name in vars(base).get("__annotations__", {}))]
 
 
 def _command_of(script: Path) -> str:

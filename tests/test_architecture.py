@@ -48,6 +48,7 @@ LAWS_MAY_IMPORT = {"laws", "figures", "files"}
 PRIVATE = {
     "_attn_implementation": PreTrainedConfig,
     "_commit_hash": PreTrainedConfig,
+    "_format_action_invocation": argparse.HelpFormatter,
     "_get_help_string": argparse.HelpFormatter,
     "_get_train_sampler": Trainer,
     "_metrics": SFTTrainer,

@@ -135,7 +135,7 @@ def test_help_begins_with_what_it_is_and_says_a_default_once(command, name, caps
     with pytest.raises(SystemExit):
         cli.main([command, name, "--help"])
     said = capsys.readouterr().out
-    assert said.startswith(f"usage: llmmix {command} {name} [flags]\n\n")
+    assert said.startswith(f"usage: llmmix {command} {name} [--config FILE.yaml] [flags]\n\n")
     summary = next(line for line in said.splitlines()[2:] if line)
     assert summary and not summary.startswith("options")
     assert "(default: None)" not in said and "(default: [])" not in said
