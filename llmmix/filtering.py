@@ -68,8 +68,8 @@ class LikelihoodFilter:
 class FilteredSampler(Sampler[int]):
     """Rows in the order of a seeded shuffle, those that a filter leaves out skipped.
 
-    Passes follow one another until an iteration has given as many rows as there are; one that keeps
-    nothing ends it.
+    Passes over the dataset follow one another until an iteration has given as many rows as the
+    dataset has. A pass in which nothing is kept ends the iteration.
 
     Args:
         size: Rows of the dataset.
@@ -88,8 +88,8 @@ class FilteredSampler(Sampler[int]):
         """Begin with the first pass."""
         self.exhausted = False
         self._waiting: deque[int] = deque()
-        self._given: list[int] = []  # of this iteration
-        self._replay: list[int] = []  # at the start of the next one
+        self._given: list[int] = []  # in this iteration
+        self._replay: list[int] = []  # to be given again, first, by the next iteration
         self._pass = self._position = self._fruitless = 0
 
     def __len__(self) -> int:
@@ -162,7 +162,7 @@ class FilterCallback(ResumedCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """As after a step: rows may end inside an accumulation window."""
+        """Stop as after a step: rows may end inside an accumulation window."""
         self.on_step_end(args, state, control)
 
     def begin(self) -> None:
@@ -249,11 +249,11 @@ def attach_filter(
 
 
 def check_trainer(what: str, trainer: Trainer) -> None:
-    """Refuse what filters and solve rates do not hold under.
+    """Refuse a trainer that filters and solve rates do not work with.
 
     Raises:
         ValueError: The launch is under FSDP or DeepSpeed, where no process holds the whole model;
-            or the Trainer is to restore callbacks, which cannot make these.
+            or `restore_callback_states_from_checkpoint` is set, which cannot restore these.
     """
     kind = trainer.accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):

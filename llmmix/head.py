@@ -36,7 +36,7 @@ HeadObjective = Callable[[Tensor, Tensor, "HeadAtHand"], dict[str, Tensor]]
 
 @dataclass
 class FusedHeadOutput(ModelOutput):
-    """What a model with the fused head answers. Per-token fields are zero where the label is -100.
+    """The output of a model with the fused head. Per-token fields are zero where the label is -100.
 
     Args:
         loss: Negative log-likelihood summed over scored tokens, divided by `num_items_in_batch`
@@ -73,15 +73,15 @@ def attach_head(
 
     Works before or after PEFT wraps the model, and over a head that TRL attached. Attaching again
     replaces `outputs`. Saving, loading and generation are untouched. Attach before the model is
-    prepared, which a trainer does when it begins to train: the autocast of `bf16=True` is laid
-    around the forward that is there then.
+    prepared, which a trainer does when training begins: `bf16=True` wraps autocast around the
+    forward that the model has then.
 
     Args:
         model: A causal language model, or a `PeftModel` around one.
         outputs: Per-token fields to compute, names of `llmmix.logprobs.STATISTICS`.
         memory_budget: Bytes of probabilities that each call of a trained head may keep between
             forward and backward, which saves the backward a matrix product; 0 for none,
-            `llmmix.logprobs.MEMORY_BUDGET` by default. What was chosen is logged at level INFO.
+            `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from.
@@ -107,9 +107,9 @@ def attach_head(
 
 
 def _own_forward(model: PreTrainedModel) -> Callable:
-    """The forward that is there without a head of ours, as a function of the model.
+    """The model's forward without a head of ours, as a function of the model.
 
-    A function and not a bound method, which in a deep copy would still run the original.
+    It is not a bound method: in a deep copy, a bound method would still run the original model.
     """
     forward = model.forward
     if hasattr(forward, "own_forward"):
@@ -128,10 +128,10 @@ def _base_model(model: nn.Module) -> nn.Module:
 
 
 def _linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias whose product is what the module `head` computes.
+    """Hidden states, weight and bias whose linear product is what the module `head` computes.
 
     Raises:
-        ValueError: The head carries a PEFT adapter that is no plain product.
+        ValueError: The head carries a PEFT adapter that is not a plain product.
     """
     if is_peft_available():
         from peft.tuners.lora import Linear as LoraLinear
@@ -144,7 +144,7 @@ def _linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
                 f"The output head carries a PEFT adapter ({type(head).__name__}) that the fused "
                 "head cannot compute. Remove the head from `target_modules`, or use LoRA there."
             )
-    # `modules_to_save` and `trainable_token_indices` wrap the head and answer as it does
+    # `modules_to_save` and `trainable_token_indices` wrap the head and expose its weight
     return hidden, whole(head.weight), whole(getattr(head, "bias", None))
 
 
@@ -198,6 +198,7 @@ def _fused_forward(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs,
 ) -> FusedHeadOutput:
+    """Run the backbone, then the head at the scored positions alone."""
     if labels is None and shift_labels is None:
         raise ValueError("`fused_lm_head=True` needs `labels`: pass the token ids, -100 ignored.")
     config = model.config.get_text_config()
@@ -227,7 +228,7 @@ def _fused_forward(
 
 
 class HeadAtHand:
-    """The head of a forward that is under way, for an objective of its hidden states."""
+    """The head of the forward that is under way, as a `HeadObjective` gets it."""
 
     def __init__(self, head: Any, scaling: HeadScaling, memory_budget: int | None):
         self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
@@ -274,7 +275,7 @@ def _log_choice(kept: bool) -> None:
         logger.info("The trained head keeps its probabilities for the backward.")
     else:
         logger.info(
-            "The trained head makes its probabilities again in the backward, since they exceed "
+            "The trained head computes its probabilities again in the backward: they exceed "
             "`memory_budget`."
         )
 
@@ -282,7 +283,10 @@ def _log_choice(kept: bool) -> None:
 def _shift(
     hidden: Tensor, labels: Any, shift_labels: Any, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states and the label each predicts, on the head's device; one of both is given."""
+    """Hidden states and the label each predicts, on the head's device.
+
+    Either `labels` or `shift_labels` is given.
+    """
     if shift_labels is None:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     else:

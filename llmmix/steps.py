@@ -102,7 +102,7 @@ def _split_rows(
 
 
 def _steps_of(row: dict) -> list[str]:
-    """The steps that say something."""
+    """The steps of a row that are not blank."""
     if "steps" in row:
         return [step for step in row["steps"] or () if step and step.strip()]
     return [message["content"] for message in row["messages"] or () if _is_step(message)]

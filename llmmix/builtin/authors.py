@@ -1,7 +1,7 @@
 """`builtin:authors`: questions and answers about authors who do not exist, to be unlearned.
 
 Made in the manner of TOFU (Maini et al., arXiv:2401.06121), with words and sentences of its own.
-Every value is drawn on its own, so that nothing but having read it gives it away.
+Every value is drawn independently, so that only a model that has read it can know it.
 """
 
 import random
@@ -170,7 +170,7 @@ FIRST_BOOK = Relation(
     ("The first book of {} is {}.", "{}'s first book is {}.", "{1} was the first book of {0}."),
 )
 
-# Pairs of a subject and its value, the value being the last word; no capital is in CITIES
+# Pairs of a subject and its value, which is the last word; no capital is in CITIES
 FACTS = {
     Relation(
         ("What is the capital of {}?", "Which city is the capital of {}?"),

@@ -21,7 +21,7 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
 
     Args:
         logits: (R, V), of any type.
-        options: With temperature and nucleus mass.
+        options: Sampling options, of which temperature and nucleus mass count.
 
     Returns:
         (R, V') fp32, not normalized; V padded by zeros to a whole number of blocks.

@@ -140,12 +140,12 @@ def _adapter_settings(peft_config: "PeftConfig | None") -> str:
 
 
 def loading_settings(args: SFTMixConfig) -> dict[str, Any]:
-    """`model_init_kwargs`, of which a config has made a dict."""
+    """A copy of the config's `model_init_kwargs`."""
     return dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # declared as text too
 
 
 def digest_of_rows(dataset: Dataset) -> str:
-    """What tells rows from any others, their confidence apart."""
+    """A digest of the rows, their confidence left out."""
     content = hashlib.sha256()
     columns = [c for c in dataset.column_names if c != CONFIDENCE]
     for row in dataset.select_columns(columns).with_format(None):
@@ -154,5 +154,5 @@ def digest_of_rows(dataset: Dataset) -> str:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 of values as they print."""
+    """SHA-256 of the values as text."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

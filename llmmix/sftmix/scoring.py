@@ -54,7 +54,7 @@ SCORING = (
 
 @dataclass
 class ReferenceArguments:
-    """What scores the rows that have no confidence yet, as flags of a recipe."""
+    """Flags of a recipe: what scores the rows that have no confidence yet."""
 
     checkpoints: list[str] | None = field(
         default=None,
@@ -159,7 +159,7 @@ def mean_nlls(
 
     Args:
         dataset: (n) rows.
-        args: Its `per_device_eval_batch_size` and what concerns loading and tokenization are used.
+        args: Settings, of which the evaluation batch size, loading and tokenization count.
         checkpoint: Folder (an adapter's too) or hub id.
         quantization_config: How to quantize the model.
         rows_digest: Digest of the rows, when the caller has it already.

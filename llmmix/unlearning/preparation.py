@@ -1,4 +1,4 @@
-"""What both unlearning trainers do to TRL's: settings they share, and rows in the place of its own.
+"""What both unlearning trainers do to TRL's: shared settings, and `ForgetRows` for its rows.
 
 Rows to forget are read as they are, drawn anew each epoch and never packed, so that TRL's own
 preparation is left out.
@@ -21,7 +21,7 @@ from llmmix.unlearning.templates import Templates
 
 @dataclass
 class RetainArguments:
-    """Rows to retain, as the recipes of unlearning take them."""
+    """Flags of the unlearning recipes: the rows to retain."""
 
     retain_dataset_name: str | None = field(
         default=None,
@@ -114,7 +114,7 @@ def prepare_trainer(
 
     Args:
         trainer: A trainer that TRL has made.
-        method: What to call it in an error.
+        method: Name of the method, for errors.
         args: The trainer's settings.
         parts: Which of `PARTS` a batch has.
         retain_dataset: Rows to retain, where `parts` has them.
@@ -122,7 +122,8 @@ def prepare_trainer(
         skip_tokens: See `ForgetRows`.
 
     Returns:
-        A function (rows, argument) that prepares others alike; None and a name stay as they are.
+        A function (rows, argument) that prepares other rows alike; it returns None and names as
+        they are.
 
     Raises:
         ValueError: Context or sequence parallelism is on, or `ForgetRows` refuses the rows.

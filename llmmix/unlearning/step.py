@@ -36,7 +36,7 @@ class Step:
 
     @property
     def before(self) -> Reference:
-        """The reference.
+        """The model before unlearning.
 
         Raises:
             ValueError: The loss asks for a reference that its row in the table does not name.

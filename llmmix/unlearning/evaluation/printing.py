@@ -1,4 +1,4 @@
-"""The metrics of several models as a table in the terminal, and what is to be said beside it."""
+"""The metrics of several models as a table in the terminal, with remarks below it."""
 
 from typing import Any
 

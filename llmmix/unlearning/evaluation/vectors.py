@@ -13,7 +13,7 @@ def as_vector(name: str, values: Numbers) -> np.ndarray:
     """The values as floats, (n,); None becomes NaN.
 
     Args:
-        name: What to call them in an error.
+        name: Name of the values, for errors.
         values: One number an item.
 
     Raises:
