@@ -205,6 +205,35 @@ def attach_filter(
             parameters are spread over processes.
     """
     check_trainer("A filter", trainer)
+    size = _check_rows_in_time(trainer)
+    if any(isinstance(other, FilterCallback) for other in trainer.callback_handler.callbacks):
+        raise ValueError("The trainer has a filter already. Combine both into one `keep`.")
+    args, accelerator = trainer.args, trainer.accelerator
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+
+    def kept(rows: list[int]) -> list[bool]:
+        if trainer.state.global_step < warmup_steps:
+            return [True] * len(rows)
+        share = -(-len(rows) // ranks)
+        mine = rows[rank * share : (rank + 1) * share]
+        flags = torch.zeros(share, dtype=torch.bool, device=args.device)
+        flags[: len(mine)] = keep(mine).to(args.device)  # even of no rows: it may be collective
+        flags = accelerator.gather(flags)[: len(rows)].tolist()
+        log_metric(trainer, "filter/kept", sum(flags) / len(flags))
+        return flags
+
+    if candidates is None:
+        candidates = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = FilteredSampler(size, kept, candidates, seed)
+    # The trainer's own hook, replaced on this trainer alone
+    trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
+    trainer.add_callback(FilterCallback(sampler))
+    return sampler
+
+
+def _check_rows_in_time(trainer: Trainer) -> int:
+    """The number of training rows, if every process reads its own rows just before it uses them."""
     args, dataset = trainer.args, trainer.train_dataset
     if not isinstance(dataset, Sized):
         raise ValueError(
@@ -222,30 +251,7 @@ def attach_filter(
             "`accelerator_config`: with `dispatch_batches` one process reads the rows of all, and "
             "a filter needs each to ask about its share. Set it to false."
         )
-    if any(isinstance(other, FilterCallback) for other in trainer.callback_handler.callbacks):
-        raise ValueError("The trainer has a filter already. Combine both into one `keep`.")
-    accelerator = trainer.accelerator
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-
-    def kept(rows: list[int]) -> list[bool]:
-        if trainer.state.global_step < warmup_steps:
-            return [True] * len(rows)
-        share = -(-len(rows) // ranks)
-        mine = rows[rank * share : (rank + 1) * share]
-        flags = torch.zeros(share, dtype=torch.bool, device=args.device)
-        flags[: len(mine)] = keep(mine).to(args.device)  # even of no rows: it may be collective
-        flags = accelerator.gather(flags)[: len(rows)].tolist()
-        log_metric(trainer, "filter/kept", sum(flags) / len(flags))
-        return flags
-
-    if candidates is None:
-        candidates = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = FilteredSampler(len(dataset), kept, candidates, seed)
-    # The trainer's own hook, replaced on this trainer alone
-    trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
-    trainer.add_callback(FilterCallback(sampler))
-    return sampler
+    return len(dataset)
 
 
 def check_trainer(what: str, trainer: Trainer) -> None:

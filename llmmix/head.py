@@ -106,6 +106,14 @@ def attach_head(
     base.forward = types.MethodType(forward, base)
 
 
+def _base_model(model: nn.Module) -> nn.Module:
+    if not is_peft_available():
+        return model
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def _own_forward(model: PreTrainedModel) -> Callable:
     """The model's forward without a head of ours, as a function of the model.
 
@@ -119,15 +127,127 @@ def _own_forward(model: PreTrainedModel) -> Callable:
     return lambda _, *args, **kwargs: forward(*args, **kwargs)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    if not is_peft_available():
-        return model
-    from peft import PeftModel
+def _fused_forward(
+    model: PreTrainedModel,
+    outputs: tuple[str, ...],
+    memory_budget: int | None,
+    objective: HeadObjective | None,
+    *args,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs,
+) -> FusedHeadOutput:
+    """Run the backbone, then the head at the scored positions alone."""
+    if labels is None and shift_labels is None:
+        raise ValueError("`fused_lm_head=True` needs `labels`: pass the token ids, -100 ignored.")
+    config = model.config.get_text_config()
+    kwargs["use_cache"] = False
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    backbone = model.base_model(*args, **kwargs)
+    head = HeadAtHand(model.get_output_embeddings(), _head_scaling(config), memory_budget)
+    hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.device)
+    mask = labels != -100
+    # Only scored positions reach the head
+    rows = head.statistics(hidden[mask], labels[mask], outputs)
+    extra = None if objective is None else objective(hidden, labels, head)
+    fields = _scatter(rows, mask)
+    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = -fields["log_probs"].sum() / count
+    aux_loss: Any = None  # typed upstream as if it could be an int
+    if kwargs.get("output_router_logits"):
+        aux_loss = load_balancing_loss_func(
+            backbone.router_logits,
+            config.num_experts,
+            config.num_experts_per_tok,
+            kwargs.get("attention_mask"),
+        )
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+    return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+def _shift(
+    hidden: Tensor, labels: Any, shift_labels: Any, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Hidden states and the label each predicts, on the head's device.
+
+    Either `labels` or `shift_labels` is given.
+    """
+    if shift_labels is None:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    else:
+        labels = shift_labels
+    return hidden.to(device), labels.to(device)
 
 
-def _linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Any]:
+    # `masked_scatter` stays connected when nothing is scored: a zero loss that has a gradient
+    return {
+        name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
+        for name, x in rows._asdict().items()
+    }
+
+
+def _head_scaling(config: PreTrainedConfig) -> HeadScaling:
+    """How the model's own forward scales its logits, from the names configs use for it."""
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if scale is None:
+            scale = getattr(config, name, None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return HeadScaling(
+        logit_scale=1.0 if scale is None else scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+class HeadAtHand:
+    """The head of the forward that is under way, as a `HeadObjective` gets it."""
+
+    def __init__(self, head: Any, scaling: HeadScaling, memory_budget: int | None):
+        self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
+        self.device = head.weight.device
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of targets (N,) or (N, K), given hidden states (N, H)."""
+        return self.statistics(hidden, targets).log_probs
+
+    def statistics(
+        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("log_probs",)
+    ) -> HeadStatistics:
+        """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K)."""
+        hidden, weight, bias = _as_product(self._head, hidden)
+        with gathered(weight, bias):
+            if weight.requires_grad and torch.is_grad_enabled():
+                _log_choice(keeps_probabilities(hidden, weight, self._memory_budget))
+            return linear_statistics(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                scaling=self._scaling,
+                outputs=outputs,
+                memory_budget=self._memory_budget,
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) logits as the softmax takes them, in fp32, for what needs the whole vocabulary.
+
+        They are held for the backward. The weights of the head must be whole on every process.
+        """
+        hidden, weight, bias = _as_product(self._head, hidden)
+        scale, softcap, temperature = self._scaling
+        logits = F.linear(hidden, weight, bias).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits / temperature
+
+
+def _as_product(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias whose linear product is what the module `head` computes.
 
     Raises:
@@ -171,104 +291,6 @@ def _with_lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None
     return torch.cat(hiddens, -1), weight, whole(base.bias)
 
 
-def _head_scaling(config: PreTrainedConfig) -> HeadScaling:
-    """How the model's own forward scales its logits, from the names configs use for it."""
-    scale = None
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if scale is None:
-            scale = getattr(config, name, None)
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return HeadScaling(
-        logit_scale=1.0 if scale is None else scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _fused_forward(
-    model: PreTrainedModel,
-    outputs: tuple[str, ...],
-    memory_budget: int | None,
-    objective: HeadObjective | None,
-    *args,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    **kwargs,
-) -> FusedHeadOutput:
-    """Run the backbone, then the head at the scored positions alone."""
-    if labels is None and shift_labels is None:
-        raise ValueError("`fused_lm_head=True` needs `labels`: pass the token ids, -100 ignored.")
-    config = model.config.get_text_config()
-    kwargs["use_cache"] = False
-    if getattr(config, "output_router_logits", False):
-        kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, **kwargs)
-    head = HeadAtHand(model.get_output_embeddings(), _head_scaling(config), memory_budget)
-    hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.device)
-    mask = labels != -100
-    # Only scored positions reach the head
-    rows = head.statistics(hidden[mask], labels[mask], outputs)
-    extra = None if objective is None else objective(hidden, labels, head)
-    fields = _scatter(rows, mask)
-    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss = -fields["log_probs"].sum() / count
-    aux_loss: Any = None  # typed upstream as if it could be an int
-    if kwargs.get("output_router_logits"):
-        aux_loss = load_balancing_loss_func(
-            backbone.router_logits,
-            config.num_experts,
-            config.num_experts_per_tok,
-            kwargs.get("attention_mask"),
-        )
-        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
-    return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)
-
-
-class HeadAtHand:
-    """The head of the forward that is under way, as a `HeadObjective` gets it."""
-
-    def __init__(self, head: Any, scaling: HeadScaling, memory_budget: int | None):
-        self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
-        self.device = head.weight.device
-
-    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities of targets (N,) or (N, K), given hidden states (N, H)."""
-        return self.statistics(hidden, targets).log_probs
-
-    def statistics(
-        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("log_probs",)
-    ) -> HeadStatistics:
-        """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K)."""
-        hidden, weight, bias = _linear(self._head, hidden)
-        with gathered(weight, bias):
-            if weight.requires_grad and torch.is_grad_enabled():
-                _log_choice(keeps_probabilities(hidden, weight, self._memory_budget))
-            return linear_statistics(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                scaling=self._scaling,
-                outputs=outputs,
-                memory_budget=self._memory_budget,
-            )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, V) logits as the softmax takes them, in fp32, for what needs the whole vocabulary.
-
-        They are held for the backward. The weights of the head must be whole on every process.
-        """
-        hidden, weight, bias = _linear(self._head, hidden)
-        scale, softcap, temperature = self._scaling
-        logits = F.linear(hidden, weight, bias).float() * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits / temperature
-
-
 @functools.cache  # once a process
 def _log_choice(kept: bool) -> None:
     if kept:
@@ -278,25 +300,3 @@ def _log_choice(kept: bool) -> None:
             "The trained head computes its probabilities again in the backward: they exceed "
             "`memory_budget`."
         )
-
-
-def _shift(
-    hidden: Tensor, labels: Any, shift_labels: Any, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Hidden states and the label each predicts, on the head's device.
-
-    Either `labels` or `shift_labels` is given.
-    """
-    if shift_labels is None:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-    else:
-        labels = shift_labels
-    return hidden.to(device), labels.to(device)
-
-
-def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Any]:
-    # `masked_scatter` stays connected when nothing is scored: a zero loss that has a gradient
-    return {
-        name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
-        for name, x in rows._asdict().items()
-    }

@@ -229,7 +229,7 @@ class TiledLogits:
             yield columns, w, add_product(z, hidden, w.T, beta=0)
 
     def spare(self, z: Tensor) -> Tensor:
-        """A buffer in the operands' precision and the shape of the tile `z`, used again each time."""
+        """A buffer in the operands' precision and the shape of the tile `z`, the same each time."""
         if self._spare is None:
             self._spare = self._operand.new_empty(self._size)
         return self._spare[: z.numel()].view(z.shape)

@@ -64,13 +64,10 @@ def train_reference(
         num_checkpoints = max(2, int(args.num_train_epochs))
     if num_checkpoints < 1:
         raise ValueError(f"`num_checkpoints` must be at least 1, got {num_checkpoints}.")
-    settings = {
-        key: value for key, value in args.to_dict().items() if not key.startswith(tuple(IRRELEVANT))
-    }
     key = digest(
         checkpoint_id(model, loading_settings(args).get("revision")),
         rows_digest or digest_of_rows(dataset),
-        json.dumps(settings, sort_keys=True, default=str),
+        _relevant_settings(args),
         _adapter_settings(peft_config),
         quantization_config,
         args.world_size,
@@ -125,6 +122,14 @@ def _complete_checkpoints(folder: Path) -> list[str]:
         for state in folder.glob("checkpoint-*/trainer_state.json")
     }
     return [steps[step] for step in sorted(steps)]
+
+
+def _relevant_settings(args: SFTMixConfig) -> str:
+    """The settings that decide what a reference learns, as JSON."""
+    settings = {
+        key: value for key, value in args.to_dict().items() if not key.startswith(tuple(IRRELEVANT))
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _adapter_settings(peft_config: "PeftConfig | None") -> str:
