@@ -121,7 +121,7 @@ class FilteredSampler(Sampler[int]):
         self.exhausted = self._fruitless >= self.size
 
     def state_dict(self) -> dict:
-        """What decides the rows to come."""
+        """The state that decides which rows come next."""
         return {
             "given": self._given,
             "waiting": list(self._waiting),
@@ -170,7 +170,7 @@ class FilterCallback(ResumedCallback):
         self.sampler.reset()
 
     def saved(self) -> dict:
-        """What decides the rows to come."""
+        """The state of the sampler."""
         return self.sampler.state_dict()
 
     def resume(self, saved: dict, state: TrainerState) -> None:

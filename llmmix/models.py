@@ -203,7 +203,7 @@ class Loader:
         return self.held(checkpoint, lambda: self._load(checkpoint))
 
     def held(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What is held under a key; if that is something else, make it and hold it instead."""
+        """The model held under a key; if that is another one, or none, make it and hold it."""
         if self._held[0] != key:
             self.let_go()
             self._held = (key, make())

@@ -276,7 +276,7 @@ class ResumedCallback(TrainerCallback, ExportableState):
         """Discard the state of an earlier run."""
 
     def saved(self) -> dict:
-        """What a checkpoint keeps: JSON values."""
+        """The state that a checkpoint keeps, in JSON values."""
         raise NotImplementedError
 
     def resume(self, saved: dict, state: TrainerState) -> None:
@@ -295,5 +295,5 @@ class ResumedCallback(TrainerCallback, ExportableState):
             self.resume(kept["attributes"], state)
 
     def state(self) -> dict:
-        """What transformers writes into `trainer_state.json`."""
+        """The entry that transformers writes into `trainer_state.json`."""
         return {"args": {}, "attributes": self.saved()}

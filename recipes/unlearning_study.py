@@ -125,7 +125,7 @@ def prepare(args: StudyArguments) -> dict[str, datasets.Dataset]:
 def teach(args: StudyArguments, name: str) -> dict[str, Any]:
     """Train on all sets, or on all but the one to forget, unless that is done, and measure."""
     sets, folder = prepare(args), Path(args.output_dir) / name
-    taught = folder / "taught.json"  # the settings: a study of others teaches anew
+    taught = folder / "taught.json"  # the settings it was taught with
     settings = json.dumps([args.rows, args.teach_epochs])
     if not taught.exists() or taught.read_text() != settings:
         rows = [

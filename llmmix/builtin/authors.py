@@ -92,7 +92,7 @@ Theatre Umbrella Vineyard Window
 
 @dataclass(frozen=True)
 class Relation:
-    """What may be asked of a subject, and the sentences that answer with a value."""
+    """A relation of a subject to a value: its questions, the sentences that answer, its values."""
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]

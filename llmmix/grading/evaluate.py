@@ -1,4 +1,4 @@
-"""How often a model solves problems: sample, judge, and estimate with intervals over the problems.
+"""pass@N of a model on problems: sample, judge, and estimate with intervals over the problems.
 
 `llmmix.sampling` draws, `llmmix.grading.verify` judges and `llmmix.grading.summary` estimates. A
 `SampleLog` may keep what was drawn, so that nothing is drawn twice.
@@ -38,7 +38,7 @@ def evaluate(
     description: str = "Sampling",
     **sampling: Any,
 ) -> dict[str, Any]:
-    """Sample, judge and estimate.
+    """Sample completions of every problem, judge them, and estimate pass@N.
 
     Args:
         model: A causal language model of transformers, or a `vllm.LLM`.

@@ -1,4 +1,4 @@
-"""What the rows themselves say: the reference answer of each, and how likely their completions are.
+"""The reference answers of rows, and the loss of a model on their reference completions.
 
 The answers are what samples are judged against; the loss of the completions stands beside pass@N.
 """

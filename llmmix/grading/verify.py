@@ -101,11 +101,11 @@ class Verifier:
                 del self._seen[key]
 
     def why(self, completion: str, answer: str) -> str | None:
-        """What went wrong where the verdict was "failed"."""
+        """The error of a verification that failed, or None."""
         return self._errors.get((self._text_that_counts(completion), str(answer)))
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes of the verifier."""
         self._pool.shutdown(cancel_futures=True)
         for worker in self._idle:
             worker.kill()

@@ -17,7 +17,7 @@ def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
 
 
 def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """What to draw tokens from: exp((logits - max) / temperature), the tail cut by `top_p`.
+    """Weights to draw tokens by: exp((logits - max) / temperature), the tail cut by `top_p`.
 
     Args:
         logits: (R, V), of any type.

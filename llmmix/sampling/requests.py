@@ -1,4 +1,4 @@
-"""What is asked of a sampler, and what it answers: checked once, read by every backend."""
+"""Requests to a sampler and its completions: checked once, read by every backend."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

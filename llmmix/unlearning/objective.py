@@ -84,7 +84,7 @@ class Objective:
         return step.by_token(nll_loss(*step.parts["retain"]), "retain")
 
     def weigh(self, retained: Tensor, share: Tensor) -> Tensor:
-        """What the retain term adds to the loss.
+        """The retain term as it enters the loss.
 
         Args:
             retained: This micro-batch's part of the mean over the step.
@@ -100,7 +100,7 @@ class Objective:
         return {"capped": ((logps < -self.cap).sum(), mask.sum())}
 
     def callbacks(self, guard: UnlearningGuard) -> list[TrainerCallback]:
-        """What is called after each step, when the guard has its means."""
+        """Callbacks to run after each step, when the guard has its means."""
         return []
 
 

@@ -109,7 +109,7 @@ class DualAscent(ResumedCallback):
         self.objective.multiplier = self.objective.retain_weight
 
     def saved(self) -> dict:
-        """The multiplier."""
+        """The multiplier, which a checkpoint keeps."""
         return {"value": self.objective.multiplier}
 
     def resume(self, saved: dict, state: TrainerState) -> None:

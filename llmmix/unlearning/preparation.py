@@ -39,7 +39,7 @@ class ForgetConfig(SFTConfig):
     Args:
         template_file: Template answers, one a line, where rows have no `template`; our own list of
             refusals by default.
-        resample_templates: Draw a row's template anew each epoch, instead of once.
+        resample_templates: Draw a row's template again in each epoch, instead of once.
         include_eos: Score the end-of-sequence token.
         min_forget_prob: Training ends when the mean probability of the answers to forget falls
             below it.
@@ -50,7 +50,7 @@ class ForgetConfig(SFTConfig):
         metadata={"help": "File of template answers, one a line; our own refusals by default."},
     )
     resample_templates: bool = field(
-        default=True, metadata={"help": "Draw each row's template anew each epoch."}
+        default=True, metadata={"help": "Draw each row's template again in each epoch."}
     )
     include_eos: bool = field(default=True, metadata={"help": "Score the end-of-sequence token."})
     min_forget_prob: float | None = field(
@@ -82,8 +82,8 @@ def check_args(args: SFTConfig, train_dataset: Any) -> None:
     """Have TRL leave rows to forget as they are, for `prepare_trainer`.
 
     Raises:
-        ValueError: `train_dataset` is no map-style dataset, or has no rows; transformers is to make
-            callbacks anew on resume.
+        ValueError: `train_dataset` is no map-style dataset, or has no rows; or
+            `restore_callback_states_from_checkpoint` is set.
     """
     if not isinstance(train_dataset, Dataset) or not len(train_dataset):
         raise ValueError(
@@ -92,8 +92,8 @@ def check_args(args: SFTConfig, train_dataset: Any) -> None:
         )
     if args.restore_callback_states_from_checkpoint:
         raise ValueError(
-            "`restore_callback_states_from_checkpoint` makes callbacks anew that need the trainer; "
-            "they find their own state. Leave it at False."
+            "`restore_callback_states_from_checkpoint` cannot make callbacks again that need the "
+            "trainer; they restore themselves. Leave it at False."
         )
     given = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
     args.dataset_kwargs = {**given, "skip_prepare_dataset": True}

@@ -64,7 +64,7 @@ class RMU(Objective):
 
     @staticmethod
     def check(retain_loss: str | None, settings: Mapping[str, Any]) -> None:
-        """Refuse another retain term.
+        """Refuse another retain term than that of rmu.
 
         Raises:
             ValueError: `retain_loss` is not "nll".

@@ -1,4 +1,4 @@
-"""What a step of unlearning reads: rows to forget, each with a template answer and a row to retain.
+"""Rows to forget, each with a template answer and a row to retain, for the steps of unlearning.
 
 The template and the retained row of a forgotten one are drawn from (seed, epoch, row) alone. So
 they are the same whatever the batch, the number of processes, of loader workers or of accumulation
@@ -34,7 +34,7 @@ class ForgetRows(torch.utils.data.Dataset):
         retain: Rows to retain, where `parts` has them; one is drawn for each forgotten row, with
             replacement.
         templates: Texts to draw from where a row has none of its own, or a function of a row.
-        resample: Draw a template anew each epoch, instead of once.
+        resample: Draw a template again in each epoch, instead of once.
         include_eos: Score the end-of-sequence token.
         skip_tokens: Number of first tokens of each answer to forget that are not scored; the last
             token of an answer always is.

@@ -99,7 +99,7 @@ def ask_original(
     options: MeasureOptions,
     reference: bool = True,
 ) -> list[Item]:
-    """What the model before unlearning says of the rows, and of the answers given now.
+    """Score the rows, and the answers given now, under the model before unlearning.
 
     Args:
         original: The model before unlearning.

@@ -1,4 +1,4 @@
-"""How probable a model finds given answers, token by token; nothing is generated here.
+"""Scores of given answers under a model, token by token; nothing is generated here.
 
     NLL = -1/|y| sum_t ln p(y_t | x, y_<t)      the end-of-sequence token is part of y
 

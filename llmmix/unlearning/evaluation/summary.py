@@ -36,7 +36,7 @@ RESAMPLES = 2000
 
 
 def metric(direction: str, value: float | None = None, **rest: Any) -> Metric:
-    """One metric.
+    """The entry of one metric in a document.
 
     Args:
         direction: One of `DIRECTIONS`.

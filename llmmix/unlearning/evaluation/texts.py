@@ -1,4 +1,4 @@
-"""What a model says when asked: greedy answers, how like a reference they are, and how fluent."""
+"""Greedy answers of a model, how close they are to a reference, and how fluent they are."""
 
 import logging
 import re
