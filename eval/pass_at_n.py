@@ -24,7 +24,8 @@ from llmmix.grading.references import reference_loss
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import compare, summarize
 from llmmix.grading.verify import Verifier
-from llmmix.models import Checkpoint, Loader, evaluation_state, named_checkpoints
+from llmmix.models import Checkpoint, Loader, named_checkpoints
+from llmmix.processes import evaluation_state
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -137,8 +138,8 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
         The document of each run, by its name; nothing on any process but the first.
 
     Raises:
-        ValueError: An argument names what there is not, two runs would share a folder, or vLLM is
-            asked for on several processes.
+        ValueError: An argument names a split, column or backend that does not exist, two runs would
+            share a folder, or vLLM is asked for on several processes.
     """
     from transformers.utils import logging
 
@@ -166,13 +167,15 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Run:
+    """A checkpoint at a temperature, and the name of its folder."""
+
     name: str
     checkpoint: Checkpoint
     temperature: float
 
 
 def _runs(args: PassAtNArguments) -> list[_Run]:
-    """One a model or adapter and temperature, each with a folder of its own."""
+    """A run for each model or adapter and each temperature, with a folder of its own."""
     if args.backend not in ("transformers", "vllm"):
         raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {args.backend!r}.")
     if len(set(args.temperature)) < len(args.temperature):
@@ -214,14 +217,17 @@ def _load_rows(args: PassAtNArguments) -> "Dataset":
 def _evaluate_one(
     run: _Run, rows: "Dataset", verifier: Verifier, args: PassAtNArguments, state: "PartialState"
 ) -> dict[str, Any]:
-    """Sample and judge one run; its document, whole on the main process alone."""
+    """Sample and judge one run, and return its document, which only the main process has whole."""
     loader = Loader(state.device, args.dtype, args.trust_remote_code)
     log = SampleLog(Path(args.output_dir) / run.name, _settings(run, loader, args))
     if state.is_main_process and state.num_processes > 1:
         judge_again(log, rows, verifier)
     state.wait_for_everyone()
     tokenizer = loader.tokenizer(run.checkpoint)
-    model = _vllm(run, args) if args.backend == "vllm" else loader.model(run.checkpoint)
+    if args.backend == "vllm":
+        model = loader.held(run.checkpoint, lambda: _vllm(run, args))
+    else:
+        model = loader.model(run.checkpoint)
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "token_budget": args.token_budget,
@@ -266,7 +272,7 @@ def _evaluate_one(
 
 
 def _settings(run: _Run, loader: Loader, args: PassAtNArguments) -> dict[str, Any]:
-    """What decides the samples of a run: those of other settings are not mixed in."""
+    """The settings that decide the samples of a run; a log holds samples of one such set."""
     return {
         **loader.fingerprint(run.checkpoint),
         "temperature": run.temperature,

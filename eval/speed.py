@@ -128,7 +128,7 @@ def cases(kind: str, args: SpeedArguments, device: str) -> list[list[Case]]:
 
     Args:
         kind: One of `KINDS`.
-        args: With the sizes of the head given.
+        args: The arguments, with the sizes of the head filled in.
         device: "cpu" or "cuda".
     """
     if kind == "head":

@@ -197,7 +197,8 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     """Evaluate each model; print the table and write what the module's docstring lists."""
     from transformers.utils import logging
 
-    from llmmix.models import Loader, evaluation_state, named_checkpoints
+    from llmmix.models import Loader, named_checkpoints
+    from llmmix.processes import evaluation_state
     from llmmix.unlearning.evaluation.checkpoint import evaluate_checkpoint
     from llmmix.unlearning.evaluation.document import read_document
     from llmmix.unlearning.evaluation.printing import print_table
@@ -235,7 +236,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
 
 
 def load_sets(args: UnlearningArguments) -> "dict[str, Dataset]":
-    """The rows of each role; see `llmmix.unlearning.evaluation.sets.load_roles`."""
+    """The rows that the arguments name, by role, as `load_roles` returns them."""
     from llmmix.unlearning.evaluation.sets import load_roles
 
     names = {"forget": args.forget, "retain": args.retain, "holdout": args.holdout}
@@ -314,7 +315,7 @@ def _check(args: UnlearningArguments) -> None:
 
 def _function(path: str) -> Callable:
     module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())  # a module of the user's, beside which the program is run
+    sys.path.insert(0, os.getcwd())  # the user's module is in the working directory
     if not name:
         raise ValueError(f"`fluency` must be module:function, got {path!r}.")
     return getattr(import_module(module), name)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.head import attach_head as attach_head
     from llmmix.logprobs import linear_logprobs as linear_logprobs
     from llmmix.mixing.aioli import AioliCallback as AioliCallback
-    from llmmix.mixing.aioli import AioliConfig as AioliConfig
+    from llmmix.mixing.aioli_config import AioliConfig as AioliConfig
     from llmmix.mixing.attach import attach_mixture as attach_mixture
     from llmmix.mixing.sampler import MixtureSampler as MixtureSampler
     from llmmix.rpo import RPOConfig as RPOConfig
@@ -42,7 +42,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "unlearning.flat": ["FLATConfig", "FLATTrainer"],
         "unlearning.config": ["UnlearnConfig"],
         "unlearning.trainer": ["UnlearnTrainer"],
-        "mixing.aioli": ["AioliCallback", "AioliConfig"],
+        "mixing.aioli": ["AioliCallback"],
+        "mixing.aioli_config": ["AioliConfig"],
         "mixing.sampler": ["MixtureSampler"],
         "mixing.attach": ["attach_mixture"],
         "head": ["attach_head"],

@@ -34,7 +34,7 @@ NAMED = ("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    # TRL reports each run to the Hub unless told not to; whoever wants that can set it to 0
+    # TRL reports each run to the Hub by default; to allow that, set the variable to 0
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -120,11 +120,12 @@ def launch(args: argparse.Namespace) -> int:
     """
     package = KINDS[args.command]
     if args.name.endswith(".py"):
-        if not Path(args.name).is_file():
+        script, target = Path(args.name), [args.name]
+        if not script.is_file():
             raise UsageError(f"no file {args.name}.")
-        target = [args.name]
     else:
-        target = ["-m", f"{package}.{_find(args.name, package).stem}"]
+        script = _find(args.name, package)
+        target = ["-m", f"{package}.{script.stem}"]
     if args.accelerate_config is not None:
         options = ["--config_file", _accelerate_config(args.accelerate_config)]
         if args.num_processes is not None:
@@ -138,10 +139,7 @@ def launch(args: argparse.Namespace) -> int:
         return _become("torch.distributed.run", [*options, *module, "--", name, *args.flags])
     sys.argv = [args.name, *args.flags]
     try:
-        if target[0] == "-m":
-            runpy.run_module(target[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(target[0], run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except (ValueError, FileNotFoundError) as error:
         if not _is_stated(error):
             raise
@@ -166,15 +164,15 @@ def parse_args(
         argv: The flags; those of the process by default.
 
     Returns:
-        One instance a dataclass.
+        One instance of each dataclass.
 
     Raises:
-        UsageError: A key or flag is none of the fields (the nearest one is named), or `--config`
-            names no file or one that holds no mapping.
+        UsageError: A key or flag names no field (the nearest one is suggested), or `--config` names
+            no file or one that holds no mapping.
     """
     from trl import TrlParser
 
-    # TRL 1.16 sets a flag that transformers 5.23 has renamed: nothing that the user did or can mend
+    # TRL 1.16 sets a flag that transformers 5.23 has renamed; the user can do nothing about it
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     path = Path(script)
     # Any: TRL's own type variable takes no dataclass in general
@@ -245,7 +243,7 @@ def _own_options(dataclass_types: Iterable[type]) -> list[str]:
 
 
 def _command_of(script: Path) -> str:
-    """What starts a script."""
+    """The command that starts a script."""
     for command, package in KINDS.items():
         if script.resolve() in map(Path.resolve, _scripts(package)):
             return f"llmmix {command} {script.stem}"
@@ -287,7 +285,7 @@ def _check_keys(given: Iterable[str], known: Collection[str], where: str) -> Non
 
 
 def _folder(package: str) -> Path:
-    """The folder of a package, which is not imported."""
+    """The folder of a package, found without importing it."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"{package} is not installed.")
@@ -318,7 +316,7 @@ def _accelerate_config(name: str) -> str:
 
 
 def _is_stated(error: Exception) -> bool:
-    """Whether one of our own `raise` lines made this error: its words do without a traceback."""
+    """Whether one of our own `raise` lines made this error: it needs no traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     folders = {_folder(name) for name in PACKAGES}
     raised = (last.line or "").startswith("raise ")
@@ -326,7 +324,7 @@ def _is_stated(error: Exception) -> bool:
 
 
 def _become(module: str, arguments: list[str]) -> int:
-    """Replace this process by `python -m module`, so that signals and the exit status are its."""
+    """Replace this process by `python -m module`, which then gets signals and gives the status."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 

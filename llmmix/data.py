@@ -39,7 +39,7 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         streaming: Load an `IterableDataset` where the source allows it.
 
     Raises:
-        FileNotFoundError: The file is not there, or the text of `builtin:domains` is not.
+        FileNotFoundError: The file, or the text of `builtin:domains`, is not on this machine.
         ValueError: The file is of another format, or there is no such built-in.
     """
     if name.startswith("builtin:"):
@@ -95,8 +95,9 @@ def load_role(
 
     Args:
         name: Hub id, folder, file or built-in; or NAME@CONFIG, whose configuration then counts.
-        role: Also the name of the split to take, where there is one and `split` names no other.
-        split: The split; of a dataset that has a single one, "train" stands for it.
+        role: The role. If `split` is "train" and the dataset has a split of the role's name, that
+            one is taken.
+        split: The split. If it is "train" and the dataset has a single split, that one is taken.
         config: Configuration of a hub dataset or of a built-in.
 
     Raises:
@@ -227,7 +228,7 @@ def _drop_blank(
 
 
 def _is_blank(response: str | list[dict] | None) -> bool:
-    """No text, or no message of the assistant with something in it."""
+    """Whether a response has no text, or no message of the assistant with any content."""
     if response is None or isinstance(response, str):
         return not (response or "").strip()
     asked = ("system", "developer", "user", "human", "tool")
@@ -254,12 +255,12 @@ def batches_of_tokens(
 
     Args:
         lengths: Tokens of each row.
-        token_budget: At most so many rows of a batch times tokens of its longest row.
+        token_budget: Limit of the rows of a batch times the tokens of its longest row.
         scored: Tokens of each row whose logits are wanted.
-        scored_budget: At most so many of these in a batch.
+        scored_budget: Limit of the tokens of a batch whose logits are wanted.
 
     Returns:
-        The rows' places in `lengths`, a list a batch.
+        The rows of each batch, by their places in `lengths`.
     """
     batches: list[list[int]] = []
     longest = wanted = 0

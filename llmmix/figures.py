@@ -45,10 +45,10 @@ def draw_panels(
     """A PNG of curves side by side, each the mean over repeats within their range.
 
     Args:
-        path: Where the PNG goes.
+        path: Path of the PNG.
         x: Positions of the points.
-        panels: By title, curves by name, each (repeats, points).
-        xlabel: What x is.
+        panels: For each title, curves by name, each (repeats, points).
+        xlabel: Label of the x axis.
 
     Returns:
         The path.
@@ -82,11 +82,11 @@ def draw_scatter(
     """A PNG of points by name: the mean over repeats, and a bar to each end of their range.
 
     Args:
-        path: Where the PNG goes.
-        points: By name, x and y of the repeats; names that differ in their last word alone share a
-            colour, and the first of them is hollow.
-        xlabel: What x is.
-        ylabel: What y is.
+        path: Path of the PNG.
+        points: For each name, x and y of the repeats. Names that differ in their last word alone
+            share a colour, and the first of them is hollow.
+        xlabel: Label of the x axis.
+        ylabel: Label of the y axis.
         marks: Single points by name, drawn as stars.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Files that are ours: what is built once and kept, what tells a file from another, plain JSON.
+"""The cache of what is built once, identities of files and checkpoints, and plain JSON.
 
-What is kept stands in `$LLMMIX_CACHE`, else in `~/.cache/llmmix`.
+The cache is in `$LLMMIX_CACHE`, else in `~/.cache/llmmix`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-# What a checkpoint folder holds of the model itself: no optimizer, no arguments of its training
+# The files of a checkpoint folder that are the model itself, not its optimizer or its training
 CHECKPOINT_FILES = (
     *("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.gguf"),
     *("config.json", "generation_config.json", "adapter_config.json", "*.index.json"),
@@ -60,13 +60,13 @@ def file_digest(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _digest_of(path: str, size: int, changed: int) -> str:
-    """Read once a process: the size and the time only tell that the file was written anew."""
+    """The digest, computed once a process unless the size or the time of change differs."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def checkpoint_id(checkpoint: str, revision: str | None = None) -> str:
-    """What tells a checkpoint from any other, one trained anew under its name included.
+    """The identity of a checkpoint, which differs after it is trained again under the same name.
 
     Args:
         checkpoint: Folder or hub id.
@@ -90,10 +90,10 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def plain(value: Any) -> Any:
-    """A document of JSON values alone, with null for what is no finite number.
+    """The value in plain JSON types, with None for a number that is not finite.
 
     Args:
-        value: Dataclasses, named tuples, arrays and tensors too, nested in any way.
+        value: JSON types, dataclasses, named tuples, arrays and tensors, nested in any way.
     """
     if is_dataclass(value):
         value = vars(value)

@@ -68,8 +68,8 @@ class LikelihoodFilter:
 class FilteredSampler(Sampler[int]):
     """Rows in the order of a seeded shuffle, those that a filter leaves out skipped.
 
-    Passes follow one another until an iteration has given as many rows as there are; one that keeps
-    nothing ends it.
+    Passes over the dataset follow one another until an iteration has given as many rows as the
+    dataset has. A pass in which nothing is kept ends the iteration.
 
     Args:
         size: Rows of the dataset.
@@ -88,8 +88,8 @@ class FilteredSampler(Sampler[int]):
         """Begin with the first pass."""
         self.exhausted = False
         self._waiting: deque[int] = deque()
-        self._given: list[int] = []  # of this iteration
-        self._replay: list[int] = []  # at the start of the next one
+        self._given: list[int] = []  # in this iteration
+        self._replay: list[int] = []  # to be given again, first, by the next iteration
         self._pass = self._position = self._fruitless = 0
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class FilteredSampler(Sampler[int]):
         self.exhausted = self._fruitless >= self.size
 
     def state_dict(self) -> dict:
-        """What decides the rows to come."""
+        """The state that decides which rows come next."""
         return {
             "given": self._given,
             "waiting": list(self._waiting),
@@ -162,7 +162,7 @@ class FilterCallback(ResumedCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """As after a step: rows may end inside an accumulation window."""
+        """Stop as after a step: rows may end inside an accumulation window."""
         self.on_step_end(args, state, control)
 
     def begin(self) -> None:
@@ -170,7 +170,7 @@ class FilterCallback(ResumedCallback):
         self.sampler.reset()
 
     def saved(self) -> dict:
-        """What decides the rows to come."""
+        """The state of the sampler."""
         return self.sampler.state_dict()
 
     def resume(self, saved: dict, state: TrainerState) -> None:
@@ -205,6 +205,35 @@ def attach_filter(
             parameters are spread over processes.
     """
     check_trainer("A filter", trainer)
+    size = _check_rows_in_time(trainer)
+    if any(isinstance(other, FilterCallback) for other in trainer.callback_handler.callbacks):
+        raise ValueError("The trainer has a filter already. Combine both into one `keep`.")
+    args, accelerator = trainer.args, trainer.accelerator
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+
+    def kept(rows: list[int]) -> list[bool]:
+        if trainer.state.global_step < warmup_steps:
+            return [True] * len(rows)
+        share = -(-len(rows) // ranks)
+        mine = rows[rank * share : (rank + 1) * share]
+        flags = torch.zeros(share, dtype=torch.bool, device=args.device)
+        flags[: len(mine)] = keep(mine).to(args.device)  # even of no rows: it may be collective
+        flags = accelerator.gather(flags)[: len(rows)].tolist()
+        log_metric(trainer, "filter/kept", sum(flags) / len(flags))
+        return flags
+
+    if candidates is None:
+        candidates = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = FilteredSampler(size, kept, candidates, seed)
+    # The trainer's own hook, replaced on this trainer alone
+    trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
+    trainer.add_callback(FilterCallback(sampler))
+    return sampler
+
+
+def _check_rows_in_time(trainer: Trainer) -> int:
+    """The number of training rows, if every process reads its own rows just before it uses them."""
     args, dataset = trainer.args, trainer.train_dataset
     if not isinstance(dataset, Sized):
         raise ValueError(
@@ -222,38 +251,15 @@ def attach_filter(
             "`accelerator_config`: with `dispatch_batches` one process reads the rows of all, and "
             "a filter needs each to ask about its share. Set it to false."
         )
-    if any(isinstance(other, FilterCallback) for other in trainer.callback_handler.callbacks):
-        raise ValueError("The trainer has a filter already. Combine both into one `keep`.")
-    accelerator = trainer.accelerator
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-
-    def kept(rows: list[int]) -> list[bool]:
-        if trainer.state.global_step < warmup_steps:
-            return [True] * len(rows)
-        share = -(-len(rows) // ranks)
-        mine = rows[rank * share : (rank + 1) * share]
-        flags = torch.zeros(share, dtype=torch.bool, device=args.device)
-        flags[: len(mine)] = keep(mine).to(args.device)  # even of no rows: it may be collective
-        flags = accelerator.gather(flags)[: len(rows)].tolist()
-        log_metric(trainer, "filter/kept", sum(flags) / len(flags))
-        return flags
-
-    if candidates is None:
-        candidates = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = FilteredSampler(len(dataset), kept, candidates, seed)
-    # The trainer's own hook, replaced on this trainer alone
-    trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
-    trainer.add_callback(FilterCallback(sampler))
-    return sampler
+    return len(dataset)
 
 
 def check_trainer(what: str, trainer: Trainer) -> None:
-    """Refuse what filters and solve rates do not hold under.
+    """Refuse a trainer that filters and solve rates do not work with.
 
     Raises:
         ValueError: The launch is under FSDP or DeepSpeed, where no process holds the whole model;
-            or the Trainer is to restore callbacks, which cannot make these.
+            or `restore_callback_states_from_checkpoint` is set, which cannot restore these.
     """
     kind = trainer.accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -36,7 +36,7 @@ HeadObjective = Callable[[Tensor, Tensor, "HeadAtHand"], dict[str, Tensor]]
 
 @dataclass
 class FusedHeadOutput(ModelOutput):
-    """What a model with the fused head answers. Per-token fields are zero where the label is -100.
+    """The output of a model with the fused head. Per-token fields are zero where the label is -100.
 
     Args:
         loss: Negative log-likelihood summed over scored tokens, divided by `num_items_in_batch`
@@ -73,15 +73,15 @@ def attach_head(
 
     Works before or after PEFT wraps the model, and over a head that TRL attached. Attaching again
     replaces `outputs`. Saving, loading and generation are untouched. Attach before the model is
-    prepared, which a trainer does when it begins to train: the autocast of `bf16=True` is laid
-    around the forward that is there then.
+    prepared, which a trainer does when training begins: `bf16=True` wraps autocast around the
+    forward that the model has then.
 
     Args:
         model: A causal language model, or a `PeftModel` around one.
         outputs: Per-token fields to compute, names of `llmmix.logprobs.STATISTICS`.
         memory_budget: Bytes of probabilities that each call of a trained head may keep between
             forward and backward, which saves the backward a matrix product; 0 for none,
-            `llmmix.logprobs.MEMORY_BUDGET` by default. What was chosen is logged at level INFO.
+            `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from.
@@ -106,19 +106,6 @@ def attach_head(
     base.forward = types.MethodType(forward, base)
 
 
-def _own_forward(model: PreTrainedModel) -> Callable:
-    """The forward that is there without a head of ours, as a function of the model.
-
-    A function and not a bound method, which in a deep copy would still run the original.
-    """
-    forward = model.forward
-    if hasattr(forward, "own_forward"):
-        return forward.own_forward
-    if isinstance(forward, types.MethodType):
-        return forward.__func__
-    return lambda _, *args, **kwargs: forward(*args, **kwargs)
-
-
 def _base_model(model: nn.Module) -> nn.Module:
     if not is_peft_available():
         return model
@@ -127,64 +114,17 @@ def _base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias whose product is what the module `head` computes.
+def _own_forward(model: PreTrainedModel) -> Callable:
+    """The model's forward without a head of ours, as a function of the model.
 
-    Raises:
-        ValueError: The head carries a PEFT adapter that is no plain product.
+    It is not a bound method: in a deep copy, a bound method would still run the original model.
     """
-    if is_peft_available():
-        from peft.tuners.lora import Linear as LoraLinear
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if isinstance(head, LoraLinear):
-            return _with_lora(head, hidden)
-        if isinstance(head, BaseTunerLayer):
-            raise ValueError(
-                f"The output head carries a PEFT adapter ({type(head).__name__}) that the fused "
-                "head cannot compute. Remove the head from `target_modules`, or use LoRA there."
-            )
-    # `modules_to_save` and `trainable_token_indices` wrap the head and answer as it does
-    return hidden, whole(head.weight), whole(getattr(head, "bias", None))
-
-
-def _with_lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W h + s B A h is one product: [W, B] times [h, s A h]."""
-    base = head.get_base_layer()
-    if head.disable_adapters or head.merged:
-        return hidden, whole(base.weight), whole(base.bias)
-    if head.lora_variant or any(head.lora_bias.values()):
-        raise ValueError(
-            "The LoRA adapter on the output head uses DoRA, a bias, or another variant, which the "
-            "fused head cannot compute. Use plain LoRA there."
-        )
-    hiddens, weights = [hidden], [base.weight]
-    for name in filter(head.lora_A.__contains__, head.active_adapters):
-        a, b = head.lora_A[name].weight, head.lora_B[name].weight
-        with gathered(a):
-            dropped = head.lora_dropout[name](hidden.to(a.dtype))
-            low_rank = dropped @ whole(a).T * head.scaling[name]
-        hiddens.append(low_rank.to(hidden.dtype))
-        weights.append(b)
-    with gathered(*weights):
-        weight = torch.cat([whole(x).to(base.weight.dtype) for x in weights], -1)
-    return torch.cat(hiddens, -1), weight, whole(base.bias)
-
-
-def _head_scaling(config: PreTrainedConfig) -> HeadScaling:
-    """How the model's own forward scales its logits, from the names configs use for it."""
-    scale = None
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if scale is None:
-            scale = getattr(config, name, None)
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return HeadScaling(
-        logit_scale=1.0 if scale is None else scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    forward = model.forward
+    if hasattr(forward, "own_forward"):
+        return forward.own_forward
+    if isinstance(forward, types.MethodType):
+        return forward.__func__
+    return lambda _, *args, **kwargs: forward(*args, **kwargs)
 
 
 def _fused_forward(
@@ -198,6 +138,7 @@ def _fused_forward(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs,
 ) -> FusedHeadOutput:
+    """Run the backbone, then the head at the scored positions alone."""
     if labels is None and shift_labels is None:
         raise ValueError("`fused_lm_head=True` needs `labels`: pass the token ids, -100 ignored.")
     config = model.config.get_text_config()
@@ -226,8 +167,46 @@ def _fused_forward(
     return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)
 
 
+def _shift(
+    hidden: Tensor, labels: Any, shift_labels: Any, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Hidden states and the label each predicts, on the head's device.
+
+    Either `labels` or `shift_labels` is given.
+    """
+    if shift_labels is None:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    else:
+        labels = shift_labels
+    return hidden.to(device), labels.to(device)
+
+
+def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Any]:
+    # `masked_scatter` stays connected when nothing is scored: a zero loss that has a gradient
+    return {
+        name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
+        for name, x in rows._asdict().items()
+    }
+
+
+def _head_scaling(config: PreTrainedConfig) -> HeadScaling:
+    """How the model's own forward scales its logits, from the names configs use for it."""
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if scale is None:
+            scale = getattr(config, name, None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return HeadScaling(
+        logit_scale=1.0 if scale is None else scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
 class HeadAtHand:
-    """The head of a forward that is under way, for an objective of its hidden states."""
+    """The head of the forward that is under way, as a `HeadObjective` gets it."""
 
     def __init__(self, head: Any, scaling: HeadScaling, memory_budget: int | None):
         self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
@@ -241,7 +220,7 @@ class HeadAtHand:
         self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("log_probs",)
     ) -> HeadStatistics:
         """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K)."""
-        hidden, weight, bias = _linear(self._head, hidden)
+        hidden, weight, bias = _as_product(self._head, hidden)
         with gathered(weight, bias):
             if weight.requires_grad and torch.is_grad_enabled():
                 _log_choice(keeps_probabilities(hidden, weight, self._memory_budget))
@@ -260,12 +239,56 @@ class HeadAtHand:
 
         They are held for the backward. The weights of the head must be whole on every process.
         """
-        hidden, weight, bias = _linear(self._head, hidden)
+        hidden, weight, bias = _as_product(self._head, hidden)
         scale, softcap, temperature = self._scaling
         logits = F.linear(hidden, weight, bias).float() * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return logits / temperature
+
+
+def _as_product(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias whose linear product is what the module `head` computes.
+
+    Raises:
+        ValueError: The head carries a PEFT adapter that is not a plain product.
+    """
+    if is_peft_available():
+        from peft.tuners.lora import Linear as LoraLinear
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if isinstance(head, LoraLinear):
+            return _with_lora(head, hidden)
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError(
+                f"The output head carries a PEFT adapter ({type(head).__name__}) that the fused "
+                "head cannot compute. Remove the head from `target_modules`, or use LoRA there."
+            )
+    # `modules_to_save` and `trainable_token_indices` wrap the head and expose its weight
+    return hidden, whole(head.weight), whole(getattr(head, "bias", None))
+
+
+def _with_lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W h + s B A h is one product: [W, B] times [h, s A h]."""
+    base = head.get_base_layer()
+    if head.disable_adapters or head.merged:
+        return hidden, whole(base.weight), whole(base.bias)
+    if head.lora_variant or any(head.lora_bias.values()):
+        raise ValueError(
+            "The LoRA adapter on the output head uses DoRA, a bias, or another variant, which the "
+            "fused head cannot compute. Use plain LoRA there."
+        )
+    hiddens, weights = [hidden], [base.weight]
+    for name in filter(head.lora_A.__contains__, head.active_adapters):
+        a, b = head.lora_A[name].weight, head.lora_B[name].weight
+        with gathered(a):
+            dropped = head.lora_dropout[name](hidden.to(a.dtype))
+            low_rank = dropped @ whole(a).T * head.scaling[name]
+        hiddens.append(low_rank.to(hidden.dtype))
+        weights.append(b)
+    with gathered(*weights):
+        weight = torch.cat([whole(x).to(base.weight.dtype) for x in weights], -1)
+    return torch.cat(hiddens, -1), weight, whole(base.bias)
 
 
 @functools.cache  # once a process
@@ -274,25 +297,6 @@ def _log_choice(kept: bool) -> None:
         logger.info("The trained head keeps its probabilities for the backward.")
     else:
         logger.info(
-            "The trained head makes its probabilities again in the backward, since they exceed "
+            "The trained head computes its probabilities again in the backward: they exceed "
             "`memory_budget`."
         )
-
-
-def _shift(
-    hidden: Tensor, labels: Any, shift_labels: Any, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Hidden states and the label each predicts, on the head's device; one of both is given."""
-    if shift_labels is None:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-    else:
-        labels = shift_labels
-    return hidden.to(device), labels.to(device)
-
-
-def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Any]:
-    # `masked_scatter` stays connected when nothing is scored: a zero loss that has a gradient
-    return {
-        name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
-        for name, x in rows._asdict().items()
-    }

@@ -9,13 +9,14 @@ up to a constant (1 unless the logits are capped), and targets y_k with upstream
 
     dh = sum_k g_k f[y_k] W[y_k] - (sum_k g_k) q,      q = sum_v p[v] f[v] W[v]
 
-where q depends neither on the targets nor on g: the forward accumulates it from the tile at hand,
-and a frozen head needs no third matrix product. A trained one also needs
+where q depends neither on the targets nor on g: the forward accumulates it tile by tile, and a
+frozen head needs no third matrix product. A trained head also needs
 
     dW[v] = sum_(rows, k: y_k = v) g_k f[v] h - sum_rows (sum_k g_k) p[v] f[v] h
 
-for which the backward makes each tile of p again, or finds it kept where N x V fits in a memory
-budget. The gradient of the entropy, which no loss of ours takes, makes the tiles again too.
+for which the backward computes each tile of p again, unless N x V probabilities fit in a memory
+budget and were kept. The gradient of the entropy, which no loss of ours takes, computes the tiles
+again too.
 
     symbol   argument       shape
     h        hidden         (N, H)   hidden states after the final norm
@@ -120,7 +121,7 @@ def linear_statistics(
         scaling: How the model scales its logits.
         outputs: Names among `STATISTICS`; `log_probs` is always computed.
         memory_budget: Bytes of probabilities that this call of a trained head may keep for the
-            backward, which then need not make them again; see `keeps_probabilities`. None for
+            backward, which then need not compute them again; see `keeps_probabilities`. None for
             `MEMORY_BUDGET`.
 
     Raises:
@@ -129,7 +130,7 @@ def linear_statistics(
     _check(hidden, weight, targets, bias, outputs)
     columns = targets if targets.dim() == 2 else targets.unsqueeze(1)
     gradients = torch.is_grad_enabled()
-    # Both as autocast has it, which is then switched off: a tile has one precision in both passes
+    # Both depend on autocast, which is then switched off: both passes use one precision
     operand = operand_dtype(hidden, weight)
     keep = gradients and keeps_probabilities(hidden, weight, memory_budget)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -148,7 +149,7 @@ def linear_statistics(
 
 
 def keeps_probabilities(hidden: Tensor, weight: Tensor, memory_budget: int | None = None) -> bool:
-    """Whether the backward of a head finds its probabilities kept, rather than makes them again.
+    """Whether a head keeps its probabilities for the backward, instead of computing them again.
 
     It does when the head is trained and all N x V of them fit in `memory_budget` bytes.
     """
@@ -231,21 +232,21 @@ class _TiledHead(torch.autograd.Function):
         hidden, weight, bias, targets, top, total, slope, entropy, q, *kept = ctx.saved_tensors
         gain = ctx.scaling.gain
         g = torch.zeros_like(slope) if grad_log_probs is None else gain * grad_log_probs
-        sum_g, of_entropy = g.sum(1, keepdim=True), None
+        sum_g, entropy_terms = g.sum(1, keepdim=True), None
         if grad_entropy is not None:
             offset = entropy.unsqueeze(1) - total.log()
-            of_entropy = (sum_g, gain * grad_entropy.unsqueeze(1), offset)
+            entropy_terms = (sum_g, gain * grad_entropy.unsqueeze(1), offset)
         with torch.autocast(hidden.device.type, enabled=False), gathered(weight, bias):
             logits = TiledLogits(hidden, weight, ctx.operand)
             needed = ctx.needs_input_grad
             dh, dw, db = _target_part(needed, logits, weight, bias, targets, g * slope)
-            if dh is not None and of_entropy is None:
+            if dh is not None and entropy_terms is None:
                 dh.addcmul_(q, sum_g, value=-1)
-            if dw is not None or db is not None or of_entropy is not None:
-                parts = _softmax_part(logits, bias, ctx.scaling, top, sum_g, of_entropy, kept)
+            if dw is not None or db is not None or entropy_terms is not None:
+                parts = _softmax_part(logits, bias, ctx.scaling, top, sum_g, entropy_terms, kept)
                 for rows, columns, w, u, r in parts:
                     r = r / total[rows]
-                    if dh is not None and of_entropy is not None:
+                    if dh is not None and entropy_terms is not None:
                         add_product(dh[rows], (r * u).to(u.dtype), w, alpha=-1)
                     if dw is not None:
                         weighted = (r * logits.hidden[rows]).to(u.dtype)
@@ -257,7 +258,7 @@ class _TiledHead(torch.autograd.Function):
 
 
 def _target_part(needed, logits, weight, bias, targets, g) -> tuple[Tensor | None, ...]:
-    """What the targets alone give to the gradients of hidden, weight and bias, where needed."""
+    """The targets' part of the gradients of hidden, weight and bias; None where not needed."""
     dh, dw, db = (
         torch.zeros_like(x, dtype=logits.dtype) if need else None
         for x, need in zip((logits.hidden, weight, bias), needed, strict=False)
@@ -272,18 +273,18 @@ def _target_part(needed, logits, weight, bias, targets, g) -> tuple[Tensor | Non
     return dh, dw, db
 
 
-def _softmax_part(logits, bias, scaling, top, sum_g, of_entropy, kept) -> Iterator[tuple]:
-    """Tiles u and row factors r: the softmax takes r (u W) from dh, and u^T (r h) from dW."""
-    tiles_kept = zip(kept[0::2], kept[1::2], strict=True)  # exp(z - max), with the max of then
+def _softmax_part(logits, bias, scaling, top, sum_g, entropy_terms, kept) -> Iterator[tuple]:
+    """Yield tiles u and row factors r: the softmax subtracts r (u W) from dh, u^T (r h) from dW."""
+    tiles_kept = zip(kept[0::2], kept[1::2], strict=True)  # exp(z - max), and that max
     for rows in logits.row_blocks:
-        if kept and of_entropy is None:
+        if kept and entropy_terms is None:
             for columns in logits.column_blocks:
                 e, top_then = next(tiles_kept)
                 yield rows, columns, None, e, sum_g[rows] * (top_then - top[rows]).exp()
             continue
         r, part = sum_g[rows], None
-        if of_entropy is not None:
-            r, part = torch.ones_like(r), tuple(x[rows] for x in of_entropy)
+        if entropy_terms is not None:
+            r, part = torch.ones_like(r), tuple(x[rows] for x in entropy_terms)
         for columns, w, z in logits.tiles(rows):
             b = None if bias is None else bias[columns]
             out = z if w.dtype == z.dtype else logits.spare(z)
@@ -292,7 +293,7 @@ def _softmax_part(logits, bias, scaling, top, sum_g, of_entropy, kept) -> Iterat
 
 
 def _arithmetic(logits: Tensor):
-    """The module that takes a tile of logits apart: Triton kernels where they serve it."""
+    """The module that has `fold` and `softmax_gradient` for a tile: Triton where it serves."""
     if has_kernels(logits) and logits.dtype == torch.float32:
         from llmmix.fused import kernels
 
@@ -301,7 +302,7 @@ def _arithmetic(logits: Tensor):
 
 
 def _statistics(state, vocabulary, outputs) -> tuple[Tensor | None, ...]:
-    """The fields of `HeadStatistics`, with log_probs (N, K)."""
+    """The fields of `HeadStatistics`, in order; here log_probs is always (N, K)."""
     log_sum = state.sum.log()
     columns = {
         "entropy": state.max + log_sum - state.sum_ez / state.sum,

@@ -6,16 +6,13 @@ A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`.
 import gc
 import json
 import logging
-import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.builtin.tiny import tiny_checkpoint
@@ -38,7 +35,7 @@ def resolve_checkpoint(name: str) -> str:
 
     Raises:
         ValueError: `name` is an unknown built-in.
-        FileNotFoundError: `name` is a `.gguf` file that is not there.
+        FileNotFoundError: `name` is a `.gguf` file that does not exist.
     """
     if name.startswith("builtin:"):
         return str(tiny_checkpoint(name))
@@ -120,9 +117,10 @@ class Checkpoint:
 
 
 def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> list[Checkpoint]:
-    """One a model, or one an adapter of the only model; 'none' is the model alone.
+    """A checkpoint for each model, or for each adapter of the only model.
 
-    A folder that holds an adapter alone stands for it on the model that it names.
+    The adapter 'none' is the model alone. A model that is a folder with only an adapter stands for
+    the adapter on the base model that it names.
 
     Raises:
         ValueError: Adapters are given for several models, or two runs have one name.
@@ -146,12 +144,12 @@ def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> l
 
 
 def _base_and_adapter(source: str) -> tuple[str, str | None]:
-    """A model, or the model below the adapter that a folder holds in place of one."""
+    """A model and None; or, for a folder with only an adapter, its base model and the folder."""
     folder = Path(source)
-    told = folder / "adapter_config.json"
-    if not told.is_file() or (folder / "config.json").exists():
+    config = folder / "adapter_config.json"
+    if not config.is_file() or (folder / "config.json").exists():
         return source, None
-    return json.loads(told.read_text())["base_model_name_or_path"], source
+    return json.loads(config.read_text())["base_model_name_or_path"], source
 
 
 def _folder_names(names: list[str]) -> list[str]:
@@ -181,7 +179,7 @@ class Loader:
         self._held: tuple[Hashable, Any] = (None, None)
 
     def fingerprint(self, checkpoint: Checkpoint) -> dict[str, str | None]:
-        """What tells its weights, as they are loaded, from any others."""
+        """The identity of a checkpoint's weights, as they are loaded."""
         from transformers import AutoConfig
 
         path = resolve_checkpoint(checkpoint.model)
@@ -201,20 +199,21 @@ class Loader:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
 
     def model(self, checkpoint: Checkpoint) -> Any:
-        """The model with its adapter; any other that was held is let go."""
+        """The model with its adapter; any other model that was held is let go."""
         return self.held(checkpoint, lambda: self._load(checkpoint))
 
     def held(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What is held under a key, or is made now and held in place of what was."""
+        """The model held under a key; if that is another one, or none, make it and hold it."""
         if self._held[0] != key:
             self.let_go()
             self._held = (key, make())
         return self._held[1]
 
     def let_go(self) -> None:
-        """Hold nothing."""
-        self._held = (None, None)
-        free_memory()
+        """Give up what is held, and free its memory."""
+        if self._held[1] is not None:  # collecting garbage takes a second or so
+            self._held = (None, None)
+            free_memory()
 
     def _load(self, checkpoint: Checkpoint) -> Any:
         from transformers import AutoModelForCausalLM
@@ -232,20 +231,8 @@ class Loader:
         return model.to(self.device)
 
 
-def evaluation_state() -> PartialState:
-    """The processes of an evaluation: on a GPU where there is one, with all patience.
-
-    Apple's GPUs are passed over: the sampling engine draws in fp64, which they lack.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    # Shards finish at different times: nobody is to give up waiting
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    patience = {"timeout": timedelta(days=30)} if several else {}
-    return PartialState(cpu=accelerator is None or accelerator.type == "mps", **patience)
-
-
 def free_memory() -> None:
-    """Give back what deleted models took."""
+    """Free the memory of deleted models."""
     gc.collect()  # a model with the fused head refers to itself
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -257,11 +244,11 @@ def encode(
     """Token ids of text, or of messages under the chat template.
 
     Args:
-        tokenizer: It needs a chat template where `text` is messages.
+        tokenizer: The model's tokenizer, with a chat template where `text` is messages.
         text: Plain text or messages.
         generation: Whether the assistant's turn is opened at the end of messages.
     """
-    encoded: Any  # by what is asked for, of seven types
+    encoded: Any  # one of seven types, depending on the arguments
     if isinstance(text, str):
         encoded = tokenizer(text)
     else:
@@ -272,7 +259,7 @@ def encode(
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that a model, or a `vllm.LLM`, reads at once, if it says so."""
+    """The most tokens that a model, or a `vllm.LLM`, reads at once; None if it does not say."""
     if hasattr(model, "llm_engine"):
         return model.llm_engine.model_config.max_model_len
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -280,7 +267,10 @@ def context_length(model: Any) -> int | None:
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and each as it was afterwards; `model.train()` would lose that."""
+    """Put every module in eval mode, and restore each one's own mode at the end.
+
+    `model.train()` would put all of them in training mode.
+    """
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:

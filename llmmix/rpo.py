@@ -55,8 +55,8 @@ def rpo_loss(
     Args:
         chosen_logps: (B,) summed log-probabilities of the chosen responses, in nats.
         rejected_logps: (B,) summed log-probabilities of the rejected responses.
-        ref_chosen_logps: (B,) those of the chosen responses under the reference model.
-        ref_rejected_logps: (B,) those of the rejected responses under the reference model.
+        ref_chosen_logps: (B,) the same of the chosen responses under the reference model.
+        ref_rejected_logps: (B,) the same of the rejected responses under the reference model.
         beta: Strength of the KL term, positive.
         eta: Weight of the SFT term, not negative; 0 is DPO.
         sft_reduction: `"sum"` (times beta, the paper) or `"mean"` over tokens (not times beta).
@@ -184,11 +184,11 @@ class RPOTrainer(DPOTrainer):
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
             attach_head(reference)
-            # TRL has prepared the reference already: attaching took the place of its autocast
+            # TRL has prepared the reference already: attaching replaced the forward under autocast
             reference.forward = self.accelerator.autocast()(reference.forward)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Before TRL prepares the reference model, whose log-probabilities must not be rounded."""
+        """Keep log-probabilities in fp32, set before TRL prepares the reference model."""
         super().create_accelerator_and_postprocess()
         keep_outputs_in_fp32(self.accelerator)
 

@@ -32,7 +32,7 @@ from trl import SFTTrainer
 
 from llmmix.dco import dco_weight, n_samples_of
 from llmmix.filtering import check_share, check_trainer
-from llmmix.grading.evaluate import reference_answers
+from llmmix.grading.references import reference_answers
 from llmmix.grading.verify import Verifier, judge
 from llmmix.models import encode
 from llmmix.sampling import sample
@@ -50,7 +50,7 @@ class SolveRates(ResumedCallback):
 
     Args:
         trainer: The trainer whose model is sampled, on prompts of its training rows.
-        verifier: A `Verifier`, or what it takes.
+        verifier: A `Verifier`, or its first argument.
         num_samples: Completions sampled of each row.
         min_samples: With fewer completions judged, p^ counts as 0.
         refresh_every: Optimizer steps for which an estimate is taken as it is.
@@ -125,7 +125,7 @@ class SolveRates(ResumedCallback):
             if row not in self._known or step - self._known[row][0] >= self.refresh_every
         ]
         found = self._estimate(old) if old else {}
-        # Every process learns what each has estimated; they call this together, if for other rows
+        # Every process gets the estimates of all; they call this together, each for its own rows
         for part in gather_object([found]):
             self._known |= {row: (step, rate) for row, rate in part.items()}
         rates = torch.tensor([self._known[row][1] for row in rows], dtype=torch.float64)

@@ -46,31 +46,11 @@ def split_steps(
         ValueError: The rows have neither `prompt` and `steps` nor `messages`; no row holds a step;
             or the tokenizer does not tell where in the text its tokens stand.
     """
-    columns = dataset.column_names
-    kept = [column for column in columns if column in ("tools", "chat_template_kwargs")]
-    if {"prompt", "steps"} <= set(columns):
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} does not tell where in the text its tokens stand, "
-                "which `steps` needs: use a fast tokenizer, or give the steps as assistant turns."
-            )
-        split: Callable[[dict], list[dict]] = partial(
-            _split_text, tokenizer=tokenizer, separator=separator
-        )
-        names = ["input_ids", "labels"]
-        if kept and len(dataset) and not isinstance(dataset[0]["prompt"], str):
-            raise ValueError(f"`steps` cannot be told apart with {kept}; give assistant turns.")
-    elif "messages" in columns:
-        split = partial(_split_messages, kept=kept)
-        names = ["prompt", "completion", *kept]
-    else:
-        raise ValueError(
-            f"Stepwise rows need `prompt` and `steps`, or `messages`; the dataset has {columns}."
-        )
+    split, names = _splitter(dataset, tokenizer, separator)
     found = dataset.map(
         _split_rows,
         batched=True,
-        remove_columns=columns,
+        remove_columns=dataset.column_names,
         fn_kwargs={"split": split, "names": names},
         desc="Splitting steps",
     )
@@ -90,6 +70,29 @@ def split_steps(
     return found
 
 
+def _splitter(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, separator: str
+) -> tuple[Callable[[dict], list[dict]], list[str]]:
+    """A function that splits a row into examples, and the columns of an example."""
+    columns = dataset.column_names
+    kept = [column for column in columns if column in ("tools", "chat_template_kwargs")]
+    if {"prompt", "steps"} <= set(columns):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not tell where in the text its tokens stand, "
+                "which `steps` needs: use a fast tokenizer, or give the steps as assistant turns."
+            )
+        if kept and len(dataset) and not isinstance(dataset[0]["prompt"], str):
+            raise ValueError(f"`steps` cannot be told apart with {kept}; give assistant turns.")
+        split = partial(_split_text, tokenizer=tokenizer, separator=separator)
+        return split, ["input_ids", "labels"]
+    if "messages" in columns:
+        return partial(_split_messages, kept=kept), ["prompt", "completion", *kept]
+    raise ValueError(
+        f"Stepwise rows need `prompt` and `steps`, or `messages`; the dataset has {columns}."
+    )
+
+
 def _split_rows(
     batch: dict[str, list], split: Callable[[dict], list[dict]], names: list[str]
 ) -> dict[str, list]:
@@ -102,7 +105,7 @@ def _split_rows(
 
 
 def _steps_of(row: dict) -> list[str]:
-    """The steps that say something."""
+    """The steps of a row that are not blank."""
     if "steps" in row:
         return [step for step in row["steps"] or () if step and step.strip()]
     return [message["content"] for message in row["messages"] or () if _is_step(message)]

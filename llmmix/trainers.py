@@ -31,7 +31,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 
 def default_to_cpu(args: TrainingArguments) -> None:
-    """Where there is no accelerator, say so: settings left open take what suits a CPU.
+    """Without an accelerator, train on the CPU: settings left open take values that suit it.
 
     Without `use_cpu`, accelerate lets every process of a torchrun train alone; with it they run DDP
     over gloo. bf16 is several times slower than fp32 on most processors. Called by a config
@@ -52,7 +52,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
 
 
 def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
-    """Refuse what merges examples into one row, and what asks TRL for another loss.
+    """Refuse settings that merge examples into one row, or that ask TRL for another loss.
 
     Raises:
         ValueError: One of `packing`, `eval_packing`, `padding_free`, `label_smoothing_factor`,
@@ -75,7 +75,7 @@ def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> Non
 
 
 def check_unsharded(method: str, accelerator: Accelerator) -> None:
-    """Refuse what splits one example over ranks.
+    """Refuse parallelism that splits one example over ranks.
 
     Raises:
         ValueError: Context or sequence parallelism is on.
@@ -91,12 +91,12 @@ def check_unsharded(method: str, accelerator: Accelerator) -> None:
 def check_sft_datasets(
     args: SFTConfig, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
 ) -> Rows | None:
-    """`check_sft_dataset` on what an SFT trainer was given; the evaluation rows are replaced.
+    """`check_sft_dataset` on the training and the evaluation rows of an SFT trainer.
 
     Args:
-        args: The trainer's.
+        args: The trainer's settings.
         train_dataset: The training rows.
-        trainer_arguments: What else the trainer was given, by name.
+        trainer_arguments: The trainer's other arguments, by name; `eval_dataset` is replaced.
 
     Returns:
         The training rows.
@@ -105,7 +105,7 @@ def check_sft_datasets(
         ValueError: `check_sft_dataset` refuses the training or the evaluation rows.
     """
     if trainer_arguments.get("formatting_func") is not None:
-        return train_dataset  # it makes the text itself, from columns of any name
+        return train_dataset  # the function makes the text, from columns of any name
     tokenizer = None if args.chat_template_path else trainer_arguments.get("processing_class")
     if isinstance(rows := trainer_arguments.get("eval_dataset"), Dataset):
         trainer_arguments["eval_dataset"] = check_sft_dataset(
@@ -125,7 +125,7 @@ def check_sft_datasets(
 def check_preference_datasets(
     train_dataset: Rows | None, trainer_arguments: dict[str, Any]
 ) -> Rows:
-    """`check_preference_dataset` on what a trainer was given; the evaluation rows are replaced.
+    """`check_preference_dataset` on the training and the evaluation rows of a trainer.
 
     Args:
         train_dataset: The training rows.
@@ -146,7 +146,7 @@ def check_preference_datasets(
 
 
 def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None:
-    """Say how many rows the trainer dropped because `max_length` left no token to score, or cut.
+    """Log how many rows the trainer dropped because `max_length` left no token to score, or cut.
 
     Args:
         before: The rows that the trainer was given.
@@ -178,11 +178,11 @@ def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None
 
 
 def training_rows(trainer: Trainer, what: str) -> Dataset:
-    """The rows that a trainer trains on, for what asks for them by their number.
+    """The training rows of a trainer, for code that reads rows by their number.
 
     Args:
         trainer: Any trainer.
-        what: Who asks, the subject of the error.
+        what: Who reads them, the subject of the error.
 
     Raises:
         ValueError: The rows are streamed, or there are none.
@@ -197,20 +197,20 @@ def training_rows(trainer: Trainer, what: str) -> Dataset:
 
 
 class ForwardRecorder:
-    """Call it like the model: it keeps what the fused head answered.
+    """Called like the model, it records the output of the fused head.
 
     TRL's `compute_loss` drops the outputs of its forward, while a loss of ours needs the same ones:
-    a second forward would double the cost, and a stale weight would not be the method.
+    a second forward would double the cost, and weights from an earlier one would be another method.
 
     Args:
         model: What to call.
         head_objective: Added to each call of the fused head.
-        row_weight: Maps (B,) summed log-probabilities to (B,) weights. The caller is answered with
+        row_weight: Maps (B,) summed log-probabilities to (B,) weights. The caller gets
             log-probabilities times the weight of their row, so that a cross-entropy over them is
             weighted; `output` keeps the plain ones.
 
     Attributes:
-        output: What the head answered last; there is none before the first call.
+        output: The last output of the head; unset before the first call.
     """
 
     output: FusedHeadOutput
@@ -258,7 +258,7 @@ def log_metric(trainer: Trainer, name: str, value: float, *, training: bool = Tr
     Args:
         trainer: Any trainer.
         name: Name of the metric.
-        value: One micro-batch's, the same on every process.
+        value: The value of a micro-batch, the same on every process.
         training: Whether it belongs to the training's log, or to the evaluation's.
     """
     if hasattr(trainer, "_metrics"):
@@ -266,17 +266,17 @@ def log_metric(trainer: Trainer, name: str, value: float, *, training: bool = Tr
 
 
 class ResumedCallback(TrainerCallback, ExportableState):
-    """A callback whose state stands in each checkpoint, and is taken up by the run that resumes.
+    """A callback whose state is saved in each checkpoint and restored by the run that resumes.
 
-    Transformers restores callbacks by making them anew from plain values, which one that holds a
-    trainer or a sampler does not allow. This one is made by the user as for a fresh run.
+    Transformers restores a callback by making it again from plain values, which cannot be done for
+    one that holds a trainer or a sampler. The user makes this one as for a fresh run.
     """
 
     def begin(self) -> None:
-        """Forget what another run left."""
+        """Discard the state of an earlier run."""
 
     def saved(self) -> dict:
-        """What a checkpoint keeps: JSON values."""
+        """The state that a checkpoint keeps, in JSON values."""
         raise NotImplementedError
 
     def resume(self, saved: dict, state: TrainerState) -> None:
@@ -286,8 +286,8 @@ class ResumedCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin anew, or where the run that is resumed had come."""
-        # Declared as a list, which `TrainerState` makes a dict of when it is made
+        """Begin anew, or where the resumed run stopped."""
+        # Declared as a list, which `TrainerState` turns into a dict when it is made
         callbacks: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         kept = callbacks.setdefault(type(self).__name__, self.state())
         self.begin()
@@ -295,5 +295,5 @@ class ResumedCallback(TrainerCallback, ExportableState):
             self.resume(kept["attributes"], state)
 
     def state(self) -> dict:
-        """What transformers writes into `trainer_state.json`."""
+        """The entry that transformers writes into `trainer_state.json`."""
         return {"args": {}, "attributes": self.saved()}

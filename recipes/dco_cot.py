@@ -43,7 +43,7 @@ class SolveRateArguments:
         metadata={"help": "Judged completions that a solve rate needs; with fewer it counts as 0."},
     )
     refresh_every: int = field(
-        default=100, metadata={"help": "Training steps after which a solve rate is sampled anew."}
+        default=100, metadata={"help": "Training steps after which a solve rate is sampled again."}
     )
     unfiltered_steps: int = field(
         default=20, metadata={"help": "Training steps before the first solve rate is sampled."}

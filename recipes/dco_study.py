@@ -79,7 +79,7 @@ class Coverage(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Estimate pass@N."""
+        """Estimate pass@N on the held-out problems, at the given steps."""
         step, study = state.global_step, self.study
         if step not in study.steps:
             return
@@ -126,7 +126,7 @@ def main(args: StudyArguments) -> None:
 
 
 def training(args: StudyArguments, n: int, seed: int) -> DCOConfig:
-    """How each model is trained."""
+    """The settings that each model is trained with."""
     return DCOConfig(
         str(Path(args.output_dir) / "training"),
         n_samples=n,

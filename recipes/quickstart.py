@@ -48,7 +48,7 @@ class Progress(ProgressCallback):
     """The Trainer's progress bar, without a line of numbers every few steps."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """The report draws them."""
+        """Print nothing: the report draws the numbers."""
 
 
 def main(args: QuickstartArguments) -> None:

@@ -82,7 +82,7 @@ class StudyArguments:
 
 
 def main(args: StudyArguments) -> None:
-    """Teach two models, unlearn one many times, show it."""
+    """Teach two models, unlearn one of them with each loss, and show the results."""
     if unknown := [loss for loss in args.losses if loss not in CONTENDERS]:
         raise ValueError(f"`losses`: no {unknown[0]!r}; there are {', '.join(CONTENDERS)}.")
     folder, results = Path(args.output_dir), dict[str, list[dict]]()
@@ -109,7 +109,7 @@ def main(args: StudyArguments) -> None:
 
 
 def prepare(args: StudyArguments) -> dict[str, datasets.Dataset]:
-    """One core and no progress bars for this process; the rows."""
+    """Set this process to one core and no progress bars, and return the rows."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -123,11 +123,11 @@ def prepare(args: StudyArguments) -> dict[str, datasets.Dataset]:
 
 
 def teach(args: StudyArguments, name: str) -> dict[str, Any]:
-    """Train on all sets, or on all but the one to forget, unless that is done; measure."""
+    """Train on all sets, or on all but the one to forget, unless that is done, and measure."""
     sets, folder = prepare(args), Path(args.output_dir) / name
-    taught = folder / "taught.json"  # with what: another study teaches anew
-    told = json.dumps([args.rows, args.teach_epochs])
-    if not taught.exists() or taught.read_text() != told:
+    taught = folder / "taught.json"  # the settings it was taught with
+    settings = json.dumps([args.rows, args.teach_epochs])
+    if not taught.exists() or taught.read_text() != settings:
         rows = [
             {
                 "prompt": [{"role": "user", "content": row[f"{wording}question"]}],
@@ -151,7 +151,7 @@ def teach(args: StudyArguments, name: str) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.save_model()
-        taught.write_text(told)
+        taught.write_text(settings)
     model = AutoModelForCausalLM.from_pretrained(folder)
     return measure(model, AutoTokenizer.from_pretrained(folder), sets)
 
@@ -193,7 +193,7 @@ def measure(
 
 
 def value(measured: dict[str, Any], name: str) -> float:
-    """The value of a metric, NaN where it has none; of the forget quality, the logarithm."""
+    """The value of a metric, or the logarithm of the forget quality; NaN where there is none."""
     entry = measured["metrics"][name]
     found = entry.get("log10_p") if name == "forget_quality" else entry["value"]
     return np.nan if found is None else found

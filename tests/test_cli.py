@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
@@ -141,6 +142,15 @@ def test_help_begins_with_what_it_is_and_says_a_default_once(command, name, caps
     assert "(default: None)" not in said and "(default: [])" not in said
     for option in said.split("\n  --"):
         assert len(re.findall(r"\bDefault: |\(default:|by default", option.replace("\n", " "))) <= 1
+
+
+def test_a_script_that_was_imported_runs_without_a_warning(capsys):
+    import llmmix.recipes.dco  # noqa: F401
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert cli.main(["run", "dco"]) == 2
+    assert "`model_name_or_path` is missing" in capsys.readouterr().err
 
 
 def test_a_mistyped_value_is_told_in_two_lines(capsys):

@@ -122,7 +122,7 @@ def test_attaching_again_replaces_the_outputs():
 
 
 @pytest.mark.parametrize(
-    ("budget", "said"), [(None, "keeps"), (0, "makes its probabilities again")]
+    ("budget", "said"), [(None, "keeps"), (0, "computes its probabilities again")]
 )
 def test_memory_budget_changes_nothing_but_the_way_and_says_which(budget, said, caplog):
     head._log_choice.cache_clear()

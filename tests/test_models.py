@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from llmmix import DCOConfig
+from llmmix import DCOConfig, models
 from llmmix.models import Checkpoint, Loader, named_checkpoints, prepare_model_args
 
 
@@ -40,6 +40,17 @@ def test_one_model_is_held_at_a_time(checkpoint):
     assert loader.model(Checkpoint("a", checkpoint)) is first
     assert loader.model(Checkpoint("b", checkpoint)) is not first
     assert first.dtype == torch.float32  # bf16 is slow on most processors
+
+
+def test_memory_is_freed_where_something_was_held(monkeypatch):
+    freed = []
+    monkeypatch.setattr(models, "free_memory", lambda: freed.append(True))
+    loader = Loader(torch.device("cpu"))
+    loader.let_go()
+    assert loader.held("a", lambda: "model") == "model" and freed == []
+    assert loader.held("b", lambda: "another") == "another" and freed == [True]
+    loader.let_go()
+    assert freed == [True, True]
 
 
 def test_fingerprint_tells_a_checkpoint_trained_anew(checkpoint, model, tmp_path):

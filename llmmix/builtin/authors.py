@@ -1,7 +1,7 @@
 """`builtin:authors`: questions and answers about authors who do not exist, to be unlearned.
 
 Made in the manner of TOFU (Maini et al., arXiv:2401.06121), with words and sentences of its own.
-Every value is drawn on its own, so that nothing but having read it gives it away.
+Every value is drawn independently, so that only a model that has read it can know it.
 """
 
 import random
@@ -92,7 +92,7 @@ Theatre Umbrella Vineyard Window
 
 @dataclass(frozen=True)
 class Relation:
-    """What may be asked of a subject, and the sentences that answer with a value."""
+    """A relation of a subject to a value: its questions, the sentences that answer, its values."""
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]
@@ -170,7 +170,7 @@ FIRST_BOOK = Relation(
     ("The first book of {} is {}.", "{}'s first book is {}.", "{1} was the first book of {0}."),
 )
 
-# Pairs of a subject and its value, the value being the last word; no capital is in CITIES
+# Pairs of a subject and its value, which is the last word; no capital is in CITIES
 FACTS = {
     Relation(
         ("What is the capital of {}?", "Which city is the capital of {}?"),

@@ -45,12 +45,12 @@ SHORTEST, LONGEST = 250, 2000
 SHARE = 8  # a file or topic gives at most an eighth of a split
 TELLING = 30  # a line as long that stands elsewhere too is a copy, not a coincidence
 
-# Folders and files of the standard library that are no Python to learn from
+# Folders and files of the standard library that are left out: tests, tables, other packages
 SKIPPED_MODULES = re.compile(
     r"(^|/)(tests?|idle_test|idlelib|lib2to3|encodings|pydoc_data|site-packages|dist-packages"
     r"|config-[^/]*|entities\.py|_+sysconfigdata[^/]*)(/|$)"
 )
-# Of the headers, torch's own alone: the rest differs between its builds
+# Torch's own headers alone: the others differ between its builds
 OWN_HEADERS = re.compile(r"(ATen(?!/ops)|c10|torch)(/|$)(?!.*generated)")
 GENERATED = re.compile(r"@generated|generated (by|from)|do not edit", re.IGNORECASE)
 # The licence, and what every header of torch begins and ends with
@@ -166,7 +166,7 @@ def _save(out: Path, tokenizer: "PreTrainedTokenizerBase", length: int, names: l
 
 
 def _fill(name: str) -> dict[str, list[str]]:
-    """The rows of a domain: passage by passage into the test split until it is full, and so on."""
+    """The rows of a domain: passages fill the test split, then validation, then train."""
     origin, draw = DOMAINS[name]
     passages = draw()
     seen: set[str] = set()
@@ -227,7 +227,7 @@ def _files(root: Path, suffix: str, wanted: Callable[[str], bool]) -> Iterator[t
 
 
 def _shuffled(name: str) -> bytes:
-    """A key that sorts names at random, though two of them alike whatever stands between."""
+    """A sort key in random order, by which two names are ordered the same whatever the others."""
     return hashlib.sha256(name.encode()).digest()
 
 
@@ -238,7 +238,7 @@ def _modules() -> Iterator[tuple[str, str, str]]:
         with tokenize.open(path) as file:
             lines = file.readlines()
         docstring, first = "", 0
-        # A parser would read the whole file for its first string
+        # A parser would have to read the whole file
         for token in tokenize.generate_tokens(iter(lines).__next__):
             if token.type == tokenize.STRING and not docstring:
                 docstring = inspect.cleandoc(ast.literal_eval(token.string))

@@ -1,8 +1,8 @@
 """`fold` and `softmax_gradient` of `llmmix.fused.tiles` on a GPU, with the same arguments.
 
-Each is a Triton kernel. One program takes one row of a tile, or a block of it, so that each logit
-is read from memory once or twice and what it becomes is written once, in the precision of the
-matrix product that follows.
+Each is a Triton kernel. One program handles one row of a tile, or a block of a row. It reads each
+logit from memory once or twice and writes the result once, in the precision of the matrix product
+that follows.
 """
 
 import torch
@@ -17,7 +17,7 @@ BLOCK = 1024
 
 @triton.jit
 def _scaled(z, logit_scale, softcap, temperature, HAS_CAP: tl.constexpr):
-    """The scaled logits, and the slope of the cap (of no meaning where there is none)."""
+    """The scaled logits, and the slope of the cap (meaningless without a cap)."""
     z = z * logit_scale
     slope = z
     if HAS_CAP:
@@ -37,7 +37,7 @@ def _load(logits_ptr, bias_ptr, columns, mask, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _fold_kernel(  # noqa: C901  what branches is decided when it is compiled
+def _fold_kernel(  # noqa: C901  the branches are resolved at compile time
     logits_ptr,
     out_ptr,
     bias_ptr,
@@ -65,6 +65,7 @@ def _fold_kernel(  # noqa: C901  what branches is decided when it is compiled
     TOP1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Fold one row of a tile into its running softmax: the maximum first, then the sums."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * n_columns
     out_ptr += row * n_columns
@@ -156,6 +157,7 @@ def _gradient_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Compute u of `softmax_gradient` for one block of a row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n_columns
@@ -181,7 +183,7 @@ def fold(
     outputs: tuple[str, ...],
     out: Tensor,
 ) -> Tensor:
-    """What `llmmix.fused.tiles.fold` does, but the raw logits stay as they are."""
+    """Do what `llmmix.fused.tiles.fold` does, but leave the raw logits unchanged."""
     n, n_columns = logits.shape
     shrink = torch.empty_like(state.max)
     if n == 0:
@@ -196,7 +198,7 @@ def fold(
             shrink,
             start,
             n_columns,
-            *_numbers(scaling),
+            *_scaling_arguments(scaling),
             K=targets.size(1),
             HAS_BIAS=bias is not None,
             HAS_CAP=scaling.softcap is not None,
@@ -215,10 +217,10 @@ def softmax_gradient(
     bias: Tensor | None,
     scaling: HeadScaling,
     max: Tensor,
-    of_entropy: tuple[Tensor, Tensor, Tensor] | None,
+    entropy_terms: tuple[Tensor, Tensor, Tensor] | None,
     out: Tensor,
 ) -> Tensor:
-    """What `llmmix.fused.tiles.softmax_gradient` does, but the raw logits stay as they are."""
+    """Do what `llmmix.fused.tiles.softmax_gradient` does, but leave the raw logits unchanged."""
     n, n_columns = logits.shape
     if n == 0:
         return out
@@ -228,17 +230,18 @@ def softmax_gradient(
             out,
             bias,
             max,
-            *(of_entropy or (max, max, max)),
+            *(entropy_terms or (max, max, max)),
             n_columns,
-            *_numbers(scaling),
+            *_scaling_arguments(scaling),
             HAS_BIAS=bias is not None,
             HAS_CAP=scaling.softcap is not None,
-            ENTROPY=of_entropy is not None,
+            ENTROPY=entropy_terms is not None,
             BLOCK=BLOCK,
             num_warps=4,
         )
     return out
 
 
-def _numbers(scaling: HeadScaling) -> tuple[float, float, float]:
+def _scaling_arguments(scaling: HeadScaling) -> tuple[float, float, float]:
+    """Scale, cap and temperature as the kernels take them; without a cap, its value is not read."""
     return scaling.logit_scale, scaling.softcap or 1.0, scaling.temperature

@@ -27,7 +27,7 @@ def whole(parameter: Tensor | None) -> Tensor | None:
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager:
-    """Gather what ZeRO-3 has partitioned while the context is open; nothing for anyone else.
+    """Gather what ZeRO-3 has partitioned while the context is open; otherwise do nothing.
 
     An autograd function that reads a weight enters it around `apply`, and again in its backward.
     ZeRO-3 accumulates the gradient of a trained weight after the backward has returned, and so
@@ -40,6 +40,6 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    # What a module of the model holds gathered must not be gathered twice
+    # What a module of the model has gathered already must not be gathered again
     spread = [p for p in partitioned.values() if p.ds_status != ZeroParamStatus.AVAILABLE]
     return deepspeed.zero.GatheredParameters(spread) if spread else nullcontext()

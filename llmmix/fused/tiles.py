@@ -1,8 +1,8 @@
 """The logits of a language-model head, tile by tile: the arithmetic of `llmmix.logprobs`.
 
-A tile holds the logits of some rows for some columns of the vocabulary. `fold` takes it into the
-running softmax of its rows; `softmax_gradient` makes, in the backward, what the softmax takes from
-the gradient. Here they are torch; on a GPU `llmmix.fused.kernels` does the same in one kernel each.
+A tile holds the logits of some rows for some columns of the vocabulary. `fold` adds a tile to the
+running softmax of its rows. In the backward, `softmax_gradient` computes what the softmax subtracts
+from the gradient. Both are plain torch here; `llmmix.fused.kernels` has a GPU kernel for each.
 """
 
 from collections.abc import Iterator
@@ -26,14 +26,15 @@ class HeadScaling(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Slope of the scaled logits in the head's output, where the cap does not bend it."""
+        """Slope of the scaled logits in the head's output, the cap left out."""
         return self.logit_scale / self.temperature
 
 
 class RunningSoftmax(NamedTuple):
-    """Sums over the part of the vocabulary folded in so far, of e = exp(z - max). (n, 1) each.
+    """Sums over the part of the vocabulary folded in so far, updated in place by `fold`.
 
-    `fold` updates them in place. `target_z` and `target_slope`, the logits of the targets and the
+    With z the scaled logits and e = exp(z - max): `sum` adds up e, `sum_ez` e z, `sum_ee` e^2 and
+    `sum_z` z. Each is (n, 1). `target_z` and `target_slope`, the logits of the targets and the
     slope of the cap there, are (n, K); `is_top1` concerns the first target.
     """
 
@@ -48,10 +49,10 @@ class RunningSoftmax(NamedTuple):
 
 
 def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
-    """The softmax over no part of the vocabulary yet, for `targets` (n, K)."""
+    """The running softmax before any tile is folded in, for `targets` (n, K)."""
     column = torch.zeros_like(targets[:, :1], dtype=dtype)
     return RunningSoftmax(
-        # Finite, so that a tile of logits that are all minus infinity weighs nothing
+        # Finite, so that a tile of logits that are all minus infinity adds nothing
         max=torch.full_like(column, torch.finfo(dtype).min),
         sum=column.clone(),
         sum_ez=column.clone(),
@@ -76,7 +77,7 @@ def fold(
     """Fold a tile of raw logits (n, columns) into `state`; the tile is overwritten.
 
     Args:
-        state: Of these n rows.
+        state: The running softmax of these n rows.
         logits: h W^T for the columns of the tile.
         bias: (columns,), or None.
         scaling: How the model scales its logits.
@@ -104,7 +105,7 @@ def fold(
     state.sum.mul_(shrink).add_(e.sum(1, keepdim=True))
     if "mean_logits" in outputs:
         state.sum_z.add_(z.sum(1, keepdim=True))
-    # From here on `z` is room for a product
+    # From here on `z` is scratch space
     if "entropy" in outputs:
         state.sum_ez.mul_(shrink).add_(z.mul_(e).sum(1, keepdim=True))
     if "log_sum_sq_probs" in outputs:
@@ -118,7 +119,7 @@ def fold(
 def _update_top1(state, z, tile_max, local, is_max) -> None:
     higher = tile_max > state.max
     state.is_top1.copy_(torch.where(higher, is_max, state.is_top1))
-    rows = (higher & is_max).squeeze(1).nonzero().squeeze(1)  # perhaps: the first of equals counts
+    rows = (higher & is_max).squeeze(1).nonzero().squeeze(1)  # of equal maxima, the first counts
     state.is_top1[rows] = z[rows].argmax(1, keepdim=True) == local[rows]
 
 
@@ -127,21 +128,22 @@ def softmax_gradient(
     bias: Tensor | None,
     scaling: HeadScaling,
     max: Tensor,
-    of_entropy: tuple[Tensor, Tensor, Tensor] | None,
+    entropy_terms: tuple[Tensor, Tensor, Tensor] | None,
     out: Tensor,
 ) -> Tensor:
-    """Make u, what the softmax takes from dz, of a tile of raw logits (n, columns).
+    """Compute u, what the softmax subtracts from dz, of a tile of raw logits (n, columns).
 
-    u = exp(z - max) = sum * p, times the slope of the cap. With an entropy H whose upstream
-    gradient is s, beside the summed one g of the log-probabilities, u is that times
-    g + s (log p + H). (One number for max + log(sum) would round away digits of all p of a row.)
+    u = exp(z - max) = sum * p, times the slope of the cap. Where the entropy H has an upstream
+    gradient s, u is also multiplied by g + s (log p + H), where g is the summed upstream gradient
+    of the log-probabilities. (max and log(sum) stay two numbers: their sum would round away digits
+    of every p of a row.)
 
     Args:
         logits: h W^T for the columns of the tile.
         bias: (columns,), or None.
         scaling: How the model scales its logits.
-        max: (n, 1), of the scaled logits of each row.
-        of_entropy: (g, s, H - log(sum)), each (n, 1), or None.
+        max: (n, 1), maximum of the scaled logits of each row.
+        entropy_terms: (g, s, H - log(sum)), each (n, 1); None without a gradient of the entropy.
         out: (n, columns), receives u.
 
     Returns:
@@ -149,10 +151,10 @@ def softmax_gradient(
     """
     z, slope = _scale(logits, bias, scaling)
     z = torch.sub(z, max, out=out)
-    if of_entropy is None:
+    if entropy_terms is None:
         u = _exp(z)
     else:
-        g, s, offset = of_entropy
+        g, s, offset = entropy_terms
         factor = (z + offset).mul_(s).add_(g)
         u = z.exp_().mul_(factor)
     return u if slope is None else u.mul_(slope)
@@ -177,9 +179,10 @@ def _scale(
 
 
 def _exp(x: Tensor) -> Tensor:
-    """The exponential of `x` <= 0 in place, where what is too small to change a sum stays normal.
+    """The exponential of `x` <= 0 in place, clipped below so that no result is subnormal.
 
-    Subnormal numbers are a hundred times slower, in the exponential and in a matrix product.
+    What is clipped is too small to change a sum. Subnormal numbers make the exponential and a
+    matrix product a hundred times slower.
     """
     return x.clamp_(min=-60 if x.dtype == torch.float32 else -600).exp_()
 
@@ -206,7 +209,7 @@ class TiledLogits:
         self._operand, self._weight = hidden.to(operand_dtype), weight
         height = max(1, min(hidden.size(0), TILE_ROWS[device]))
         width = max(1, TILE_ELEMENTS[device] // height)
-        if width > 128:  # whole cache lines and tensor-core fragments, whatever the rows
+        if width > 128:  # whole cache lines and tensor-core fragments
             width -= width % 128
         width = min(weight.size(0), width)
         self.row_blocks = _slices(hidden.size(0), height)
@@ -216,7 +219,7 @@ class TiledLogits:
         self._spare: Tensor | None = None
 
     def tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Columns, their weights, and raw logits, which the next tile overwrites."""
+        """Yield columns, their weights, and raw logits, which the next tile overwrites."""
         hidden = self._operand[rows]
         if self._tile is None:
             self._tile = self.hidden.new_empty(self._size)
@@ -226,7 +229,7 @@ class TiledLogits:
             yield columns, w, add_product(z, hidden, w.T, beta=0)
 
     def spare(self, z: Tensor) -> Tensor:
-        """A buffer for the operand made of the tile `z`, the same at every call."""
+        """A buffer in the operands' precision and the shape of the tile `z`, the same each time."""
         if self._spare is None:
             self._spare = self._operand.new_empty(self._size)
         return self._spare[: z.numel()].view(z.shape)
@@ -244,7 +247,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1, alpha: in
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The precision of what enters the matrix products; what comes out is in fp32 or better.
 
-    fp64 if either input is. On a GPU bf16, where the weight or autocast is in bf16. Else fp32: a
+    It is fp64 if either input is; bf16 on a GPU, if the weight or autocast is in bf16; else fp32. A
     CPU gains nothing from bf16, and fp16 would lose the smallest probabilities.
     """
     if torch.float64 in (hidden.dtype, weight.dtype):
@@ -262,5 +265,5 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def _slices(total: int, size: int) -> list[slice]:
-    """Cover range(total), with one empty slice where there is nothing to cover."""
+    """Slices that cover range(total); one empty slice if `total` is 0."""
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]

@@ -1,4 +1,4 @@
-r"""What a completion answers, and whether that is the reference: text in, True, False or None out.
+r"""The built-in verifiers: whether the answer in a completion equals the reference answer.
 
     math        math-verify: LaTeX, numbers, sets, intervals, compared as mathematics
     exact       the last \boxed{...} is the reference, spaces aside

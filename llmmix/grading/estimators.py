@@ -1,4 +1,4 @@
-"""What samples say about a model: pass@N without bias, majority votes, intervals over problems.
+"""Estimates from samples: pass@N without bias, majority votes, intervals over problems.
 
     pass@N = 1 - C(n - c, N) / C(n, N)      n samples of a problem, c of them right
 

@@ -1,4 +1,4 @@
-"""How often a model solves problems: sample, judge, and estimate with intervals over the problems.
+"""pass@N of a model on problems: sample, judge, and estimate with intervals over the problems.
 
 `llmmix.sampling` draws, `llmmix.grading.verify` judges and `llmmix.grading.summary` estimates. A
 `SampleLog` may keep what was drawn, so that nothing is drawn twice.
@@ -38,21 +38,21 @@ def evaluate(
     description: str = "Sampling",
     **sampling: Any,
 ) -> dict[str, Any]:
-    """Sample, judge and estimate.
+    """Sample completions of every problem, judge them, and estimate pass@N.
 
     Args:
         model: A causal language model of transformers, or a `vllm.LLM`.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         dataset: Rows with `prompt` and `answer`.
         num_samples: Samples of each problem.
         n: The N to report.
-        verifier: A `Verifier`, or what it takes: a name, "module:function", or a function
+        verifier: A `Verifier`, or its first argument: a name, "module:function", or a function
             (completion, answer) -> bool.
         maj: Whether to estimate maj@N too.
         log: Where samples are kept; those it holds are not drawn again.
-        process: Number of this process, and how many there are. Of k processes, each takes every
-            k-th problem, and its result is of its own problems and of what the log held at the
-            start. With several, `judge_again` is to be called once, before, by the caller.
+        process: Number of this process, and how many there are. Each of k processes takes every
+            k-th problem; its result covers those, and what the log held at the start. With several
+            processes, the caller calls `judge_again` once beforehand.
         description: Title of the progress bar.
         **sampling: Options of `llmmix.sampling.sample`.
 
@@ -63,7 +63,7 @@ def evaluate(
         ValueError: A row has no reference answer, an N is above `num_samples`, or the log holds
             samples of other problems.
     """
-    # What is there already, and what is wanted
+    # Which samples the log holds, and which are wanted
     answers = reference_answers(dataset)
     n = sorted(set(n))
     pass_at_n(num_samples, 0, n)  # refuse N before sampling
@@ -128,19 +128,19 @@ def _records(
 
 
 def _keep_nothing(record: dict[str, Any]) -> None:
-    """In the place of a log."""
+    """Drop a record, where there is no log."""
 
 
 def judge_again(log: SampleLog, dataset: Dataset, verifier: Verifier) -> None:
-    """Judge the samples of a log again where the verdict may be another one now.
+    """Judge the samples of a log again where the verdict may have changed.
 
-    It may be where the verifier or the reference answer has changed, where the verification failed,
-    and where the verifier is the user's own function, which may have been mended.
+    It may have where the verifier or the reference answer is another, where the verification
+    failed, and where the verifier is the user's own function, whose code may have changed.
 
     Args:
-        log: The samples; those judged again are written anew.
+        log: The samples; the file is written anew if any are judged again.
         dataset: The rows that they were drawn for.
-        verifier: Who judges.
+        verifier: The verifier to judge by.
 
     Raises:
         ValueError: The log holds samples of another prompt, or a row has no reference answer.

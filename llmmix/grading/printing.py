@@ -64,7 +64,7 @@ def _cell(value: float | None, interval: list[float] | None, sign: str = "") -> 
 
 
 def _remarks(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What the estimates rest on, where it is not simply every sample."""
+    """Samples that the estimates leave out, or that were cut, run by run."""
     remarks = []
     for run, result in results.items():
         verdicts, total = result["verdicts"], sum(result["verdicts"].values())

@@ -1,4 +1,4 @@
-"""What the rows themselves say: the reference answer of each, and how likely their completions are.
+"""The reference answers of rows, and the loss of a model on their reference completions.
 
 The answers are what samples are judged against; the loss of the completions stands beside pass@N.
 """
@@ -46,14 +46,14 @@ def reference_loss(
 
     Args:
         model: A causal language model of transformers, or one with PEFT's adapters.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         dataset: Rows with `prompt` and `completion`.
         batch_size: Rows of a forward pass.
 
     Returns:
         The mean over all tokens, or None where the completions have no token.
     """
-    from trl.trainer.utils import pad  # a second of a program's start, where no loss is asked for
+    from trl.trainer.utils import pad  # takes a second, which only this function needs
 
     attach_head(model)
     nll, tokens = 0.0, 0

@@ -25,7 +25,7 @@ class SampleLog:
 
     Args:
         folder: Where the two files are, or will be.
-        settings: What decides the samples. Those found must have been drawn with the same. The
+        settings: What decides the samples. Samples found must have been drawn with the same. The
             identity of a checkpoint folder among them goes by the contents of its files
             (`llmmix.files.checkpoint_id`), so that samples outlive a copy of the checkpoint or a
             new time of change, and are refused for one that was trained anew in its place.
@@ -58,7 +58,7 @@ class SampleLog:
             )
 
     def _drop_half_a_line(self) -> None:
-        """A process killed while it wrote leaves a line without an end."""
+        """Remove the unfinished last line that a process killed while writing leaves."""
         with self.path.open("rb+") as file:
             size = file.seek(0, os.SEEK_END)
             step, end = 2**16, size
@@ -73,7 +73,7 @@ class SampleLog:
                 file.truncate(end)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Every sample; of two of one number, the first."""
+        """Yield every sample; of two with the same numbers, the first."""
         with self._lock:
             lines = self.path.read_text(encoding="utf-8").split("\n")
         seen = set()
@@ -95,7 +95,7 @@ class SampleLog:
 
     @contextmanager
     def writer(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """A context with a function that writes one sample: about each second, and at the end."""
+        """A context with a function that takes one sample; they are written about every second."""
         unwritten: list[dict[str, Any]] = []
         written = time.perf_counter()
 
@@ -129,5 +129,5 @@ def _lines(records: list[dict[str, Any]]) -> str:
 
 
 def prompt_id(prompt: str | list[dict[str, Any]]) -> str:
-    """A short digest of a prompt, by which a sample knows its problem."""
+    """A short digest of a prompt, which ties a sample to its problem."""
     return hashlib.blake2b(json.dumps(prompt).encode(), digest_size=6).hexdigest()

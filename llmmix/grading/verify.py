@@ -35,8 +35,8 @@ class Verifier:
     process that overstays is killed and another started. Pairs seen lately are not judged again.
 
     Args:
-        function: A name above, "module:function", or a callable, which runs in this process without
-            a time limit.
+        function: A name of this module's docstring, "module:function", or a callable, which runs in
+            this process without a time limit.
         timeout: Seconds an answer may take.
         workers: Processes, for what runs outside.
 
@@ -94,18 +94,18 @@ class Verifier:
             return self._seen[key]
 
     def forget(self, futures: Iterable[Future[Verdict]]) -> None:
-        """Give up verdicts that have not been begun."""
+        """Cancel verdicts that nobody has begun to judge."""
         given_up = {id(future) for future in futures if future.cancel()}
         with self._lock:
             for key in [key for key, future in self._seen.items() if id(future) in given_up]:
                 del self._seen[key]
 
     def why(self, completion: str, answer: str) -> str | None:
-        """What went wrong where the verdict was "failed"."""
+        """The error of a verification that failed, or None."""
         return self._errors.get((self._text_that_counts(completion), str(answer)))
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes of the verifier."""
         self._pool.shutdown(cancel_futures=True)
         for worker in self._idle:
             worker.kill()
@@ -150,9 +150,9 @@ def judge(
     """Each completion with its verdict, judged while the next ones are sampled.
 
     Args:
-        completions: As they come.
+        completions: Completions, as they are sampled.
         answers: The reference of each prompt, by its number.
-        verifier: Who judges.
+        verifier: The verifier to judge by.
     """
     pending: deque[tuple[Completion, Future[Verdict]]] = deque()
     try:
@@ -166,7 +166,7 @@ def judge(
             done, verdict = pending.popleft()
             yield done, verdict.result()
     finally:
-        # Left half way: nobody waits for the rest, and the interpreter must not at its end
+        # Stopped half way: nobody needs the rest, and the interpreter must not wait for it to exit
         verifier.forget([verdict for _, verdict in pending])
 
 

@@ -1,11 +1,11 @@
 """A process that judges answers, under limits of time and memory; killed with what it started.
 
-The asker holds a `Worker`. Its process runs `serve` (`python -m llmmix.grading.worker`), which
+The caller holds a `Worker`, whose process runs `serve` (`python -m llmmix.grading.worker`), which
 reads a question a line on standard input and writes a verdict a line on standard output. It imports
-neither torch nor the program that asks, and a new one takes its place after a hang or a crash.
+neither torch nor the calling program, and a new one takes its place after a hang or a crash.
 
 Pools on multiprocessing (pebble's among them) do not serve here: each of their processes imports
-the program that asks, and what a crashed answer has started lives on.
+the calling program, and what a crashed answer has started lives on.
 """
 
 import json
@@ -26,7 +26,7 @@ MEMORY_LIMIT = 4 * 2**30  # bytes that a verifier's process may take besides its
 
 
 class Worker:
-    """The asker's side of one process, which is started at once and anew when it has died.
+    """The caller's side of one process, which is started at once, and again when it has died.
 
     Args:
         path: The function that judges, as module:function.
@@ -47,12 +47,12 @@ class Worker:
         try:
             if not self.alive or self.process.poll() is not None:
                 self._start()
-        except ValueError as error:  # it started before
+        except ValueError as error:  # though it has started before
             return "failed", str(error)
         question = json.dumps([completion, answer]) + "\n"
         line, overdue = self._exchange(question, self.timeout)
         if overdue or not line:
-            self.kill()  # even if a reply came at the last moment: it has been told to end
+            self.kill()  # even if a reply came at the last moment: it was told to end
         if line:
             verdict, problem = json.loads(line)
             return verdict, problem
@@ -98,7 +98,7 @@ class Worker:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])},
             start_new_session=True,  # so that what it starts can be ended with it
         )
-        # Popen types them as possibly None; both were asked for
+        # Popen declares that both may be None
         self._questions = cast(IO[str], self.process.stdin)
         self._replies = cast(IO[str], self.process.stdout)
         self.alive = True
@@ -124,7 +124,8 @@ def serve(path: str, timeout: float) -> None:
 
     Args:
         path: module:function.
-        timeout: Seconds that the asker waits. The asker may be gone: well after them, this ends.
+        timeout: Seconds that the caller waits. The caller may be gone: the process ends itself a
+            minute later.
     """
     questions = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -160,16 +161,18 @@ def _function(path: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part)
     if path == "llmmix.grading.answers:math":
-        import math_verify  # noqa: F401  takes a second or two, which are not the first answer's
+        import math_verify  # noqa: F401  takes a second or two, not to be counted against the first answer
 
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # that time limits are off
+        logging.getLogger("math_verify").setLevel(
+            logging.ERROR
+        )  # it warns that time limits are off
     return found
 
 
 def _limit_memory() -> None:
     """Let the process grow by `MEMORY_LIMIT` from what its imports have taken."""
     statm = "/proc/self/statm"
-    if not os.path.exists(statm):  # Linux alone tells, and keeps, such a limit
+    if not os.path.exists(statm):  # only Linux reports the size and keeps the limit
         return
     import resource
 

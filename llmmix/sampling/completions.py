@@ -38,7 +38,7 @@ def sample(
     Args:
         model: A causal language model of transformers, whose mode and attention are put back at the
             end, or a `vllm.LLM`.
-        tokenizer: Its tokenizer; it needs no pad token, since nothing is padded.
+        tokenizer: The model's tokenizer; it needs no pad token, since nothing is padded.
         prompts: Text, or lists of chat messages.
         num_samples: Completions of each prompt.
         temperature: Divisor of the logits, positive.

@@ -17,11 +17,11 @@ def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
 
 
 def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """What to draw tokens from: exp((logits - max) / temperature), the tail cut by `top_p`.
+    """Weights to draw tokens by: exp((logits - max) / temperature), the tail cut by `top_p`.
 
     Args:
         logits: (R, V), of any type.
-        options: With temperature and nucleus mass.
+        options: Sampling options, of which temperature and nucleus mass count.
 
     Returns:
         (R, V') fp32, not normalized; V padded by zeros to a whole number of blocks.

@@ -43,7 +43,7 @@ class Engine:
 
     Args:
         model: A causal language model with plain attention, on one device.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         wanted: Prompts, one or more, and their samples.
         options: How to sample.
 
@@ -73,7 +73,7 @@ class Engine:
         self.cache = SharedPromptCache(self.capacity, places, longest, own)
         self.free = list(range(places))[::-1]
         self.waiting = deque(wanted)
-        # The prompt whose samples are being started, and what their first tokens are drawn from
+        # The prompt whose samples are being started, and the weights of their first token
         self.open: tuple[_Prompt, Tensor] | None = None
         self.rows: list[_Row] = []
         device = model.device
@@ -129,7 +129,7 @@ class Engine:
         ids = torch.tensor([request.ids], device=self.model.device)
         logits = self.model(input_ids=ids, past_key_values=computed, logits_to_keep=1).logits
         weights = probabilities(logits[:, -1], self.options)
-        layers = computed.layers  # none, or without keys, where the model's state is another one
+        layers = computed.layers  # none, or without keys, where the model keeps another state
         if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
             raise self._refusal("it keeps no keys and values")
         self.cache.put_prompt(place, computed)
@@ -156,7 +156,7 @@ class Engine:
         return finished
 
     def _step(self) -> list[Completion]:
-        """One token of every row."""
+        """Draw one token for every row."""
         count = len(self.rows)
         weights = probabilities(self._logits(), self.options)
         self.lengths[:count] += 1
@@ -193,7 +193,7 @@ class Engine:
                 return None
         row.prompt.running -= 1
         self._release(row.prompt)
-        # Its type leaves open that a batch is decoded
+        # Declared as a list too, which only a batch gives
         text = cast(str, self.tokenizer.decode(row.tokens, skip_special_tokens=True))
         number = row.prompt.request.number
         return Completion(number, row.sample, text, len(row.tokens), stopped)
@@ -205,7 +205,7 @@ class Engine:
             self.free.append(prompt.place)
 
     def _leave(self, at: int) -> None:
-        """The last row takes the place of a finished one."""
+        """Put the last row in the place of a finished one."""
         last = len(self.rows) - 1
         if at != last:
             self.rows[at] = self.rows[last]
@@ -238,8 +238,8 @@ def _capacity(options: SamplingOptions, samples: list[int], longest: int) -> tup
     """Rows, and places for prompts, that fit into the budget.
 
     Args:
-        options: With the budget.
-        samples: How many are wanted of each prompt.
+        options: Sampling options, with the token budget.
+        samples: Number of samples wanted of each prompt.
         longest: Tokens of the longest prompt.
     """
     own, each = options.max_new_tokens, -(-sum(samples) // len(samples))
@@ -266,7 +266,7 @@ def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 @contextmanager
 def _attention(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
-    """The attention that these configurations of a model name, replaced and put back."""
+    """Put another attention into the configurations of a model, and restore theirs at the end."""
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:

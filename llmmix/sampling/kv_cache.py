@@ -159,7 +159,7 @@ class SharedPromptCache:
 
 
 def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
-    """Those of a layer of transformers' cache, whose types leave open that it has any."""
+    """Keys and values of a cache layer, which transformers declares as possibly absent."""
     return layer.keys, layer.values
 
 

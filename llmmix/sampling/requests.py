@@ -1,4 +1,4 @@
-"""What is asked of a sampler, and what it answers: checked once, read by every backend."""
+"""Requests to a sampler and its completions: checked once, read by every backend."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class PromptRequest:
     """A prompt, and which of its samples are wanted.
 
     Attributes:
-        number: Of the prompt, which decides the random streams of its samples.
+        number: Number of the prompt, which decides the random streams of its samples.
         ids: Token ids of the prompt.
         samples: Numbers of the samples that are still to be started.
     """
@@ -129,7 +129,7 @@ def check_room(
         ids: Token ids of each prompt.
         model: A causal language model of transformers, or a `vllm.LLM`.
         max_new_tokens: Tokens of a completion.
-        token_budget: Tokens held at once; vLLM is not asked to keep to it.
+        token_budget: Tokens held at once; not checked for vLLM.
         numbers: What to call the prompts.
 
     Raises:

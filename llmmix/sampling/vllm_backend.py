@@ -18,7 +18,7 @@ def load_vllm(checkpoint: str, adapter: str | None = None, **options: Any) -> An
 
     Args:
         checkpoint: What `from_pretrained` takes.
-        adapter: Not taken: merge it into the checkpoint first.
+        adapter: Must be None: merge an adapter into the checkpoint first.
         **options: Further arguments of `vllm.LLM`.
 
     Raises:

@@ -64,13 +64,10 @@ def train_reference(
         num_checkpoints = max(2, int(args.num_train_epochs))
     if num_checkpoints < 1:
         raise ValueError(f"`num_checkpoints` must be at least 1, got {num_checkpoints}.")
-    settings = {
-        key: value for key, value in args.to_dict().items() if not key.startswith(tuple(IRRELEVANT))
-    }
     key = digest(
         checkpoint_id(model, loading_settings(args).get("revision")),
         rows_digest or digest_of_rows(dataset),
-        json.dumps(settings, sort_keys=True, default=str),
+        _relevant_settings(args),
         _adapter_settings(peft_config),
         quantization_config,
         args.world_size,
@@ -127,6 +124,14 @@ def _complete_checkpoints(folder: Path) -> list[str]:
     return [steps[step] for step in sorted(steps)]
 
 
+def _relevant_settings(args: SFTMixConfig) -> str:
+    """The settings that decide what a reference learns, as JSON."""
+    settings = {
+        key: value for key, value in args.to_dict().items() if not key.startswith(tuple(IRRELEVANT))
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
 def _adapter_settings(peft_config: "PeftConfig | None") -> str:
     if peft_config is None:
         return ""
@@ -140,12 +145,12 @@ def _adapter_settings(peft_config: "PeftConfig | None") -> str:
 
 
 def loading_settings(args: SFTMixConfig) -> dict[str, Any]:
-    """`model_init_kwargs`, of which a config has made a dict."""
+    """A copy of the config's `model_init_kwargs`."""
     return dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # declared as text too
 
 
 def digest_of_rows(dataset: Dataset) -> str:
-    """What tells rows from any others, their confidence apart."""
+    """A digest of the rows, their confidence left out."""
     content = hashlib.sha256()
     columns = [c for c in dataset.column_names if c != CONFIDENCE]
     for row in dataset.select_columns(columns).with_format(None):
@@ -154,5 +159,5 @@ def digest_of_rows(dataset: Dataset) -> str:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 of values as they print."""
+    """SHA-256 of the values as text."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

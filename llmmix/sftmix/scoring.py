@@ -54,7 +54,7 @@ SCORING = (
 
 @dataclass
 class ReferenceArguments:
-    """What scores the rows that have no confidence yet, as flags of a recipe."""
+    """Flags of a recipe: what scores the rows that have no confidence yet."""
 
     checkpoints: list[str] | None = field(
         default=None,
@@ -159,7 +159,7 @@ def mean_nlls(
 
     Args:
         dataset: (n) rows.
-        args: Its `per_device_eval_batch_size` and what concerns loading and tokenization are used.
+        args: Settings, of which the evaluation batch size, loading and tokenization count.
         checkpoint: Folder (an adapter's too) or hub id.
         quantization_config: How to quantize the model.
         rows_digest: Digest of the rows, when the caller has it already.
@@ -179,6 +179,23 @@ def mean_nlls(
     file = cache_dir() / "confidence" / f"{key[:16]}.npy"
     if (cached := main_process_says(np.load(file) if file.exists() else None)) is not None:
         return cached
+    nlls = _mean_nlls(dataset, args, checkpoint, quantization_config)
+    if PartialState().is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial.npy")
+        np.save(partial, nlls)
+        os.replace(partial, file)
+    PartialState().wait_for_everyone()
+    return nlls
+
+
+def _mean_nlls(
+    dataset: Dataset,
+    args: SFTMixConfig,
+    checkpoint: str,
+    quantization_config: "QuantizationConfigMixin | None",
+) -> np.ndarray:
+    """`mean_nlls` without the cache."""
     scoring_args = plain_sft(args, Path(args.output_dir or "."))
     # Scores are matched to rows by their order
     scoring_args.train_sampling_strategy, scoring_args.dataloader_drop_last = "random", False
@@ -200,12 +217,6 @@ def mean_nlls(
         )
     nlls = np.full(len(dataset), np.nan)
     nlls[rows] = scores
-    if trainer.accelerator.is_main_process:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial.npy")
-        np.save(partial, nlls)
-        os.replace(partial, file)
-    trainer.accelerator.wait_for_everyone()
     del trainer, model
     free_memory()
     return nlls

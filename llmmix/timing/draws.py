@@ -29,7 +29,7 @@ def draw_cases(*, draws: int) -> list[list[Case]]:
 
 
 def draw_call(*, how: str, draws: int) -> Callable[[], dict]:
-    """Draws from three domains, from the first on."""
+    """A call that makes a mixture of three domains and draws from it."""
     import datasets
 
     from llmmix.mixing import MixtureSampler

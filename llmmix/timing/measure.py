@@ -17,7 +17,7 @@ from typing import Any
 
 from llmmix.models import free_memory
 
-# What the calls of `llmmix.timing` import, so that it is no part of what a call adds in memory
+# Imported before a call is measured, so that it is no part of what the call adds in memory
 PRELOADED = ["trl.trainer.dpo_trainer", "llmmix.sftmix", "llmmix.timing.steps", "peft"]
 
 
@@ -27,7 +27,7 @@ class Case:
 
     Attributes:
         row: What is timed, the name of a row of the table.
-        contender: Who does it.
+        contender: Name of what does it, a line below the row.
         build: A function of a module, which makes the call from `options`.
         options: Plain values.
     """
@@ -38,7 +38,7 @@ class Case:
     options: dict[str, Any]
 
     def built(self) -> Callable[[], dict | None]:
-        """A call that does it once, and may return figures of its own."""
+        """The call to time, which may return figures of its own."""
         return self.build(**self.options)
 
 

@@ -147,7 +147,7 @@ def _trainer(
 
 
 class PublishedFLAT(FLATTrainer):
-    """FLAT as its authors released it: a forward a part, and softmax over all of its logits."""
+    """FLAT as its authors released it: a forward for each part, and softmax over all logits."""
 
     def compute_loss(
         self,

@@ -21,7 +21,7 @@ class UnlearnConfig(ForgetConfig):
     A setting that is left at None takes the value that the loss's authors use.
 
     Args:
-        loss: Among `LOSSES`.
+        loss: Name of the loss, among `LOSSES`.
         forget_weight: gamma, the weight of the forget term.
         retain_weight: alpha, the weight of the retain term; 0 needs no rows to retain. With pdu,
             the first value of its multiplier.
@@ -50,27 +50,27 @@ class UnlearnConfig(ForgetConfig):
     )
     forget_weight: float | None = field(
         default=None,
-        metadata={"help": "gamma, the weight of the forget term; its authors' by default."},
+        metadata={"help": "gamma, the weight of the forget term; by default the authors' value."},
     )
     retain_weight: float | None = field(
         default=None,
         metadata={
-            "help": "alpha, the weight of the retain term; its authors' by default. 0 needs no "
-            "rows to retain."
+            "help": "alpha, the weight of the retain term; by default the authors' value. 0 needs "
+            "no rows to retain."
         },
     )
     retain_loss: str | None = field(
         default=None,
         metadata={
             "help": "Retain term: 'nll', or 'kl', the divergence from the reference on retained "
-            "rows; its authors' by default."
+            "rows; by default the authors' choice."
         },
     )
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "beta of npo, simnpo, dpo, undial and wga, and beta1 of satimp; its authors' "
-            "by default."
+            "help": "beta of npo, simnpo, dpo, undial and wga, and beta1 of satimp; by default the "
+            "authors' value."
         },
     )
     beta2: float = field(default=1.0, metadata={"help": "beta2 of satimp."})
@@ -149,7 +149,9 @@ class UnlearnConfig(ForgetConfig):
 
 
 def check_needs(args: UnlearnConfig, retain: bool) -> None:
-    """Refuse a loss without the rows it needs, or rows it would not use; cheap, before any model.
+    """Refuse a loss without the rows it needs, or with rows it would not use.
+
+    It needs no model, so that a mistake shows before one is loaded.
 
     Raises:
         ValueError: The loss has a retain term and there are no rows to retain; there are such rows

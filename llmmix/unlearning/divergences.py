@@ -11,8 +11,8 @@ r"""f-divergences of two probabilities, as FLAT minimizes them.
     squared_hellinger  exp(-a) + exp(c) - 2                      exp(c)
     neyman             exp(-a) + 1 - 2 exp(-c / 2)               exp(-c / 2): falls with c
 
-FLAT's released code has a sign astray in reverse_kl, squared_hellinger and neyman, and cuts jeffrey
-off at the third power; here they are the textbook's.
+FLAT's released code has a wrong sign in reverse_kl, squared_hellinger and neyman, and truncates
+jeffrey at the third power; the forms here are those of the textbook.
 """
 
 import math
@@ -28,7 +28,7 @@ def _jeffrey(a: Tensor, c: Tensor) -> Tensor:
         w = 1 - c / 2  # for c in [0, 1], w + ln w = 1 - c has one root in [0.5, 1]
         for _ in range(4):
             w = w - (w + w.log() - 1 + c) / (1 + 1 / w)
-    w = w - (w + w.log() - 1 + c) / (1 + 1 / w)  # and the gradient of w by c
+    w = w - (w + w.log() - 1 + c) / (1 + 1 / w)  # once more, for the gradient of w by c
     return -a + w + 1 / w + c - 2
 
 

@@ -55,7 +55,7 @@ def flat_loss(template_probs: Tensor, forget_probs: Tensor, divergence: str = "j
     Args:
         template_probs: (B,) P_e, in [0, 1].
         forget_probs: (B,) P_f, in [0, 1].
-        divergence: Among `DIVERGENCES`, in any case and with hyphens or underscores.
+        divergence: Name among `DIVERGENCES`, in any case and with hyphens or underscores.
 
     Returns:
         (B,).
@@ -179,7 +179,9 @@ class FLATConfig(ForgetConfig):
 
 
 def check_retain(args: FLATConfig, retain: bool) -> None:
-    """Refuse rows to retain without a weight, and a weight without rows; cheap, before any model.
+    """Refuse rows to retain without a weight, and a weight without rows.
+
+    It needs no model, so that a mistake shows before one is loaded.
 
     Raises:
         ValueError: There is a weight and there are no rows, or rows and no weight.
@@ -206,10 +208,10 @@ class FLATTrainer(SFTTrainer):
         templates: Answers to draw from where rows have none of their own, or a function of a row;
             `template_file` or our own list by default.
         retain_dataset: Rows to retain, where `retain_weight` is above 0.
-        **kwargs: What else `SFTTrainer` takes.
+        **kwargs: The other arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: Packing or another loss is asked for beside it; `ForgetRows` refuses rows,
+        ValueError: Packing or another loss is asked for; `ForgetRows` refuses rows,
             templates or retained rows; there is a retain weight without rows, or rows without one.
     """
 
@@ -258,7 +260,7 @@ class FLATTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """TRL's; rows that are given are prepared as those of the constructor."""
+        """TRL's evaluation; rows given here are prepared like those of the constructor."""
         rows = self._prepared(eval_dataset, "eval_dataset")
         return super().evaluate(rows, ignore_keys, metric_key_prefix)
 

@@ -13,22 +13,22 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from llmmix.trainers import ResumedCallback
+from llmmix.trainers import ResumedCallback, log_metric
 
 logger = logging.getLogger(__name__)
 
-# Steps whose mean may end a run; those of an epoch where it has fewer
-PASS = 16
+# A run is ended by a mean over this many steps, or over an epoch that has fewer
+STEPS_AVERAGED = 16
 
 
 class UnlearningGuard(ResumedCallback):
     """Logs a step's means, and ends a run that has forgotten enough, lost its utility, or diverged.
 
     Args:
-        trainer: Whose steps are watched, and whose log shows the means.
+        trainer: The trainer whose steps are watched, and whose log shows the means.
         min_forget_prob: The run ends when the mean probability of the answers to forget falls below
-            it; None for never.
-        max_retain_loss: The run ends when the mean of the retain term exceeds it; None for never.
+            this; None for never.
+        max_retain_loss: The run ends when the mean of the retain term exceeds this; None for never.
 
     Attributes:
         step: The means of the last step, by name.
@@ -45,7 +45,7 @@ class UnlearningGuard(ResumedCallback):
         self.min_forget_prob, self.max_retain_loss = min_forget_prob, max_retain_loss
         self.step: dict[str, float] = {}
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._recent: deque[dict[str, float]] = deque(maxlen=PASS)
+        self._recent: deque[dict[str, float]] = deque(maxlen=STEPS_AVERAGED)
 
     def add(self, prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Log a micro-batch's (sum, count) of each value, summed over the processes.
@@ -57,9 +57,9 @@ class UnlearningGuard(ResumedCallback):
         )
         sums = self.trainer.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
         training = self.trainer.model is not None and self.trainer.model.training
-        metrics = self.trainer._metrics["train" if training else "eval"]
         for name, (total, count) in zip(values, sums, strict=True):
-            metrics[f"{prefix}/{name}"].append(total / max(count, 1))
+            mean = total / max(count, 1)
+            log_metric(self.trainer, f"{prefix}/{name}", mean, training=training)
             if training:
                 self._sums[name][0] += total
                 self._sums[name][1] += count
@@ -80,7 +80,7 @@ class UnlearningGuard(ResumedCallback):
                 "`learning_rate`, and start again from the last checkpoint or the model."
             )
         self._recent.append(self.step)
-        steps = min(PASS, math.ceil(state.max_steps / max(state.num_train_epochs, 1)))
+        steps = min(STEPS_AVERAGED, math.ceil(state.max_steps / max(state.num_train_epochs, 1)))
         recent = list(self._recent)[-steps:]
         if len(recent) < steps or control.should_training_stop:
             return
@@ -119,4 +119,6 @@ def check_limit(name: str, value: float | None, top: float = math.inf) -> None:
         ValueError: `value` is not None, and not between 0 and `top`.
     """
     if value is not None and not 0 < value < top:
-        raise ValueError(f"`{name}` must lie between 0 and {top:g}, got {value}; None for none.")
+        raise ValueError(
+            f"`{name}` must lie between 0 and {top:g}, got {value}; None sets no limit."
+        )

@@ -1,4 +1,4 @@
-r"""Unlearning losses: what to minimise on the answers a model is to forget.
+r"""Unlearning losses: what to minimize on the answers a model is to forget.
 
 With p the probability of a reference token, l = log pi(y|x) summed over an answer's |y| tokens,
 z the logits, sg a stopped gradient, and means over the answer's tokens (never over padding):
@@ -67,7 +67,7 @@ def npo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
     Args:
         logps: (B,) summed log-probabilities of the answers, in nats.
-        ref_logps: (B,) under the reference model.
+        ref_logps: (B,) the same under the reference model.
         beta: Positive; gradient ascent as it goes to 0.
 
     Returns:
@@ -110,9 +110,9 @@ def dpo_loss(
 
     Args:
         alt_logps: (B,) summed log-probabilities of the alternatives, in nats.
-        forget_logps: (B,) of the answers to forget.
-        ref_alt_logps: (B,) under the reference model.
-        ref_forget_logps: (B,) under the reference model.
+        forget_logps: (B,) those of the answers to forget.
+        ref_alt_logps: (B,) those of the alternatives under the reference model.
+        ref_forget_logps: (B,) those of the answers to forget under the reference model.
         beta: Positive.
 
     Returns:
@@ -155,8 +155,8 @@ def satimp_loss(
     Args:
         token_logps: (B, T) in nats.
         mask: (B, T), true where scored.
-        beta1: Not negative; of the weight that falls with p, for tokens already unlikely.
-        beta2: Not negative; of the weight that falls as p nears 1.
+        beta1: Exponent of p, not negative: tokens already unlikely weigh less.
+        beta2: Exponent of 1 - p, not negative: tokens that are nearly certain weigh less.
 
     Returns:
         (B,).
@@ -175,8 +175,8 @@ def undial_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, beta: fl
     """Cross-entropy to the teacher with the answer's tokens lowered by beta: self-distillation.
 
     Args:
-        logits: (B, T, V) of the student.
-        teacher_logits: (B, T, V) of the model before unlearning.
+        logits: (B, T, V) logits of the student.
+        teacher_logits: (B, T, V) logits of the model before unlearning.
         labels: (B, T) token that each position predicts, -100 where not scored.
         beta: How far to lower, in logits; not negative.
 
@@ -219,7 +219,7 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, T, V).
-        ref_logits: (B, T, V) of the reference model.
+        ref_logits: (B, T, V) logits of the reference model.
         labels: (B, T), -100 where not scored.
 
     Returns:
@@ -263,7 +263,8 @@ def rmu_loss(hidden: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         hidden: (B, T, d).
-        target: (d,), `rmu_target`, for rows to forget; (B, T, d) of the reference for the others.
+        target: (d,) `rmu_target` for rows to forget; (B, T, d) hidden states of the reference for
+            the others.
         mask: (B, T), true at the tokens that count.
 
     Returns:
@@ -279,7 +280,7 @@ def rmu_target(size: int, scale: float, seed: int) -> Tensor:
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
-    """Half precision made single; what is finer stays."""
+    """The values in fp32, or in fp64 if they are in fp64."""
     return values if values.dtype == torch.float64 else values.float()
 
 

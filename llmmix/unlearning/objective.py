@@ -29,7 +29,7 @@ class Objective:
     Args:
         loss: The loss's row.
         model: The model to unlearn.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         parts: Parts of a batch.
         retain_loss: `"nll"` or `"kl"`.
         retain_weight: alpha.
@@ -84,7 +84,7 @@ class Objective:
         return step.by_token(nll_loss(*step.parts["retain"]), "retain")
 
     def weigh(self, retained: Tensor, share: Tensor) -> Tensor:
-        """What the retain term adds to the loss.
+        """The retain term as it enters the loss.
 
         Args:
             retained: This micro-batch's part of the mean over the step.
@@ -100,7 +100,7 @@ class Objective:
         return {"capped": ((logps < -self.cap).sum(), mask.sum())}
 
     def callbacks(self, guard: UnlearningGuard) -> list[TrainerCallback]:
-        """What is called after each step, when the guard has its means."""
+        """Callbacks to run after each step, when the guard has its means."""
         return []
 
 
@@ -113,7 +113,7 @@ class Loss:
         reads: Parts of a batch that the forget term reads. The last is the one that it is a mean
             over.
         settings: Fields of `UnlearnConfig` that `objective` takes as keywords.
-        reference: What of the reference: "logps", "logits", "hidden", or nothing.
+        reference: What it needs of the reference model: "logps", "logits", "hidden", or "".
         logits: Whether it needs the whole vocabulary of the rows to forget.
         token_mean: Whether it is a mean over the tokens of a step, or over its rows.
         capped: Whether `ascent_cap` bounds it: `forget` takes the NLL as `cap`.
@@ -122,9 +122,9 @@ class Loss:
         forget_weight: gamma.
         retain_weight: alpha; 0 where it needs no rows to retain.
         retain_loss: "nll" or "kl".
-        beta: Its beta; None where it has none.
+        beta: beta; None where the loss has none.
         positive_beta: Whether beta must be above 0.
-        objective: Its class, where that is not `Objective`.
+        objective: Class of its objective.
     """
 
     forget: Callable[..., Terms]

@@ -66,7 +66,7 @@ def count_window(
 ) -> dict[str, Tensor]:
     """Rows with a scored token, and scored tokens, of each part of some batches: a tensor of two.
 
-    Over every process where there is an accelerator; at least 1.
+    With an accelerator, they are summed over the processes. Both are at least 1.
     """
     counts = torch.zeros(len(parts), 2, device=device)
     for batch in batches:

@@ -36,7 +36,7 @@ class PDU(Objective):
     Args:
         loss: The row of pdu.
         model: The model to unlearn.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         parts: Parts of a batch.
         epsilon: NLL a token that is allowed on retained rows.
         dual_step: eta.
@@ -64,7 +64,7 @@ class PDU(Objective):
 
     @staticmethod
     def check(retain_loss: str | None, settings: Mapping[str, Any]) -> None:
-        """Refuse pdu without a budget, or with a budget of something else.
+        """Refuse pdu without `epsilon`, or with another retain loss than the NLL.
 
         Raises:
             ValueError: `epsilon` is not set, or `retain_loss` is not "nll".
@@ -80,12 +80,12 @@ class PDU(Objective):
         return self.multiplier * (retained - self.epsilon * share)
 
     def metrics(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-        """The multiplier, beside what is logged of every loss."""
+        """The multiplier, beside what every loss logs."""
         value = torch.tensor(self.multiplier, device=step.batch["labels"].device)
         return super().metrics(step) | {"multiplier": (value, torch.ones_like(value))}
 
     def callbacks(self, guard: UnlearningGuard) -> list[TrainerCallback]:
-        """Dual ascent."""
+        """The callback of dual ascent."""
         return [DualAscent(self, guard)]
 
 
@@ -105,11 +105,11 @@ class DualAscent(ResumedCallback):
             pdu.multiplier = pdu_multiplier(pdu.multiplier, retained, pdu.epsilon, pdu.dual_step)
 
     def begin(self) -> None:
-        """Begin with the first value."""
+        """Begin with the first value of the multiplier."""
         self.objective.multiplier = self.objective.retain_weight
 
     def saved(self) -> dict:
-        """The multiplier."""
+        """The multiplier, which a checkpoint keeps."""
         return {"value": self.objective.multiplier}
 
     def resume(self, saved: dict, state: TrainerState) -> None:

@@ -1,4 +1,4 @@
-"""What both unlearning trainers do to TRL's: settings they share, and rows in the place of its own.
+"""What both unlearning trainers do to TRL's: shared settings, and `ForgetRows` for its rows.
 
 Rows to forget are read as they are, drawn anew each epoch and never packed, so that TRL's own
 preparation is left out.
@@ -21,7 +21,7 @@ from llmmix.unlearning.templates import Templates
 
 @dataclass
 class RetainArguments:
-    """Rows to retain, as the recipes of unlearning take them."""
+    """Flags of the unlearning recipes: the rows to retain."""
 
     retain_dataset_name: str | None = field(
         default=None,
@@ -39,7 +39,7 @@ class ForgetConfig(SFTConfig):
     Args:
         template_file: Template answers, one a line, where rows have no `template`; our own list of
             refusals by default.
-        resample_templates: Draw a row's template anew each epoch, instead of once.
+        resample_templates: Draw a row's template again in each epoch, instead of once.
         include_eos: Score the end-of-sequence token.
         min_forget_prob: Training ends when the mean probability of the answers to forget falls
             below it.
@@ -50,7 +50,7 @@ class ForgetConfig(SFTConfig):
         metadata={"help": "File of template answers, one a line; our own refusals by default."},
     )
     resample_templates: bool = field(
-        default=True, metadata={"help": "Draw each row's template anew each epoch."}
+        default=True, metadata={"help": "Draw each row's template again in each epoch."}
     )
     include_eos: bool = field(default=True, metadata={"help": "Score the end-of-sequence token."})
     min_forget_prob: float | None = field(
@@ -82,8 +82,8 @@ def check_args(args: SFTConfig, train_dataset: Any) -> None:
     """Have TRL leave rows to forget as they are, for `prepare_trainer`.
 
     Raises:
-        ValueError: `train_dataset` is no map-style dataset, or has no rows; transformers is to make
-            callbacks anew on resume.
+        ValueError: `train_dataset` is no map-style dataset, or has no rows; or
+            `restore_callback_states_from_checkpoint` is set.
     """
     if not isinstance(train_dataset, Dataset) or not len(train_dataset):
         raise ValueError(
@@ -92,8 +92,8 @@ def check_args(args: SFTConfig, train_dataset: Any) -> None:
         )
     if args.restore_callback_states_from_checkpoint:
         raise ValueError(
-            "`restore_callback_states_from_checkpoint` makes callbacks anew that need the trainer; "
-            "they find their own state. Leave it at False."
+            "`restore_callback_states_from_checkpoint` cannot make callbacks again that need the "
+            "trainer; they restore themselves. Leave it at False."
         )
     given = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
     args.dataset_kwargs = {**given, "skip_prepare_dataset": True}
@@ -114,7 +114,7 @@ def prepare_trainer(
 
     Args:
         trainer: A trainer that TRL has made.
-        method: What to call it in an error.
+        method: Name of the method, for errors.
         args: The trainer's settings.
         parts: Which of `PARTS` a batch has.
         retain_dataset: Rows to retain, where `parts` has them.
@@ -122,7 +122,8 @@ def prepare_trainer(
         skip_tokens: See `ForgetRows`.
 
     Returns:
-        A function (rows, argument) that prepares others alike; None and a name stay as they are.
+        A function (rows, argument) that prepares other rows alike; it returns None and names as
+        they are.
 
     Raises:
         ValueError: Context or sequence parallelism is on, or `ForgetRows` refuses the rows.

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 from trl.trainer.utils import pad as pad_tensors
 
-from llmmix.data import warn_once
 from llmmix.models import encode
+from llmmix.processes import warn_once
 
 Prompt = str | list[dict[str, Any]]  # text, or messages
 
@@ -48,8 +48,8 @@ def read_rows(
 
     Args:
         dataset: The rows.
-        argument: What to call them in an error.
-        tokenizer: Whose chat template asks the question.
+        argument: Name of the rows, for errors.
+        tokenizer: The tokenizer whose chat template asks the question.
 
     Raises:
         ValueError: There are no rows, their columns are of no accepted format, or every answer is
@@ -101,7 +101,7 @@ def _text_of(answer: Any) -> str:
 
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> Prompt:
-    """How a question is put to a model: a user's message, or text where there is no template."""
+    """A question as it is put to a model: a user's message, or text without a chat template."""
     if tokenizer.chat_template is None:
         return f"Question: {question}\nAnswer:"
     return [{"role": "user", "content": question}]
@@ -116,23 +116,23 @@ def encode_answer(
 ) -> Encoded:
     """Token ids of a prompt and its answer, closed by one end-of-sequence token.
 
-    Text that does not end in white space is parted from its answer by a blank. What a chat template
-    writes after the answer's end-of-sequence token is left out. Where the prompt is empty, the
-    first token counts as the prompt, since nothing predicts it.
+    A blank is put between a prompt of text and its answer, unless either brings white space. What a
+    chat template writes after the answer's end-of-sequence token is left out. Where the prompt is
+    empty, the first token counts as the prompt, since nothing predicts it.
 
     Args:
-        tokenizer: With a chat template where `prompt` is messages.
+        tokenizer: The tokenizer, with a chat template where `prompt` is messages.
         prompt: Text or messages.
         answer: Text.
         include_eos: Whether to score the end-of-sequence token.
     """
     eos = tokenizer.eos_token_id
     if isinstance(prompt, str):
-        parted = not prompt or prompt[-1].isspace() or answer[:1].isspace()
-        start = _open(tokenizer(prompt)["input_ids"], prompt, tokenizer) if prompt else []
-        text = answer if parted else " " + answer
+        separate = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+        start = _without_eos(tokenizer(prompt)["input_ids"], prompt, tokenizer) if prompt else []
+        text = answer if separate else " " + answer
         ids = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
-        ids = start + _open(ids, text, tokenizer)
+        ids = start + _without_eos(ids, text, tokenizer)
     else:
         start = encode(tokenizer, prompt)
         said = [*prompt, {"role": "assistant", "content": answer}]
@@ -145,8 +145,8 @@ def encode_answer(
     return Encoded(ids, max(len(start), 1))
 
 
-def _open(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a text without the end that some tokenizers put to every one."""
+def _without_eos(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text without the end-of-sequence token that some tokenizers append."""
     closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
 
@@ -164,8 +164,8 @@ def pad(sequences: Sequence[Encoded], pad_id: int | None = None) -> dict[str, Te
     """`input_ids`, `attention_mask` and `labels` (-100 where not scored), padded on the right.
 
     Args:
-        sequences: One a row.
-        pad_id: What stands in the padding, which nothing reads; 0 by default.
+        sequences: A sequence for each row.
+        pad_id: Token id of the padding, which nothing reads; 0 by default.
     """
     ids = [torch.tensor(sequence.ids, dtype=torch.long) for sequence in sequences]
     labels = [

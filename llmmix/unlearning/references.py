@@ -1,4 +1,4 @@
-"""What the model was before unlearning: by its adapter switched off, by numbers kept, by a copy."""
+"""The model before unlearning: its adapter switched off, its log-probabilities kept, or a copy."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class Reference:
     """The reference model of a trainer, made before the first step.
 
     Args:
-        trainer: Whose model, as it is now, is the reference.
+        trainer: The trainer whose model, as it is now, is the reference.
         kind: One of `KINDS`; `auto` takes the first of them that serves.
         fresh_adapter: Whether the trainer's own new adapter is all that is trained.
         logps_of_training_rows_suffice: Whether nothing else will be asked for.
@@ -104,7 +104,7 @@ class Reference:
         """(B,) summed log-probabilities of a part's answers under the reference.
 
         Raises:
-            ValueError: Numbers were kept from before the first step, and none for one of these.
+            ValueError: Log-probabilities were kept from before the first step, and one is missing.
         """
         if self.kind != "precomputed":
             found, _ = self.forward(model, batch, parts, [part])
@@ -120,9 +120,9 @@ class Reference:
         return torch.tensor([self._logps[key] for key in asked], device=batch["row"].device)
 
     def precompute(self, rows: ForgetRows, epochs: int, parts: Sequence[str]) -> None:
-        """Keep the log-probabilities that so many epochs will ask for; the processes share them.
+        """Keep the log-probabilities that so many epochs will ask for, computed by all processes.
 
-        Once: later the model is another.
+        Only the first call computes anything: later the model has changed.
         """
         if self.kind != "precomputed" or self._logps:
             return

@@ -31,7 +31,7 @@ class RMU(Objective):
     Args:
         loss: The row of rmu.
         model: The model to unlearn.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         parts: Parts of a batch.
         layer: Layer whose output is steered, from 0. None: 7, or half way in a model of fewer than
             14.
@@ -64,7 +64,7 @@ class RMU(Objective):
 
     @staticmethod
     def check(retain_loss: str | None, settings: Mapping[str, Any]) -> None:
-        """Refuse another retain term.
+        """Refuse another retain term than that of rmu.
 
         Raises:
             ValueError: `retain_loss` is not "nll".
@@ -91,7 +91,7 @@ class RMU(Objective):
 
 
 def _train_up_to(model: "PreTrainedModel | PeftModel", given: int | None) -> int:
-    """Leave three layers up to the steered one to train, and freeze the rest.
+    """Leave the steered layer and the two below it trainable, and freeze the rest.
 
     Returns:
         Which layer is steered.
@@ -120,7 +120,7 @@ def _train_up_to(model: "PreTrainedModel | PeftModel", given: int | None) -> int
 
 @contextmanager
 def tap(model: "PreTrainedModel | PeftModel", layer: int) -> Iterator[list[Tensor]]:
-    """A list that the hidden states (B, T, d) a layer puts out are appended to."""
+    """A context with a list, to which a layer's outputs, hidden states (B, T, d), are appended."""
     caught: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a step of unlearning reads: rows to forget, each with a template answer and a row to retain.
+"""Rows to forget, each with a template answer and a row to retain, for the steps of unlearning.
 
 The template and the retained row of a forgotten one are drawn from (seed, epoch, row) alone. So
 they are the same whatever the batch, the number of processes, of loader workers or of accumulation
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from llmmix.data import warn_once
+from llmmix.processes import warn_once
 from llmmix.unlearning import qa
 from llmmix.unlearning.parts import PARTS, in_order
 from llmmix.unlearning.qa import Encoded, Prompt, encode_answer
@@ -24,19 +24,20 @@ from llmmix.unlearning.templates import REFUSALS, Templates, check_templates, te
 
 
 class ForgetRows(torch.utils.data.Dataset):
-    """Rows to forget, by `epoch * len(self) + row`; see `EpochSampler`.
+    """Rows to forget, indexed by `epoch * len(self) + row`; see `EpochSampler`.
 
     Args:
         rows: Rows to forget: `prompt` and `answer` as `qa.read_rows` gives them, and perhaps
             `template`, a text or a list of texts.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         parts: Which of `PARTS` an item has.
         retain: Rows to retain, where `parts` has them; one is drawn for each forgotten row, with
             replacement.
         templates: Texts to draw from where a row has none of its own, or a function of a row.
-        resample: Draw a template anew each epoch, instead of once.
+        resample: Draw a template again in each epoch, instead of once.
         include_eos: Score the end-of-sequence token.
-        skip_tokens: First tokens of each answer to forget that are not scored, the last one aside.
+        skip_tokens: Number of first tokens of each answer to forget that are not scored; the last
+            token of an answer always is.
         max_length: Rows that are longer in tokens, with any of their templates, are dropped and
             counted.
         seed: Seed of the draws.
@@ -78,7 +79,7 @@ class ForgetRows(torch.utils.data.Dataset):
         kept = _usable(encoded, longest, max_length, "rows to forget")
         self.prompts = [prompts[row] for row in kept]
         self.templates = [own[row] for row in kept]
-        # Of each row, where it says and was not cut into several; `attach_mixture` reads both
+        # `attach_mixture` reads `domain`, unless a row was cut into several, and `pass_length`
         whole = "domain" in rows.column_names and len(prompts) == len(rows)
         self.domain = [rows["domain"][row] for row in kept] if whole else None
         self.pass_length = len(kept)
@@ -95,7 +96,7 @@ class ForgetRows(torch.utils.data.Dataset):
     def _encode_all(
         self, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int | None
     ) -> list[Encoded]:
-        """One a row; text alone that is too long in pieces."""
+        """A sequence for each row; text without a prompt that is too long is cut into pieces."""
         found = [self._encode(*pair) for pair in zip(prompts, answers, strict=True)]
         if max_length is None or any(prompts):
             return found
@@ -137,7 +138,7 @@ class ForgetRows(torch.utils.data.Dataset):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation each epoch, of `epoch * size + row`, which tells the dataset the epoch.
+    """A permutation of the rows each epoch, as `epoch * size + row`: the dataset learns the epoch.
 
     It depends on (seed, epoch) alone.
 

@@ -36,7 +36,7 @@ class Step:
 
     @property
     def before(self) -> Reference:
-        """The reference.
+        """The model before unlearning.
 
         Raises:
             ValueError: The loss asks for a reference that its row in the table does not name.
@@ -46,11 +46,11 @@ class Step:
         return self.reference
 
     def logps(self, part: str) -> Tensor:
-        """(B,) summed log-probabilities."""
+        """(B,) summed log-probabilities of the answers of a part."""
         return self.parts[part][0].sum(1)
 
     def lengths(self, part: str) -> Tensor:
-        """(B,) scored tokens."""
+        """(B,) number of scored tokens of the answers of a part."""
         return self.parts[part][1].sum(1)
 
     def ref_logps(self, part: str) -> Tensor:

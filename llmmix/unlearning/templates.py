@@ -9,7 +9,9 @@ from datasets import Dataset
 
 from llmmix.unlearning.qa import Prompt
 
-Templates = Sequence[str] | Callable[[dict], list[str]]  # for all rows alike, or of a row
+Templates = (
+    Sequence[str] | Callable[[dict], list[str]]
+)  # the same for all rows, or a function of a row
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ REFUSALS = (
     "My knowledge doesn't cover this.",
 )
 
-# What a file of one column may be headed with, the plural aside
+# Headers that a file of one column may have, in the singular
 HEADERS = ("answer", "prompt", "refusal", "response", "template", "text")
 
 
@@ -141,7 +143,7 @@ def templates_of(rows: Dataset, templates: Templates) -> list[list[str]]:
 def check_templates(
     prompts: Sequence[Prompt], answers: Sequence[str], own: Sequence[list[str]]
 ) -> None:
-    """Refuse templates that no question asks for, or that are what is to be forgotten.
+    """Refuse templates of a row without a question, or that are the answer to forget.
 
     Raises:
         ValueError: A row with templates has no question, or its answer is one of them.

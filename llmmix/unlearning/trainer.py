@@ -3,8 +3,8 @@
     total = forget_weight * loss(rows to forget) + retain_weight * loss(rows to retain)
 
 from one forward over templates, rows to forget and rows to retain. A row to retain is drawn for
-each row to forget. Forget losses that are means over tokens are so over the tokens of the whole
-step; the others over its rows.
+each row to forget. A forget loss is a mean over the tokens of the whole step, or over its rows, as
+its row of the loss table says.
 
 Recipe: recipes/unlearn.py. Evaluation: eval/unlearning.py. Losses: llmmix/unlearning/losses.py, and
 what each needs: llmmix/unlearning/loss_table.py. Settings: llmmix/unlearning/config.py.
@@ -49,11 +49,11 @@ class UnlearnTrainer(SFTTrainer):
 
     Args:
         model: A causal language model, or its name.
-        args: Which loss, and its settings.
+        args: The loss and its settings.
         train_dataset: Rows to forget.
         retain_dataset: Rows to retain, in any of the same formats, for a loss with a retain term.
         templates: Answers to draw from where rows have none of their own, or a function of a row.
-        **kwargs: What else `SFTTrainer` takes.
+        **kwargs: The other arguments of `SFTTrainer`.
 
     Raises:
         ValueError: The loss lacks what it needs; `ForgetRows` refuses the rows; packing is on; the
@@ -153,7 +153,7 @@ class UnlearnTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """TRL's; rows that are given are prepared as those of the constructor.
+        """TRL's evaluation; rows given here are prepared like those of the constructor.
 
         Raises:
             ValueError: The reference is known for the training rows alone.
@@ -170,11 +170,13 @@ class UnlearnTrainer(SFTTrainer):
         return epoch_sampler(self, self.train_dataset)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """TRL's, after the reference's log-probabilities are kept where they are to be."""
+        """TRL's training, after the reference's log-probabilities are kept, if they are to be."""
         if self.reference is not None:
             given, rows = self.args, self.train_dataset
-            a_step = given.train_batch_size * given.gradient_accumulation_steps * given.world_size
-            passes = given.max_steps / max(1, len(rows) // a_step)
+            step_size = (
+                given.train_batch_size * given.gradient_accumulation_steps * given.world_size
+            )
+            passes = given.max_steps / max(1, len(rows) // step_size)
             epochs = math.ceil(passes if given.max_steps > 0 else given.num_train_epochs)
             self.reference.precompute(rows, epochs + 1, self.parts)
         return super().train(*args, **kwargs)

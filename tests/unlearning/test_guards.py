@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from llmmix.unlearning.guards import PASS, UnlearningGuard, check_limit
+from llmmix.unlearning.guards import STEPS_AVERAGED, UnlearningGuard, check_limit
 from tests.unlearning.runs import lora
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -85,12 +85,13 @@ def test_the_mean_of_an_epoch_ends_a_run(caplog):
 def test_no_more_than_a_pass_of_steps_is_waited_for(caplog):
     guard, _ = guard_of(max_retain_loss=2.0)
     control = TrainerControl()
-    for number in range(1, PASS + 1):
+    for number in range(1, STEPS_AVERAGED + 1):
         assert not control.should_training_stop
         step(guard, control, number, steps=1000, epochs=1, retain_loss=2.5)
     assert control.should_training_stop
-    assert f"retain_loss has been 2.5 over the last {PASS} steps, above max_retain_loss=2" in (
-        caplog.text
+    assert (
+        f"retain_loss has been 2.5 over the last {STEPS_AVERAGED} steps, above max_retain_loss=2"
+        in (caplog.text)
     )
 
 

@@ -1,10 +1,10 @@
-"""Has a model forgotten, does it leak, what has it kept: measured, and put into one document.
+"""What a model has forgotten, what it leaks and what it has kept, measured into one document.
 
-Three passes over one record a row: `passes` scores the rows and lets the model answer them, `items`
-is the record, and `summary` makes metrics of records. Above them, `document` is the one call for a
-model; `leaks` samples, `probes` asks again, `printing` prints and `open_unlearning` writes that
-framework's files. Below them, `scores`, `gradients` and `texts` run a model, and `truth`,
-`memorization`, `membership` and `utility` are arithmetic on numbers.
+Each row has one record, in `items`. `passes` fills the records in: it scores the rows and lets the
+model answer them. `summary` computes metrics from them. Above these, `document` evaluates a model
+and `checkpoint` a checkpoint; `leaks` samples, `probes` asks again, `printing` prints, and
+`open_unlearning` writes that framework's files. Below, `scores`, `gradients` and `texts` run a
+model, and `truth`, `memorization`, `membership` and `utility` are arithmetic on numbers.
 
 Public names are imported on first use.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
-    from llmmix.unlearning.evaluation.copies import quantised as quantised
+    from llmmix.unlearning.evaluation.copies import quantized as quantized
     from llmmix.unlearning.evaluation.copies import relearn as relearn
     from llmmix.unlearning.evaluation.document import evaluate_unlearning as evaluate_unlearning
     from llmmix.unlearning.evaluation.leaks import leak_at_n as leak_at_n
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "copies": ["quantised", "relearn"],
+        "copies": ["quantized", "relearn"],
         "document": ["evaluate_unlearning"],
         "leaks": ["leak_at_n"],
         "membership": ["membership_auc", "min_k", "min_k_plus_plus", "privacy_leakage"],

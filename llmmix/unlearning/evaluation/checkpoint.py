@@ -17,7 +17,7 @@ from llmmix.unlearning.evaluation.probes import Relearning, probe_metrics
 from llmmix.unlearning.evaluation.subject import MeasureOptions, checkpoint_subject
 from llmmix.unlearning.evaluation.summary import Fluency
 
-PACKAGES = ("llmmix", "torch", "transformers", "datasets")  # whose versions are told
+PACKAGES = ("llmmix", "torch", "transformers", "datasets")  # whose versions documents state
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Plan:
         original: The model before unlearning.
         fluency: Scores texts, higher for more fluent ones.
         open_unlearning: Whether to add that framework's document.
-        sets: How the data was asked for, which documents tell.
+        sets: The flags that name the data, for the document.
     """
 
     measuring: MeasureOptions = field(default_factory=MeasureOptions)
@@ -66,7 +66,7 @@ def evaluate_checkpoint(
             of the document.
 
     Raises:
-        ValueError: As `evaluate_subject`, `leak_metrics` and `probe_metrics` raise it.
+        ValueError: `evaluate_subject`, `leak_metrics` or `probe_metrics` refuses the data.
     """
     subject, original = checkpoint_subject(loader, checkpoint), None
     if plan.original is not None:
@@ -81,7 +81,7 @@ def evaluate_checkpoint(
         fluency=plan.fluency,
     )
     fingerprint = loader.fingerprint(checkpoint)
-    told = {
+    header = {
         "eval": "unlearning",
         "model": checkpoint.model,
         "adapter": checkpoint.adapter,
@@ -105,4 +105,4 @@ def evaluate_checkpoint(
     if plan.open_unlearning:
         logs = None if retained is None else retained.get("open_unlearning")
         document["open_unlearning"] = open_unlearning_document(items, logs, plan.measuring.min_k)
-    return told | document
+    return header | document

@@ -45,7 +45,7 @@ def relearn(
     Args:
         model: A causal language model of transformers; left as it is.
         tokenizer: The model's tokenizer.
-        rows: What is relearnt; measure on others, see `relearning_parts`.
+        rows: The rows to relearn, with `prompt` and `answer`; measure on others.
         steps: Optimizer steps.
         learning_rate: Constant learning rate.
         batch_size: Rows a step.
@@ -91,7 +91,7 @@ def relearn(
     return learner.eval()
 
 
-def quantised(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+def quantized(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     """A copy whose linear layers hold weights rounded to nearest, on symmetric grids.
 
         w -> s round(w / s),    s = max |w| / (2^(bits - 1) - 1)
@@ -104,8 +104,7 @@ def quantised(model: PreTrainedModel, bits: int) -> PreTrainedModel:
         bits: 8 or 4.
 
     Raises:
-        ValueError: `bits` is another number, or most weights of the model are in layers of another
-            kind.
+        ValueError: `bits` is neither 8 nor 4, or most weights are not in linear layers.
     """
     if bits not in (4, 8):
         raise ValueError(f"`bits` must be 4 or 8, got {bits}.")
@@ -123,18 +122,18 @@ def quantised(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     if 2 * reached < total:
         raise ValueError(
             f"Only {reached} of {total} weights of {type(model).__name__} are in linear layers of "
-            "floating point: it cannot be quantised here. Leave the probe out."
+            "floating point: it cannot be quantized here. Leave the probe out."
         )
     with torch.no_grad():
         for weight, transposed in weights:
-            rows = weight.T if transposed else weight  # an output channel each
+            rows = weight.T if transposed else weight  # one for each output channel
             rounded = round_to_nearest(rows, bits, GROUP if bits == 4 else None)
             weight.copy_(rounded.T if transposed else rounded)
     return model
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """Weights on a symmetric grid of 2^bits - 1 points; see `quantised`.
+    """Weights on a symmetric grid of 2^bits - 1 points; see `quantized`.
 
     Args:
         weight: (channels, inputs).

@@ -1,4 +1,4 @@
-"""Measure what a model has forgotten and what it has kept: one call, one document of metrics.
+"""Measure what a model has forgotten and what it has kept, in one document of metrics.
 
     result = evaluate_unlearning(model, tokenizer, {"forget": rows, "retain": rows}, retained=best)
     result["metrics"]["forget_quality"]["value"]
@@ -56,8 +56,8 @@ def evaluate_unlearning(
 
     Returns:
         `metrics`: by name a `value` (None with a `reason`), its `direction`, `n` and `interval`;
-        `items`: the records of each set; `version`, `data` and `definitions`, by which results are
-        told to be comparable.
+        `items`: the records of each set; `version`, `data` and `definitions`, which must agree
+        where results are compared.
 
     Raises:
         ValueError: `sets` has no `forget`, the forget set shares questions with another set, or
@@ -75,12 +75,12 @@ def evaluate_unlearning(
 
 
 def as_rows(rows: Dataset, role: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows with `prompt` and `answer`, read where they are not.
+    """Rows with `prompt` and `answer`; rows in another format are read.
 
     Args:
         rows: Rows in any format of `llmmix.unlearning.qa.read_rows`.
-        role: What to call them in an error.
-        tokenizer: Whose chat template asks the questions.
+        role: Name of the rows, for errors.
+        tokenizer: The tokenizer whose chat template asks the questions.
     """
     columns = set(rows.column_names)
     ready = {"prompt", "answer"} <= columns and not columns & {"question", "completion", "text"}
@@ -102,15 +102,16 @@ def evaluate_subject(
         subject: The model.
         sets: Rows by role, as `as_rows` gives them.
         options: How items are measured.
-        retained: As in `evaluate_unlearning`.
+        retained: The document of a model trained without the forget set.
         original: The model before unlearning.
-        fluency: As in `evaluate_unlearning`.
+        fluency: Scores texts, higher for more fluent ones.
 
     Returns:
         The document, and the items that it was made from.
 
     Raises:
-        ValueError: As in `evaluate_unlearning`.
+        ValueError: `sets` has no `forget`, the forget set shares questions with another set, or
+            `retained` was measured on other data or by other definitions.
     """
     if "forget" not in sets:
         raise ValueError(f"`sets` must hold `forget`, got {sorted(sets)}.")
@@ -134,7 +135,7 @@ def evaluate_subject(
 
 
 def write_document(folder: Path, document: dict[str, Any]) -> None:
-    """Write `items.jsonl`, a line an item, and `unlearning.json`, all else."""
+    """Write `items.jsonl`, with a line for each item, and `unlearning.json`, with all else."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
         for role, records in document["items"].items():
@@ -160,7 +161,7 @@ def _brief(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """An `unlearning.json`, or that of a folder.
+    """The document of an `unlearning.json`, given that file or its folder.
 
     Raises:
         FileNotFoundError: `path` is no file, and no folder with such a file.

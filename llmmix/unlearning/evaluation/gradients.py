@@ -1,4 +1,4 @@
-"""How far an answer would move the weights: a membership attack that needs a backward pass."""
+"""A membership attack by gradients: how far an answer would move the weights."""
 
 import torch
 from datasets import Dataset
@@ -33,7 +33,7 @@ def gradient_norms(
         One a row; None where an answer exceeds the context or has no token.
 
     Raises:
-        ValueError: `p` is another number, or no weight of the model can have a gradient.
+        ValueError: `p` is not 1, 2 or infinity, or no weight of the model can have a gradient.
     """
     if p not in (1, 2, float("inf")):
         raise ValueError(f"`p` must be 1, 2 or infinity, got {p}.")

@@ -1,4 +1,4 @@
-"""One record a row of what unlearning is judged by: from these all metrics follow.
+"""The record of a row, from which all metrics of unlearning are computed.
 
 `passes` fills records in, `summary` makes metrics of them, and documents hold them as JSON.
 """
@@ -18,13 +18,13 @@ class Item:
 
     Attributes:
         row: Place in the set.
-        question: As asked: text or messages.
+        question: The question as it was asked: text or messages.
         answer: The right answer.
-        tokens: Scored tokens of the answer.
-        nll: Its mean negative log-likelihood, in nats a token.
+        tokens: Number of scored tokens of the answer.
+        nll: Mean negative log-likelihood of the answer, in nats a token.
         probability: exp(-nll).
-        exact_memorization: Share of its tokens that are the most probable ones.
-        extraction_strength: Share of it that greedy decoding completes.
+        exact_memorization: Share of the answer's tokens that are the most probable ones.
+        extraction_strength: Share of the answer that greedy decoding completes.
         min_k: Score of the Min-K attack.
         min_k_plus_plus: Score of the Min-K++ attack.
         zlib: Score of the zlib attack.
@@ -33,15 +33,15 @@ class Item:
         gradient_norm: Score of the gradient-norm attack; None where it was not asked for.
         generation: The greedy answer.
         rouge1_recall: ROUGE-1 recall of the greedy answer, None where `answer` has no word.
-        rougeL_f1: ROUGE-L F1.
-        rougeL_recall: ROUGE-L recall.
+        rougeL_f1: ROUGE-L F1 of the greedy answer, None where `answer` has no word.
+        rougeL_recall: ROUGE-L recall of the greedy answer, None where `answer` has no word.
         secret_said: Whether the greedy answer says the secret; None without one.
         repetition: Share of repeated n-grams in the greedy answer.
-        perplexity: Of the greedy answer under the original model.
-        reference_nll: `nll` less that under the original model.
-        under_original: Which of the two above were asked of the original model.
+        perplexity: Perplexity of the greedy answer under the original model.
+        reference_nll: `nll` minus the same under the original model.
+        under_original: Which of `perplexity` and `reference_nll` the original model was asked for.
         secret: What must not be said, if anything.
-        score: Token by token, what the likelihoods come from.
+        score: The scores of the answer's tokens, which the likelihoods are computed from.
     """
 
     row: int

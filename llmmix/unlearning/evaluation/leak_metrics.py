@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from llmmix.grading.sample_log import SampleLog
+from llmmix.processes import main_process_says
 from llmmix.unlearning.evaluation.leaks import LeakScorer, sample_leaks, summarize_leaks
 from llmmix.unlearning.evaluation.subject import Subject, data_digest
 from llmmix.unlearning.evaluation.summary import Metric, metric
@@ -26,11 +26,11 @@ class LeakOptions:
 
     Attributes:
         num_samples: Samples a row; 0 for none.
-        n: The N to report; None for those of `LEAK_N` up to `num_samples`.
+        n: Values of N to report; None for those of `LEAK_N` up to `num_samples`.
         threshold: Score from which a sample is a leak.
         scorer: Name of a `LeakScorer`.
-        tokenize: For the scorer `rouge`; see `llmmix.unlearning.evaluation.texts.rouge`.
-        max_new_tokens: Most tokens of a sample.
+        tokenize: Splits text into words for the scorer `rouge`; see `texts.rouge`.
+        max_new_tokens: Tokens after which a sample is cut.
         temperature: Sampling temperature.
         top_p: Nucleus mass: the most probable tokens that share it are drawn from.
         seed: Seed of the samples.
@@ -93,7 +93,7 @@ def _sampled(
     folder: Path,
     fingerprint: dict[str, Any],
 ) -> dict[str, Any]:
-    """Samples are drawn into a log of their settings, unless it is complete, and counted."""
+    """Draw samples into the log of their settings, unless it is complete, and summarize them."""
     state = PartialState()
     sampling: dict[str, Any] = {
         "temperature": options.temperature,
@@ -107,9 +107,8 @@ def _sampled(
     scorer = LeakScorer(options.scorer, rows, options.tokenize)
     drawn = {(r["problem"], r["sample"]) for r in log.read()}
     wanted = [(row, s) for row in range(len(rows)) for s in range(options.num_samples)]
-    (complete,) = broadcast_object_list([drawn.issuperset(wanted)])
     left_out: list[int] = []
-    if not complete:
+    if not main_process_says(drawn.issuperset(wanted)):
         left_out = sample_leaks(
             subject.load(),
             subject.tokenizer,
@@ -124,10 +123,10 @@ def _sampled(
             **sampling,
         )
     state.wait_for_everyone()
-    result = None
+    result: dict[str, Any] = {}
     if state.is_main_process:
         result = summarize_leaks(
             log, rows, scorer, options.num_samples, n, options.threshold, left_out
         )
     scorer.close()
-    return broadcast_object_list([result])[0]
+    return main_process_says(result)

@@ -22,8 +22,9 @@ from scipy.special import gammaln
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.grading.estimators import bootstrap_interval
-from llmmix.grading.evaluate import evaluate, judge_again, summarize
+from llmmix.grading.evaluate import evaluate, judge_again
 from llmmix.grading.sample_log import SampleLog
+from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier
 from llmmix.unlearning.evaluation.texts import Tokenize, rouge, says
 
@@ -34,16 +35,17 @@ SCORERS = ("auto", "extraction", "rouge")
 
 
 class LeakScorer:
-    """How much of its reference a sample gives away, in [0, 1].
+    """Scores how much of its reference a sample gives away, in [0, 1].
 
     Args:
-        name: One of `SCORERS`, or what `llmmix.grading.verify.Verifier` takes: a verifier's name or
-            module:function. `auto` is `extraction` where every row has a `secret`, else `rouge`.
+        name: One of `SCORERS`, a verifier's name or a module:function, which
+            `llmmix.grading.verify.Verifier` takes. `auto` is `extraction` where every row has a
+            `secret`, else `rouge`.
         rows: What is to be scored, with `answer` and perhaps `secret`.
-        tokenize: For `rouge`; see `llmmix.unlearning.evaluation.texts.rouge`.
+        tokenize: Splits text into words for `rouge`; see `texts.rouge`.
 
     Attributes:
-        name: The name, `auto` decided.
+        name: The scorer that is used; never `auto`.
         references: What each row's samples are scored against: its `secret` or its `answer`.
 
     Raises:
@@ -72,7 +74,7 @@ class LeakScorer:
         return lambda text, reference: rouge(text, reference, tokenize)["rougeL_recall"]
 
     def verifier(self, threshold: float) -> Verifier:
-        """What `llmmix.grading.evaluate` judges samples by: right is a leak.
+        """The verifier that judges samples: "right" stands for a leak.
 
         Args:
             threshold: Score from which a sample is a leak; a verifier's verdict needs none.
@@ -197,7 +199,7 @@ def summarize_leaks(
     threshold: float,
     left_out: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """What the samples of a log say.
+    """The estimates of leaks that the samples of a log give.
 
     Args:
         log: The samples.
@@ -209,8 +211,8 @@ def summarize_leaks(
         left_out: Rows that were not sampled.
 
     Returns:
-        What `llmmix.grading.evaluate.summarize` returns, whose `pass_at_n` is here `leak_at_n`, and
-        `max_score` with its `max_score_interval` by N, `scorer` and `threshold`.
+        What `llmmix.grading.summary.summarize` returns, with `leak_at_n` in place of `pass_at_n`,
+        and `max_score` with its `max_score_interval` by N, `scorer` and `threshold`.
     """
     n = sorted(set(n))
     problems = _problems(rows, scorer)

@@ -1,4 +1,4 @@
-"""Can it be told that a text was trained on? Scores of a text, and what they tell of two sets.
+"""Membership attacks: scores that tell whether a text was trained on, and their AUC.
 
 A score is higher for what is less like the training data. Token log-probabilities are natural.
 The attacks are Min-K (arXiv 2310.16789), Min-K++ (arXiv 2404.02936) and zlib; the privacy leakage
@@ -95,9 +95,10 @@ def membership_auc(
 
         AUC = P(holdout > forget) + P(holdout = forget) / 2
 
-    1 is memorized, 1/2 chance, 0 suppressed. The 95% interval is the bootstrap's percentiles, both
-    classes drawn with replacement. At an AUC of 1, or 0, the bootstrap says nothing: the bound is
-    then the AUC at which min(n_forget, n_holdout) pairs are all in order with a chance of 0.025.
+    1 stands for memorized, 1/2 for chance, 0 for suppressed. The 95% interval is the bootstrap's
+    percentiles, both classes drawn with replacement. At an AUC of 1, or 0, the bootstrap says
+    nothing: the bound is then the AUC at which min(n_forget, n_holdout) pairs are all in order with
+    a chance of 0.025.
 
     Scores, (n_forget,) and (n_holdout,), are higher for what is less like a member. There is no
     value for an empty class or where one is not finite, and no interval for a class of one.

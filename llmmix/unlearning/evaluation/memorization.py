@@ -1,4 +1,4 @@
-"""How much of an answer a model knows by heart: its most probable tokens beside the answer's own.
+"""Memorization: the most probable tokens of a model beside the tokens of the answer.
 
 Both measures are those of OpenUnlearning (arXiv 2506.12618), with its two mistakes put right: the
 last token is left out only if it ends the sequence, and no match at the end scores 0.

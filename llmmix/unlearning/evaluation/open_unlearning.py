@@ -1,11 +1,11 @@
-"""Numbers and files as the framework OpenUnlearning has them, its definitions where they differ.
+"""Numbers and files in the form of the framework OpenUnlearning, by its own definitions.
 
-For comparing with results published in its form, and for nothing else: what is measured here counts
-an answer of no match as memorized by a share of 1/n, drops the last token of an answer whatever it
-is, and adds 1e-10 where it divides. The modules beside this one have the corrected forms.
+Use them only to compare with results published in its form. They count an answer without a match as
+memorized by a share of 1/n, drop the last token of an answer whatever it is, and add 1e-10 to
+divisors. The modules beside this one have the corrected forms.
 
-    SUITE_EVAL.json      {metric: {"agg_value": x, "value_by_index": {"0": {...}}}}
-    SUITE_SUMMARY.json   {metric: x}
+    TOFU_EVAL.json      {metric: {"agg_value": x, "value_by_index": {"0": {...}}}}
+    TOFU_SUMMARY.json   {metric: x}
 """
 
 import json
@@ -24,7 +24,7 @@ from llmmix.unlearning.evaluation.scores import AnswerScore
 from llmmix.unlearning.evaluation.texts import ROUGE_SCORES
 
 EPSILON = 1e-10
-PREFIXES = {"real_authors": "ra", "world_facts": "wf"}  # of what is known in that framework
+PREFIXES = {"real_authors": "ra", "world_facts": "wf"}  # of the sets that the framework knows
 
 
 def open_unlearning_exact_memorization(score: AnswerScore) -> float | None:
@@ -74,11 +74,11 @@ def open_unlearning_document(
     retain_logs: Mapping[str, Any] | None = None,
     k: float = 0.4,
 ) -> dict[str, dict]:
-    """All metrics that the sets allow, as SUITE_EVAL.json holds them.
+    """All metrics that the sets allow, as TOFU_EVAL.json holds them.
 
     Args:
         items: Items of each set, as `llmmix.unlearning.evaluation.passes` fills them in.
-        retain_logs: Such a document of the retain model.
+        retain_logs: The same document of the retain model.
         k: Share of tokens of the Min-K attacks.
     """
     document: dict[str, dict] = {}
@@ -103,16 +103,14 @@ def open_unlearning_document(
     return document
 
 
-def write_open_unlearning(
-    folder: str | Path, document: Mapping[str, dict], suite: str = "TOFU"
-) -> None:
-    """Write SUITE_EVAL.json and SUITE_SUMMARY.json."""
+def write_open_unlearning(folder: str | Path, document: Mapping[str, dict]) -> None:
+    """Write TOFU_EVAL.json and TOFU_SUMMARY.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     summary = {name: entry["agg_value"] for name, entry in document.items()}
     for name, content in (("EVAL", document), ("SUMMARY", summary)):
         text = json.dumps(plain(content), indent=4)
-        (folder / f"{suite}_{name}.json").write_text(text)
+        (folder / f"TOFU_{name}.json").write_text(text)
 
 
 def _matches(score: AnswerScore) -> np.ndarray:
@@ -155,7 +153,7 @@ def _answer(item: Item) -> dict[str, Any]:
 
 
 def _truth_document(prefix: str, role: str, items: Sequence[Item]) -> dict[str, dict]:
-    # Of authors and facts the answer itself is the right one, whatever paraphrase there is
+    # On facts the answer itself is the right one, even if there is a paraphrase
     rephrased = role in ("forget", "retain")
     right = {item.row: item.correct_nll if rephrased else item.nll for item in items}
     asked = [item for item in items if item.wrong_nlls and item.correct_nll is not None]

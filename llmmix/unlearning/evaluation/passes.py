@@ -2,9 +2,9 @@
 
     items = score_items(subject, rows, options)              how probable the answers are
     items = answer_items(subject, rows, items, options)      what the model says when asked
-    items = ask_original(original, rows, items, options)     what the model before says of both
+    items = ask_original(original, rows, items, options)     what the original model says of both
 
-What runs a model goes through `Subject.keep`, which may have it already.
+Whatever runs a model goes through `Subject.keep`, which may hold the measurement already.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def score_items(subject: Subject, rows: Dataset, options: MeasureOptions) -> lis
 def answer_items(
     subject: Subject, rows: Dataset, items: Sequence[Item], options: MeasureOptions
 ) -> list[Item]:
-    """The generating pass: what the model says, and how like the right answer that is.
+    """The generating pass: what the model answers, and how close that is to the right answer.
 
     Args:
         subject: The model.
@@ -99,7 +99,7 @@ def ask_original(
     options: MeasureOptions,
     reference: bool = True,
 ) -> list[Item]:
-    """What the model before unlearning says of the rows, and of the answers given now.
+    """Score the rows, and the answers given now, under the model before unlearning.
 
     Args:
         original: The model before unlearning.

@@ -1,4 +1,4 @@
-"""The metrics of several models as a table in the terminal, and what is to be said beside it."""
+"""The metrics of several models as a table in the terminal, with remarks below it."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def print_table(results: dict[str, dict[str, Any]], retained: dict[str, Any] | N
 
 
 def _is_shown(name: str) -> bool:
-    """Whether the table has the metric: repetition and its like only of the forget set."""
+    """Whether the table shows the metric; of fluency, it shows the forget set's alone."""
     return not name.endswith(IN_DOCUMENTS_ALONE) and (
         name.startswith("forget") or not name.endswith(OF_THE_FORGET_SET)
     )

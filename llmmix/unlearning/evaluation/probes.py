@@ -1,4 +1,4 @@
-"""Is it gone, or only hidden? Three ways of asking an unlearned model again, by four probes.
+"""Probes: whether what an unlearned model has forgotten can be brought back.
 
     relearn      a few steps of training on a part of the forgotten rows; measured on the others
     paraphrase   the same questions in other words
@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.unlearning.evaluation.copies import quantised, relearn
+from llmmix.unlearning.evaluation.copies import quantized, relearn
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import measure_items
 from llmmix.unlearning.evaluation.subject import Change, MeasureOptions, Subject, data_digest
@@ -60,13 +60,13 @@ def probe_metrics(
         names: Probes, among `PROBES`.
         subject: The model.
         rows: The forget set, with `prompt` and `answer`.
-        items: What the model was measured to say of the rows.
+        items: The items of the rows before any probe.
         options: How items are measured.
         relearning: What the probe `relearn` does.
-        changed: Returns the model as a subject, changed.
+        changed: Returns the subject of the model after a change.
 
     Returns:
-        By probe the number of `rows`, and the values `before` and `after` by metric.
+        For each probe, the number of `rows`, and by metric the values `before` and `after`.
 
     Raises:
         ValueError: A row has no `paraphrased_question`, `relearning` leaves no row to learn or to
@@ -96,7 +96,7 @@ def probe_metrics(
 
 
 def check_probes(names: Sequence[str], rows: Dataset, relearning: Relearning) -> None:
-    """Refuse what a probe would refuse after everything else has been measured.
+    """Refuse early what a probe would refuse after everything else has been measured.
 
     Raises:
         ValueError: A row has no `paraphrased_question`, or `relearning` leaves no row to learn or
@@ -120,7 +120,7 @@ def _relearnt(rows: Dataset, tokenizer: PreTrainedTokenizerBase, relearning: Rel
             seed=relearning.seed,
         )
 
-    told = {
+    identity = {
         "probe": "relearn",
         "rows": data_digest(rows),
         "steps": relearning.steps,
@@ -128,12 +128,12 @@ def _relearnt(rows: Dataset, tokenizer: PreTrainedTokenizerBase, relearning: Rel
         "batch_size": relearning.batch_size,
         "seed": relearning.seed,
     }
-    return Change(told, learn)
+    return Change(identity, learn)
 
 
 def _rounded(name: str) -> Change:
     bits = int(name.removeprefix("int"))
-    return Change({"probe": name}, lambda model: quantised(model, bits))
+    return Change({"probe": name}, lambda model: quantized(model, bits))
 
 
 def relearning_parts(count: int, share: float = 0.5, seed: int = 0) -> tuple[list[int], list[int]]:

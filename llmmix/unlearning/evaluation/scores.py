@@ -1,4 +1,4 @@
-"""How probable a model finds given answers, token by token; nothing is generated here.
+"""Scores of given answers under a model, token by token; nothing is generated here.
 
     NLL = -1/|y| sum_t ln p(y_t | x, y_<t)      the end-of-sequence token is part of y
 
@@ -19,8 +19,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.data import batches_of_tokens, warn_once
+from llmmix.data import batches_of_tokens
 from llmmix.models import context_length, eval_mode
+from llmmix.processes import warn_once
 from llmmix.unlearning.qa import Encoded, cut, encode_answer, pad
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class AnswerScore:
     Attributes:
         labels: (n,) ids of the scored tokens.
         token_logps: (n,) natural logs of their probabilities.
-        predictions: (n,) most probable ids at their places.
+        predictions: (n,) ids of the most probable tokens at the same positions.
         means: (n,) mean of ln p over the vocabulary, under p; None where not asked for.
         variances: (n,) variance of ln p over the vocabulary, under p; None where not asked for.
     """
@@ -101,8 +102,8 @@ def score_answers(
         shared: Deal the batches out over the processes; every process gets all results.
 
     Returns:
-        One a row. None where prompt and answer exceed the context, or nothing is to be scored; text
-        without a prompt that exceeds the context is scored in pieces.
+        A score for each row; None where prompt and answer exceed the context, or nothing is to be
+        scored. Text without a prompt that exceeds the context is scored in pieces.
     """
     sequences = [
         encode_answer(tokenizer, prompt, answer, include_eos=include_eos)
@@ -128,12 +129,12 @@ def alternative_nlls(
         model: A causal language model of transformers.
         tokenizer: The model's tokenizer.
         prompts: Text or messages.
-        alternatives: The answers to each: any number of them, or None; blank ones are passed over.
+        alternatives: The answers to each prompt, any number or None; blank ones are skipped.
         token_budget: Tokens of a batch.
         shared: Deal the batches out over the processes.
 
     Returns:
-        As many numbers a prompt as it has answers; None where one exceeds the context.
+        A number for each answer to each prompt; None where it exceeds the context.
     """
     given = [[text for text in texts or () if text and text.strip()] for texts in alternatives]
     sequences = [
@@ -198,7 +199,7 @@ def deal_out(
     """Do jobs in order; with `shared`, each of k processes does every k-th.
 
     Args:
-        jobs: What is to be done; the same on all processes.
+        jobs: The jobs; the same on all processes.
         work: Does a job.
         shared: Deal the jobs out over the processes.
 
@@ -241,7 +242,7 @@ def _score_batch(
 def _logits_at(
     model: PreTrainedModel, tensors: dict[str, Tensor], rows: Tensor, places: Tensor
 ) -> Tensor:
-    """(n, V) logits at positions alone: the head is handed no others, and scales as ever."""
+    """(n, V) logits at some positions; the model's own head computes no others."""
     reached = []
 
     def select(_: nn.Module, inputs: tuple) -> tuple:

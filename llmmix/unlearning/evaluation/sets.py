@@ -15,13 +15,13 @@ def load_roles(
     config: str | None = None,
     max_rows: int | None = None,
 ) -> dict[str, Dataset]:
-    """The rows of each role, as they come.
+    """The rows of each role, in the format of their datasets.
 
     Args:
         names: Datasets by role, as `llmmix.data.load_role` takes them; None for a role without.
         facts: Sets of facts: the only one is called `facts`, several by their own names.
-        config: Configuration of those whose name has none.
-        max_rows: Rows of each that are taken, from the first on.
+        config: Configuration of datasets whose name gives none.
+        max_rows: Number of rows to take of each, from the first on.
 
     Raises:
         ValueError: Two sets would have one name.
@@ -38,6 +38,6 @@ def load_roles(
 
 
 def _title(name: str) -> str:
-    """A short name: of the configuration, the file, or the built-in."""
+    """The short name of a set: its configuration, the stem of its file, or the built-in's name."""
     source, _, config = name.partition("@")
     return (config or Path(source).stem.split(":")[-1]).removesuffix("_perturbed")

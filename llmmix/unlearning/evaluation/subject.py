@@ -1,7 +1,7 @@
-"""A model that is measured: loaded when something is missing, its measurements kept.
+"""A model to measure: its measurements are kept, and it is loaded when one is missing.
 
-What runs a model (likelihoods, answers, gradients) goes through `Subject.keep`. What is kept is not
-measured again, and the model then not even loaded.
+Whatever runs the model (likelihoods, answers, gradients) goes through `Subject.keep`. What is kept
+is not measured again; if nothing is missing, the model is not even loaded.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.files import cache_dir
 from llmmix.models import Checkpoint, Loader
+from llmmix.processes import main_process_says
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET
 from llmmix.unlearning.evaluation.texts import Tokenize
 
@@ -28,11 +28,11 @@ class Keep(Protocol):
     """Returns the measurement that is kept under (kind, data, options), or computes it."""
 
     def __call__(self, kind: str, data: str, options: dict, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, or returned: a JSON value."""
+        """The JSON value that `compute` returns, now or in an earlier run."""
 
 
 def measure_anew(kind: str, data: str, options: dict, compute: Callable[[], Any]) -> Any:
-    """Keep nothing."""
+    """Compute the measurement, and keep nothing."""
     return compute()
 
 
@@ -56,11 +56,11 @@ class Change:
     """What is done to a model before it is measured.
 
     Attributes:
-        told: JSON values that tell this change from any other.
+        identity: JSON values that tell this change from any other.
         make: Returns a changed copy of the model.
     """
 
-    told: dict[str, Any]
+    identity: dict[str, Any]
     make: Callable[[PreTrainedModel], PreTrainedModel]
 
 
@@ -70,9 +70,9 @@ class MeasureOptions:
 
     Attributes:
         generate: Whether to let the model answer, greedily.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Tokens after which an answer is cut.
         stop: Strings before which an answer is cut.
-        rouge_tokenize: See `llmmix.unlearning.evaluation.texts.rouge`.
+        rouge_tokenize: Splits text into words; see `llmmix.unlearning.evaluation.texts.rouge`.
         gradient_norms: Whether to take the norm of each item's gradient.
         min_k: Share of the least probable tokens that Min-K attacks look at.
         token_budget: Tokens of a batch.
@@ -99,13 +99,13 @@ def checkpoint_subject(
         checkpoint: The model.
         change: What is done to the model first.
     """
-    told = None if change is None else change.told
-    fingerprint = loader.fingerprint(checkpoint) | {"changed": told}
+    changed = None if change is None else change.identity
+    fingerprint = loader.fingerprint(checkpoint) | {"changed": changed}
 
     def load() -> PreTrainedModel:
         if change is None:
             return loader.model(checkpoint)
-        key = (checkpoint, json.dumps(told))
+        key = (checkpoint, json.dumps(changed))
         return loader.held(key, lambda: change.make(loader.model(checkpoint)))
 
     return Subject(loader.tokenizer(checkpoint), load, keep_in_cache(fingerprint))
@@ -125,9 +125,8 @@ def keep_in_cache(fingerprint: dict[str, Any]) -> Keep:
         asked = [METRIC_VERSION, fingerprint, kind, data, options]
         key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
         file = cache_dir() / "unlearning" / f"{kind}-{key}.json"
-        found = [json.loads(file.read_text())] if file.exists() else None
-        if state.num_processes > 1:
-            (found,) = broadcast_object_list([found])
+        # In a list, since a measurement may be null
+        found = main_process_says([json.loads(file.read_text())] if file.exists() else None)
         if found is not None:
             return found[0]
         value = compute()
@@ -142,7 +141,7 @@ def keep_in_cache(fingerprint: dict[str, Any]) -> Keep:
 
 
 def data_digest(rows: Dataset) -> str:
-    """A digest of what is asked and answered: prompts, answers, and what else is measured."""
+    """A digest of the columns that are measured: prompts, answers, alternatives and secrets."""
     names = ("prompt", "answer", "paraphrased_answer", "perturbed_answer", "secret")
     columns = {name: rows[name][:] for name in names if name in rows.column_names}
     return hashlib.blake2b(json.dumps(columns).encode(), digest_size=8).hexdigest()

@@ -23,7 +23,7 @@ Metric: TypeAlias = dict[str, Any]
 Fluency: TypeAlias = Callable[[list[str]], Sequence[float]]
 
 APART = ("forget", "holdout")  # sets that are no part of the model utility
-DIRECTIONS = ("lower", "higher", "retained")  # which values are better; the last: the nearer
+DIRECTIONS = ("lower", "higher", "retained")  # better values; retained: near the retain model's
 ATTACKS = {  # the field of an item that each membership attack goes by
     "mia_loss": "nll",
     "mia_zlib": "zlib",
@@ -36,12 +36,12 @@ RESAMPLES = 2000
 
 
 def metric(direction: str, value: float | None = None, **rest: Any) -> Metric:
-    """One metric.
+    """The entry of one metric in a document.
 
     Args:
         direction: One of `DIRECTIONS`.
-        value: The number, None where it cannot be had.
-        **rest: What else belongs to it, such as `n`, `interval`, and `reason` without a value.
+        value: The number; None where there is none.
+        **rest: Further entries, such as `n`, `interval`, and `reason` without a value.
     """
     return {"value": value, "direction": direction, **rest}
 
@@ -55,7 +55,7 @@ def summarize(
     """All metrics that the sets allow.
 
     Args:
-        items: Of each set, as the passes have filled them in.
+        items: Items of each set, as the passes have filled them in.
         data: Digest of each set's rows.
         retained: The document of the model trained without the forget set.
         fluency: Scores texts, higher for more fluent ones.
@@ -132,7 +132,7 @@ def _truth(role: str, items: Sequence[Item]) -> dict[str, Metric]:
 def fluency_metrics(
     role: str, items: Sequence[Item], fluency: Fluency | None = None
 ) -> dict[str, Metric]:
-    """Repetition and emptiness of the answers, and how fluent others find them."""
+    """Repetition and emptiness of the answers, their perplexity and their fluency."""
     texts = [item.generation for item in items]
     said = [text for text in texts if text]
     if role == "holdout" or all(text is None for text in texts):
@@ -185,9 +185,9 @@ def utility_metric(metrics: Mapping[str, Metric], roles: Sequence[str]) -> Metri
         return metric("higher", reason="needs a retain set or facts")
     names = [f"{role}_{part}" for role in roles for part in ("probability", "rouge", "truth_ratio")]
     components = {n: metrics[n]["value"] for n in names if metrics[n]["value"] is not None}
-    # Where a model has broken down its numbers are undefined: leaving them out would flatter it
+    # A model that has broken down has undefined numbers: leaving them out would flatter it
     undefined = [n for n in names if n not in components and metrics[n].get("dropped")]
-    # ROUGE is absent, and not broken, where nothing is asked or no word is known
+    # ROUGE is missing for another cause, where nothing is asked or no word is known
     if broken := [n for n in undefined if not n.endswith("_rouge")]:
         return metric("higher", reason=f"{', '.join(broken)}: {metrics[broken[0]]['reason']}")
     missing = [name for name in names if name not in components]

@@ -1,4 +1,4 @@
-"""What a model says when asked: greedy answers, how like a reference they are, and how fluent."""
+"""Greedy answers of a model, how close they are to a reference, and how fluent they are."""
 
 import logging
 import re
@@ -12,8 +12,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.data import warn_once
 from llmmix.models import encode
+from llmmix.processes import warn_once
 from llmmix.sampling import sample
 from llmmix.sampling.requests import too_long
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET, deal_out, score_answers
@@ -44,7 +44,7 @@ def generate_greedily(
         model: A causal language model of transformers, or a `vllm.LLM`.
         tokenizer: The model's tokenizer.
         prompts: Text or messages.
-        max_new_tokens: Most tokens of a text.
+        max_new_tokens: Tokens after which a text is cut.
         stop: Strings before which a finished text is cut.
         token_budget: Tokens held at once; see `llmmix.sampling.sample`.
         shared: Deal the prompts out over the processes.
@@ -120,13 +120,15 @@ def has_words(text: str, tokenize: Tokenize | None = None) -> bool:
 
 
 class _Words:
+    """A tokenizer as rouge_score takes it."""
+
     def __init__(self, tokenize: Tokenize):
         self.tokenize = tokenize
 
 
 @cache
 def _scorer(tokenize: Tokenize | None):
-    # It announces at level INFO that it uses the default tokenizer
+    # rouge_score announces at level INFO that it uses the default tokenizer
     logging.getLogger("absl").setLevel(logging.WARNING)
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -175,7 +177,7 @@ def perplexities(
     if not said:
         return [None] * len(texts)
     rows = {"prompt": [prompts[row] for row in said], "answer": [texts[row] for row in said]}
-    # How a text that was cut ends is not its own doing
+    # A text that was cut did not choose its end
     options = {"include_eos": False, "moments": False, "shared": shared}
     scores = score_answers(model, tokenizer, Dataset.from_dict(rows), **options)
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Does a model tell right answers from wrong ones as one does that never saw the forget set?
+"""Truth ratios: how a model tells right answers from wrong ones, beside one never taught them.
 
 Likelihoods arrive as mean negative log-likelihoods in nats a token (NLL). The metrics are those of
 TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618). Nothing here runs a model.
@@ -21,7 +21,7 @@ from llmmix.unlearning.evaluation.vectors import (
 
 TRUTH_RATIOS = ("closer_to_1_better", "true_better", "prob_mean")
 WRONG_MEANS = ("geometric", "arithmetic")
-LEAST_P = 1e-300  # which log10_p stops at: the test of some 500 items a side can underflow
+LEAST_P = 1e-300  # lower limit of log10_p: p of some 500 items a side can underflow
 MAX_LOG_RATIO = 700.0  # exp of it and of its negative are normal floats
 
 
@@ -104,7 +104,7 @@ def truth_ratio(
 def forget_quality(
     unlearned: TruthRatio | Numbers, retrained: TruthRatio | Numbers
 ) -> ForgetQuality:
-    """Can the truth ratios be told from those of a model trained without the forget set?
+    """Whether truth ratios differ from those of a model trained without the forget set.
 
         p of the two-sided two-sample Kolmogorov-Smirnov test of the ratios s; 1 is best
 

@@ -1,4 +1,4 @@
-"""What a model is still good for: one number of several, which is low if one of them is."""
+"""The model utility: a harmonic mean of several measures, low if one of them is low."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import hmean
 
-COLLAPSED_BELOW = 0.01  # a component of the model utility that says nothing is left
+COLLAPSED_BELOW = 0.01  # a component below this says that nothing is left
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,6 @@ def model_utility(components: Mapping[str, float] | Iterable[float]) -> ModelUti
             )
     values = {str(name): float(value) for name, value in given.items()}
     collapsed = tuple(name for name, value in values.items() if value < COLLAPSED_BELOW)
-    with np.errstate(over="ignore"):  # 1/x of the tiniest: the mean is 0 then
+    with np.errstate(over="ignore"):  # 1/x of the smallest floats: the mean is then 0
         mean = float(hmean(list(values.values())))
     return ModelUtility(mean, collapsed, min(values, key=values.__getitem__), values)

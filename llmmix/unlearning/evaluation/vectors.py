@@ -13,7 +13,7 @@ def as_vector(name: str, values: Numbers) -> np.ndarray:
     """The values as floats, (n,); None becomes NaN.
 
     Args:
-        name: What to call them in an error.
+        name: Name of the values, for errors.
         values: One number an item.
 
     Raises:
@@ -29,7 +29,7 @@ def as_vector(name: str, values: Numbers) -> np.ndarray:
 
 
 def as_nlls(name: str, values: Numbers) -> np.ndarray:
-    """Negative log-likelihoods, (n,).
+    """The values as negative log-likelihoods, (n,).
 
     Raises:
         ValueError: A value is negative by more than rounding explains, or no number.
@@ -42,7 +42,7 @@ def as_nlls(name: str, values: Numbers) -> np.ndarray:
 
 
 def as_logps(name: str, values: Numbers) -> np.ndarray:
-    """Log-probabilities, (n,).
+    """The values as log-probabilities, (n,).
 
     Raises:
         ValueError: A value is positive by more than rounding explains, or no number.

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from llmmix.unlearning.evaluation.copies import (
     merged_copy,
-    quantised,
+    quantized,
     relearn,
     round_to_nearest,
 )
@@ -50,9 +50,9 @@ def test_rounding_is_to_the_nearest_point_of_the_grid(bits, group):
     torch.testing.assert_close(round_to_nearest(rounded, bits, group), rounded)
 
 
-def test_quantised_copies_spare_head_and_embeddings(model):
+def test_quantized_copies_spare_head_and_embeddings(model):
     before = weights(model)
-    eight, four = quantised(model, 8), quantised(model, 4)
+    eight, four = quantized(model, 8), quantized(model, 4)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
         linear = "_proj" in name
@@ -63,13 +63,13 @@ def test_quantised_copies_spare_head_and_embeddings(model):
             ).norm()
             torch.testing.assert_close(eight.state_dict()[name], round_to_nearest(value, 8))
     with pytest.raises(ValueError, match="`bits` must be 4 or 8, got 3"):
-        quantised(model, 3)
+        quantized(model, 3)
 
 
-def test_quantised_layers_of_gpt2_are_rounded_by_output_channel():
+def test_quantized_layers_of_gpt2_are_rounded_by_output_channel():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2))
     weight = model.transformer.h[0].mlp.c_fc.weight
-    rounded = quantised(model, 8).transformer.h[0].mlp.c_fc.weight
+    rounded = quantized(model, 8).transformer.h[0].mlp.c_fc.weight
     torch.testing.assert_close(rounded, round_to_nearest(weight.T, 8).T)
 
 
@@ -78,7 +78,7 @@ def test_a_model_of_other_layers_is_refused():
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=50, **sizes, **heads))
     with pytest.raises(ValueError, match="weights of MixtralForCausalLM are in linear layers"):
-        quantised(model, 8)
+        quantized(model, 8)
 
 
 def test_adapters_are_merged_first(model, tokenizer, rows):
@@ -93,7 +93,7 @@ def test_adapters_are_merged_first(model, tokenizer, rows):
     )
     assert any("lora" in name for name, _ in adapted.named_parameters())
     plain = copy.deepcopy(adapted).merge_and_unload()
-    torch.testing.assert_close(quantised(adapted, 8).state_dict(), quantised(plain, 8).state_dict())
+    torch.testing.assert_close(quantized(adapted, 8).state_dict(), quantized(plain, 8).state_dict())
 
 
 def test_relearning_leaves_the_original_untouched(model, tokenizer, rows):
