@@ -9,7 +9,7 @@ from sklearn.model_selection import ShuffleSplit
 from llmmix.laws.held_out import JudgedRuns, judged_runs
 from llmmix.laws.judge import judge_folds
 from llmmix.laws.law import Law
-from llmmix.laws.wishes import Objective
+from llmmix.laws.objective import Objective
 
 HELD_OUT = 0.2  # part of the mixtures that a learning curve is judged on
 SCORES = ("error", "spearman", "mae")  # of a learning curve

@@ -21,8 +21,9 @@ import numpy as np
 
 from llmmix.laws.inputs import canonical_order
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective, Shares, law_bounds, prior_shares
+from llmmix.laws.optimum import best_runs
 from llmmix.laws.simplex import nearest_run, project
-from llmmix.laws.wishes import Objective, Shares, law_bounds, prior_shares
 
 DRAWS = 400  # laws
 CANDIDATES = 2000
@@ -97,18 +98,14 @@ def next_mixtures(
     u = law.target_weights(objective)
     found = law.propose(objective, lower=lower, upper=upper, prior=prior, seed=seed)
     centre = prior_shares(prior, law.inputs_)
+    centres = np.vstack([centre, law.mixtures_.mean(0), found.mixture, best_runs(law.inputs_, u)])
     low, high = law_bounds(law.inputs_, lower=lower, upper=upper)
-    fixed = np.isin(law.domains_, law.unidentified_)
-    # Drawn in an order of the domains that does not depend on how they came
+    # Drawn and picked in an order of the domains that does not depend on how they came
     order = canonical_order(law.mixtures_, law.losses_)[1]
-    inside = _Simplex(low[order], high[order], fixed[order])
-    observed = np.nan_to_num(law.losses_, nan=np.inf)[:, u > 0] @ u[u > 0]
-    best = law.mixtures_[np.argsort(observed, kind="stable")[:5]]
-    centres = np.vstack([centre, law.mixtures_.mean(0), found.mixture, best])[:, order]
-    pool = inside.use(_drawn(centres, candidates, np.random.default_rng(seed)))
-    runs = law.mixtures_[:, order]
-    pool = pool[[nearest_run(p, runs)[1] >= apart for p in pool]]
     back = np.argsort(order)
+    inside = _Simplex(low[order], high[order], law.inputs_.fixed[order])
+    pool = inside.use(_drawn(centres[:, order], candidates, np.random.default_rng(seed)))
+    pool = pool[[nearest_run(p, law.mixtures_[:, order])[1] >= apart for p in pool]]
     if len(pool) < count:
         raise ValueError(_too_few(len(pool), count, apart))
     values = law.draws(pool[:, back], draws, seed) @ u

@@ -21,9 +21,8 @@ from scipy.linalg import helmert
 from scipy.optimize import least_squares
 from scipy.stats import norm
 
-from llmmix.laws.law import Law
+from llmmix.laws.law import Law, require_runs
 from llmmix.laws.least_squares import Arrow, Posterior, Prior
-from llmmix.laws.linear import require_runs
 
 LEAST_RIDGE = 1e-10  # keeps the normal matrix invertible where the paper's fit has no answer
 NEAREST, FARTHEST = 0.05, 20.0  # starts of c below the least loss, in spreads of the losses
@@ -77,7 +76,8 @@ class ExponentialLaw(Law):
             raise ValueError(f"`ridge` must be 0 or more, got {self.ridge!r}.")
         if self.starts < 1:
             raise ValueError(f"`starts` must be 1 or more, got {self.starts!r}.")
-        require_runs(self, Y, X.shape[1] + 2, X.shape[1] + 1)
+        parameters = X.shape[1] + 1
+        require_runs(self, Y, parameters + 1, f"has {parameters} parameters for each target")
         self._centre = X.mean(0)
         vertices = np.eye(X.shape[1]) * X[0].sum() - self._centre
         fits = []

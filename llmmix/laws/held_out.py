@@ -12,8 +12,8 @@ from sklearn.model_selection import KFold
 
 from llmmix.laws.law import Law
 from llmmix.laws.mean import MeanLaw
+from llmmix.laws.objective import Objective
 from llmmix.laws.simplex import same_mixture
-from llmmix.laws.wishes import Objective
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of the runs to fit to, and of those to predict
 

@@ -29,7 +29,7 @@ from llmmix.laws.accuracy import (
 from llmmix.laws.held_out import Fold, JudgedRuns, folds_of, judged_runs, predict_held_out
 from llmmix.laws.law import Law
 from llmmix.laws.mean import MeanLaw
-from llmmix.laws.wishes import Objective
+from llmmix.laws.objective import Objective
 
 BASELINE = "mean"  # the name of `MeanLaw` in a comparison
 

@@ -203,6 +203,28 @@ class Law(MixtureProposer, BaseEstimator):
         return losses[:, 0] if self.inputs_.flat else losses
 
 
+def require_runs(law: Law, Y: np.ndarray, needed: int, reason: str) -> None:
+    """Refuse a target with fewer runs than a law needs.
+
+    Args:
+        law: The law, for the message.
+        Y: (n, m) losses as fitted, NaN where missing.
+        needed: Number of runs.
+        reason: Why the law needs them, as "has 3 parameters for each target".
+
+    Raises:
+        ValueError: A target has fewer runs than `needed`.
+    """
+    runs = np.isfinite(Y).sum(0)
+    short = int(runs.argmin())
+    if runs[short] < needed:
+        raise ValueError(
+            f"{type(law).__name__} {reason} and needs {needed} runs or more; target "
+            f"{law.targets_[law.inputs_.moving[short]]} has {runs[short]}. Add runs, or use "
+            f"EffectiveDataLaw, which needs few."
+        )
+
+
 def _refits(law: Law, problem: Problem) -> list[Law]:
     """Laws fitted to runs drawn with replacement."""
     rng = np.random.default_rng(0)

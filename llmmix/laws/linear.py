@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmmix.laws.law import Law
+from llmmix.laws.law import Law, require_runs
 
 RANK = 1e-9  # singular values below this part of the largest are rounding
 
@@ -45,7 +45,7 @@ class _LeastSquares(Law):
     def _fit(self, X, Y):
         k, m = X.shape[1], Y.shape[1]
         if not self.penalty:
-            require_runs(self, Y, k, k)
+            require_runs(self, Y, k, f"has {k} parameters for each target")
         Z = self._transform(Y)
         self._centre, self._level, self._level_sd = np.zeros((m, k)), np.zeros(m), np.zeros(m)
         self._slope, self._root = np.zeros((m, k)), np.zeros((m, k, k))
@@ -207,29 +207,6 @@ class LinearDynamicLaw(_LeastSquares):
 
     def _at_vertices(self):
         return self._slope, np.sqrt((self._root**2).sum(2))
-
-
-def require_runs(law: Law, Y: np.ndarray, needed: int, parameters: int) -> None:
-    """Refuse a target with fewer runs than a law needs.
-
-    Args:
-        law: For the message.
-        Y: (n, m) losses as fitted, NaN where missing.
-        needed: Number of runs.
-        parameters: Number of a target's parameters, for the message.
-
-    Raises:
-        ValueError: A target has fewer runs than `needed`.
-    """
-    runs = np.isfinite(Y).sum(0)
-    short = int(runs.argmin())
-    if runs[short] < needed:
-        name = type(law).__name__
-        raise ValueError(
-            f"{name} has {parameters} parameters for each target and needs {needed} runs or more; "
-            f"target {law.targets_[law.inputs_.moving[short]]} has {runs[short]}. Add runs, or use "
-            f"EffectiveDataLaw, which does with few."
-        )
 
 
 def _solve(x: np.ndarray, z: np.ndarray, penalty: float, spent: int) -> tuple:

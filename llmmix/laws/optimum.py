@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from llmmix.laws.accuracy import weighted
 from llmmix.laws.inputs import Inputs, canonical_order
+from llmmix.laws.objective import Objective, Shares, law_bounds, prior_shares, target_weights
 from llmmix.laws.search import Found, minimize_mixture, sample_mixture
-from llmmix.laws.wishes import Objective, Shares, law_bounds, prior_shares, target_weights
 
 TINY = 1e-12  # a prior of 0 is a large, finite, distance
 
@@ -54,7 +55,7 @@ class MixtureProposer:
             method: gradient, sample (RegMix's: the mean of the best 128 of 100,000 Dirichlet draws
                 about the prior), or auto: gradient where the law has one.
             seed: Seed of the draws.
-            **limits: lower, upper, available, tokens and max_epochs, as `wishes.bounds_of` takes
+            **limits: lower, upper, available, tokens and max_epochs, as `objective.bounds_of` takes
                 them. Domains that no run varied keep their share, whatever the bounds.
 
         Raises:
@@ -66,11 +67,11 @@ class MixtureProposer:
             raise ValueError(f"`closeness` must be 0 or more, got {closeness}.")
         anchor = prior_shares(prior, self.inputs_)
         slopes = self._slopes if self._method(method) == "gradient" else None
-        wishes = weights, low, high, anchor, closeness
-        return search_law(self._losses, slopes, self.inputs_, *wishes, seed)
+        request = weights, low, high, anchor, closeness
+        return search_law(self._losses, slopes, self.inputs_, *request, seed)
 
     def target_weights(self, objective: Objective = None) -> np.ndarray:
-        """(m,) weights of sum 1, as `wishes.target_weights` reads them from an objective.
+        """(m,) weights of sum 1, as `objective.target_weights` reads them from an objective.
 
         Raises:
             ValueError: A name is unknown, or the weights are negative or all zero.
@@ -91,6 +92,18 @@ class MixtureProposer:
     def _check_fitted(self) -> None:
         if not hasattr(self, "_fitted"):
             raise ValueError(f"{type(self).__name__} is not fitted: call `fit` first.")
+
+
+def best_runs(inputs: Inputs, weights: np.ndarray, count: int = 5) -> np.ndarray:
+    """(count, k) mixtures of the runs with the smallest objective, the best first.
+
+    Args:
+        inputs: The runs, of which one without a loss that has a weight comes last.
+        weights: (m,) weights of the targets.
+        count: Number of runs; fewer are returned where there are fewer.
+    """
+    objective = weighted(np.nan_to_num(inputs.losses, nan=np.inf), weights)
+    return inputs.mixtures[np.argsort(objective, kind="stable")[:count]]
 
 
 def search_law(
@@ -140,7 +153,5 @@ def search_law(
             found = found + closeness * (np.log(np.maximum(p, TINY)) - anchor + 1)
         return found
 
-    observed = np.nan_to_num(inputs.losses[:, weights > 0], nan=np.inf) @ weights[weights > 0]
-    best = inputs.mixtures[np.argsort(observed, kind="stable")[:5]]
-    starts = np.vstack([prior, np.full(len(prior), 1 / len(prior)), best])
+    starts = np.vstack([prior, np.full(len(prior), 1 / len(prior)), best_runs(inputs, weights)])
     return minimize_mixture(value, slope, low, high, starts)

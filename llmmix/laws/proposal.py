@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from llmmix.laws.accuracy import weighted
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective
 from llmmix.laws.search import Found
 from llmmix.laws.simplex import hull_distance, nearest_run, typical_spacing
-from llmmix.laws.wishes import Objective
 
 DRAWS = 400  # laws that the runs leave open, asked whether the proposal is better
 
@@ -67,7 +68,7 @@ def examine_proposal(
     """
     found = law.propose(objective, seed=seed, **options)
     u, runs = law.target_weights(objective), law.mixtures_
-    observed = law.losses_[:, u > 0] @ u[u > 0]
+    observed = weighted(law.losses_, u)
     if np.isnan(observed).all():
         raise ValueError("`objective`: no run has all the losses that it weighs; weigh fewer.")
     best = int(np.nanargmin(observed))

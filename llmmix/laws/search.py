@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmmix.laws.objective import shares_of
 from llmmix.laws.simplex import project
-from llmmix.laws.wishes import shares_of
 
 MU = (1e-2, 1e-3, 1e-12)  # weight of the barrier: at first, where starts are compared, at last
 BASINS = 6  # so many distinct points are followed to the end
@@ -207,7 +207,7 @@ def minimize_mixture(
     Args:
         value: (n, k) mixtures -> (n,) of the law.
         slope: (n, k) -> (n, k) its gradient in p; may be infinite where a share is 0.
-        lower: (k,) as of `wishes.bounds_of`.
+        lower: (k,) as of `objective.bounds_of`.
         upper: (k,).
         starts: (s, k) mixtures to start from, projected onto the bounds.
 

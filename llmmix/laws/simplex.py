@@ -29,7 +29,7 @@ def project(p: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float)
     if not (lower.sum() <= 1 + 1e-9 and upper.sum() >= 1 - 1e-9 and (lower <= upper).all()):
         raise ValueError(
             f"`lower` and `upper` must leave a mixture, got sums {lower.sum():.6g} and "
-            f"{upper.sum():.6g}: see `wishes.bounds_of`."
+            f"{upper.sum():.6g}: see `objective.bounds_of`."
         )
     if not np.isfinite(p).all():
         raise ValueError("`p` must be finite to be projected, got NaN or inf: drop those rows.")

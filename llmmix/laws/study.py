@@ -22,6 +22,7 @@ from llmmix.laws.figures import (
 )
 from llmmix.laws.judge import Judgement, as_good_as, best_of, compare
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective
 from llmmix.laws.printing import (
     print_by_target,
     print_curves,
@@ -34,7 +35,6 @@ from llmmix.laws.printing import (
 from llmmix.laws.proposal import examine_proposal
 from llmmix.laws.tables import Runs, write_mixtures
 from llmmix.laws.transfer import calibrated_objective, judge_transfer
-from llmmix.laws.wishes import Objective
 
 MOVED = 0.05  # part of the mixture that the figure of effects moves to each domain
 TABLES = ("observed", "predictions", "stds", "standardized", "mixture")  # a judgement's, by run

@@ -23,8 +23,8 @@ from sklearn.base import BaseEstimator
 from llmmix.laws.accuracy import bootstrap, regret_of, spearman, weighted
 from llmmix.laws.inputs import canonical_order, check_losses
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective
 from llmmix.laws.simplex import same_mixture
-from llmmix.laws.wishes import Objective
 
 
 class TransferCalibrator(BaseEstimator):

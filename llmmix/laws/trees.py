@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 from sklearn.ensemble import HistGradientBoostingRegressor
 from threadpoolctl import threadpool_limits
 
-from llmmix.laws.law import Law
+from llmmix.laws.law import Law, require_runs
 
 FOLDS = 5
 MEMBER_RATE = 0.2  # learning rate of a member, at least
@@ -62,7 +62,7 @@ class GradientBoostedLaw(Law):
         self.n_jobs = n_jobs
 
     def _fit(self, X, Y):
-        self._require(Y)
+        require_runs(self, Y, 2 * LEAST_LEAF, f"splits runs into leaves of {LEAST_LEAF} at least")
         fold = self._folds(X)
         with threadpool_limits(1):
             jobs = (delayed(self._target)(X, y, fold) for y in Y.T)
@@ -85,16 +85,6 @@ class GradientBoostedLaw(Law):
         groups = [fold != f for f in range(fold.max() + 1)]
         members = [self._boosted(X[kept], y[kept], count, rate) for kept in groups]
         return self._boosted(X, y, self.n_estimators, self.learning_rate), members
-
-    def _require(self, Y: np.ndarray) -> None:
-        runs = np.isfinite(Y).sum(0)
-        short = int(runs.argmin())
-        if runs[short] < 2 * LEAST_LEAF:
-            raise ValueError(
-                f"GradientBoostedLaw needs {2 * LEAST_LEAF} runs or more, two leaves of "
-                f"{LEAST_LEAF}; target {self.targets_[self._targets[short]]} has {runs[short]}. "
-                f"Add runs, or use EffectiveDataLaw, which does with few."
-            )
 
     def _folds(self, X: np.ndarray) -> np.ndarray:
         """(n,) group of each run; runs of the same mixture are left out together."""

@@ -29,13 +29,8 @@ import numpy as np
 from llmmix.files import plain
 from llmmix.mixing.aioli_config import AioliConfig
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import (
-    Observation,
-    OnlineController,
-    Segment,
-    Weights,
-    check_weights,
-)
+from llmmix.mixing.checks import Weights, check_weights
+from llmmix.mixing.controllers import Observation, OnlineController, Segment
 from llmmix.mixing.draws import shuffles
 from llmmix.mixing.influence import (
     InfluenceMatrix,
@@ -50,15 +45,7 @@ from llmmix.mixing.regression import InfluenceRegression, advantage, tilted
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.weights import stratified, with_floor
 
-__all__ = [
-    "AioliCallback",
-    "AioliConfig",
-    "InfluenceMatrix",
-    "normalize_matrix",
-    "probe_mixtures",
-    "solve_mixing_matrix",
-    "update_weights",
-]
+__all__ = ["AioliCallback", "AioliConfig", "solve_mixing_matrix", "update_weights"]
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmmix.mixing.controllers import check_weights, require, require_whole
+from llmmix.mixing.checks import check_weights, require, require_whole
 
 
 @dataclass

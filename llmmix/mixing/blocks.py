@@ -1,14 +1,10 @@
 """Draws in blocks: made in one go, ahead of their use, from where the draws stand."""
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
-# (domains, rows, passes) of draws, each (n,), to the n indices that a trainer's rows have
-Locate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Cursor(NamedTuple):

@@ -12,16 +12,14 @@ is counted in `skipped`, and the last value stands.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from llmmix.files import plain
+from llmmix.mixing.checks import Weights, check_weights, require
 
 logger = logging.getLogger(__name__)
-
-Weights = Mapping[str, float] | Sequence[float] | np.ndarray  # by name, or in the domains' order
 
 
 class Segment(NamedTuple):
@@ -92,80 +90,6 @@ class Controller(Protocol):
 
     def record(self) -> dict:
         """What is worth keeping of the last decision, beside the weights, as JSON has it."""
-
-
-def check_weights(weights: Weights, names: list[str], argument: str = "weights") -> np.ndarray:
-    """Weights of domains as a point of the simplex.
-
-    Args:
-        weights: (m,) in the order of `names`, or a mapping from each of them.
-        names: Names of the m domains.
-        argument: What an error calls the weights.
-
-    Returns:
-        (m,) float64, a copy that sums to one.
-
-    Raises:
-        ValueError: `weights` has another length or other names than the domains, or holds what is
-            no number, a negative, NaN or infinite value, or only zeros.
-    """
-    listed: Any = weights
-    if hasattr(listed, "keys"):
-        if unknown := set(listed.keys()) ^ set(names):
-            raise ValueError(
-                f"`{argument}` must name each of the domains {names} once; {sorted(unknown)} "
-                "is only on one side."
-            )
-        listed = [listed[name] for name in names]
-    try:
-        given = np.asarray(listed)
-    except ValueError:  # lists of several lengths
-        given = np.array(None)
-    if given.dtype.kind not in "biuf":
-        raise ValueError(f"`{argument}` must be numbers, one a domain, got {listed!r}.")
-    given = given.astype(np.float64)
-    if given.shape != (len(names),):
-        raise ValueError(
-            f"`{argument}` must have one value for each of the {len(names)} domains {names}, got "
-            f"{len(given.ravel())}."
-        )
-    shown = dict(zip(names, given.tolist(), strict=True))
-    if not np.isfinite(given).all() or (given < 0).any():
-        raise ValueError(f"`{argument}` must be finite and not negative, got {shown}.")
-    if not given.any():
-        raise ValueError(f"`{argument}` are all zero: give at least one domain a share.")
-    given = given / given.max()  # the sum of huge ones is infinite
-    return given / given.sum()
-
-
-def require(met: object, name: str, wanted: str, given: object) -> None:
-    """Refuse an argument of a method.
-
-    Raises:
-        ValueError: `met` is false; the message is "`name` must `wanted`, got `given`.".
-    """
-    if not met:
-        raise ValueError(f"`{name}` must {wanted}, got {given}.")
-
-
-def require_whole(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number from `least` on.
-
-    Raises:
-        ValueError: `value` is no int, or is below `least`.
-    """
-    met = isinstance(value, int) and value >= least
-    require(met, name, f"be a whole number from {least}", value)
-
-
-def require_same(names: list[str], targets: list[str], what: str) -> None:
-    """Refuse targets other than the domains.
-
-    Raises:
-        ValueError: `targets` are not `names` in some order.
-    """
-    same = sorted(names) == sorted(targets)
-    require(same, "targets", f"be the domains {names} where {what}", targets)
 
 
 class OnlineController(ABC):
@@ -275,25 +199,3 @@ class OnlineController(ABC):
             wanted = f"be of shape {now.shape}; resume with the options that the run began with"
             require(array.shape == now.shape, f"state[{name!r}]", wanted, array.shape)
         return np.where(np.isnan(array), -np.inf, array)
-
-
-class Fixed(OnlineController):
-    """Weights (m,) that stay; a callback without a controller does the same under a trainer."""
-
-    method = "Fixed"
-    kept = ()
-
-    def __init__(self, weights: Weights):
-        names = [str(j) for j in range(len(weights))]
-        super().__init__(None, names, [], weights)
-
-    def segments(self, step: int, total_steps: int) -> list[Segment]:
-        """All steps that are left."""
-        return [Segment(self.weights.copy(), total_steps - step)]
-
-    def observe(self, observation: Observation) -> None:
-        """Do nothing: no plan measures anything."""
-
-    def record(self) -> dict:
-        """Nothing is worth keeping."""
-        return {}

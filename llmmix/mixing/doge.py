@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from llmmix.mixing.controllers import Observation, require, require_whole
+from llmmix.mixing.checks import require, require_whole
+from llmmix.mixing.controllers import Observation
 from llmmix.mixing.proxies import AveragedController, ProxyCallback
 from llmmix.mixing.sampler import MixtureSampler
 

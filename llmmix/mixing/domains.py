@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from llmmix.data import load_splits
-from llmmix.mixing.controllers import check_weights
+from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
-from llmmix.mixing.sampler import METHODS, UNITS, MixtureSampler
+from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
 from llmmix.mixing.tokens import tokenize_rows
 from llmmix.trainers import check_sft_dataset, default_to_cpu
 
@@ -60,7 +60,7 @@ class MixtureConfig(SFTConfig):
     draws: str = field(
         default="multinomial",
         metadata={
-            "help": f"How rows are drawn: {' or '.join(METHODS)}. Multinomial makes every draw on "
+            "help": f"How rows are drawn: {' or '.join(DRAWS)}. Multinomial makes every draw on "
             "its own; even spaces the draws of each domain evenly."
         },
     )

@@ -28,7 +28,8 @@ import numpy as np
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
-from llmmix.mixing.controllers import Observation, Weights, require, require_whole
+from llmmix.mixing.checks import Weights, require, require_whole
+from llmmix.mixing.controllers import Observation
 from llmmix.mixing.proxies import AveragedController, ProxyCallback
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.models import resolve_checkpoint

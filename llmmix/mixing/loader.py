@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from llmmix.mixing.blocks import Locate
 from llmmix.mixing.draws import uniforms
+from llmmix.mixing.rows import Locate
 from llmmix.mixing.sampler import MixtureSampler
 
 

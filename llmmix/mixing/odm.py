@@ -26,14 +26,8 @@ from typing import Any
 import numpy as np
 
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import (
-    Observation,
-    OnlineController,
-    Weights,
-    require,
-    require_same,
-    require_whole,
-)
+from llmmix.mixing.checks import Weights, require, require_same, require_whole
+from llmmix.mixing.controllers import Observation, OnlineController
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.weights import log_normalize, log_of
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from llmmix.mixing.accounts import listed
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import OnlineController, Weights
+from llmmix.mixing.checks import Weights
+from llmmix.mixing.controllers import OnlineController
 from llmmix.mixing.weights import log_normalize, log_of
 
 
@@ -90,5 +92,5 @@ class ProxyCallback(MixtureCallback):
         """Say the answer, after what every mixture says."""
         super().on_train_end(args, state, control, **kwargs)
         if state.is_world_process_zero:
-            shares = ", ".join(f"{name} {share:.4f}" for name, share in self.average.items())
+            shares = listed(self.sampler.names, self.average.values())
             print(f"Average of the weights, to train the final model on: {shares}.", flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.files import plain
+from llmmix.files import plain, read_json_lines
 
 NAME = "mixture.jsonl"
 
@@ -77,7 +77,7 @@ def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
     path = Path(folder) / NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {NAME}: it is not the folder of a mixture run.")
-    header, *entries = (json.loads(line) for line in path.read_text().splitlines())
+    header, *entries = read_json_lines(path)
     return header, entries
 
 

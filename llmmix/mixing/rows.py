@@ -1,6 +1,6 @@
 """The tie between rows and domains: labelling them, and finding them again in a trainer's rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,13 +8,14 @@ from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
-from llmmix.mixing.blocks import Locate
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.streams import StreamedRows
 
 logger = get_logger(__name__)
 
 COLUMN = "domain"
+# (domains, rows, passes) of draws, each (n,), to the n indices that a trainer's rows have
+Locate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def label_domains(domains: Mapping[str, Dataset]) -> Dataset:

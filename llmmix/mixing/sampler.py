@@ -21,14 +21,14 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from llmmix.mixing.blocks import Block, BlockQueue, Cursor
-from llmmix.mixing.controllers import check_weights
+from llmmix.mixing.checks import check_weights
 from llmmix.mixing.draws import choose, choose_evenly, shares_of_rows, uniforms
 from llmmix.mixing.passes import EXHAUSTED, Limits, Passes
 from llmmix.mixing.schedule import Schedule
 
 CHUNK = 1024  # draws made at once when they are asked for one by one
 UNITS = ("examples", "tokens")
-METHODS = ("multinomial", "even")
+DRAWS = ("multinomial", "even")
 STATE_VERSION = 1
 
 
@@ -243,7 +243,7 @@ def _check_domains(domains: Mapping[str, Sized]) -> list[str]:
 def _check_options(unit: str, method: str, exhausted: str, seed: int) -> None:
     for argument, value, choices in (
         ("unit", unit, UNITS),
-        ("method", method, METHODS),
+        ("method", method, DRAWS),
         ("exhausted", exhausted, EXHAUSTED),
     ):
         if value not in choices:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmmix.mixing.controllers import check_weights
+from llmmix.mixing.checks import check_weights
 
 
 class Schedule:

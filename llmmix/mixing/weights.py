@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmmix.mixing.controllers import check_weights, require
+from llmmix.mixing.checks import check_weights, require
 
 
 def stratified(m: int) -> np.ndarray:

@@ -33,10 +33,7 @@ def shares_of(
     if isinstance(given, dict):
         if names is None:
             raise ValueError(f"`{what}` is given by name: pass `names`, or give {k} numbers.")
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(f"`{what}` names {unknown}, which are not among {list(names)}.")
-        given = [given.get(name, default) for name in names]
+        given = _in_order(what, "domain", given, names, default)
     vector = np.asarray(default if given is None else given, dtype=np.float64)
     if vector.shape not in ((), (k,)):
         raise ValueError(f"`{what}` must be one number or {k}, got shape {vector.shape}.")
@@ -46,6 +43,20 @@ def shares_of(
         which = {names[j] if names else j: float(vector[j]) for j in np.flatnonzero(bad).tolist()}
         raise ValueError(f"`{what}` must lie in [0, {most:g}], got {which}.")
     return vector
+
+
+def _in_order(
+    argument: str, kind: str, given: dict[str, float], names: Sequence, default: float
+) -> list[float]:
+    """Numbers by name in the order of all names; `default` for those left out.
+
+    Raises:
+        ValueError: `given` has a name that is not among `names`.
+    """
+    known = [str(name) for name in names]
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"`{argument}`: no {kind} {listed(unknown)}; there are {list(names)}.")
+    return [given.get(name, default) for name in known]
 
 
 def _supply(k: int, available, tokens, max_epochs, names) -> np.ndarray | None:
@@ -153,11 +164,7 @@ def target_weights(objective: Objective, targets: Sequence) -> np.ndarray:
         return np.full(m, 1 / m)
     given = by_name({objective: 1.0} if isinstance(objective, str) else objective)
     if isinstance(given, dict):
-        names = [str(name) for name in targets]
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(f"`objective`: no target {listed(unknown)}; there are {targets}.")
-        given = [given.get(name, 0.0) for name in names]
+        given = _in_order("objective", "target", given, targets, 0.0)
     weights = np.asarray(given, dtype=np.float64)
     if weights.shape != (m,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"`objective` must be {m} weights of at least 0, got {given}.")
@@ -180,11 +187,7 @@ def prior_shares(prior: Shares, inputs: Inputs) -> np.ndarray:
         return inputs.mixtures.mean(0)
     domains, given = inputs.domains, by_name(prior)
     if isinstance(given, dict):
-        names = [str(name) for name in domains]
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(f"`prior`: no domain {listed(unknown)} among {domains}.")
-        given = [given.get(name, 0.0) for name in names]
+        given = _in_order("prior", "domain", given, domains, 0.0)
     if len(given) != len(domains):
         raise ValueError(f"`prior` must be {len(domains)} shares, got {len(given)}.")
     return check_mixtures(given, domains, "prior")[0]
