@@ -14,21 +14,21 @@ def check_weights(weights: Weights, names: list[str], argument: str = "weights")
     Args:
         weights: (m,) in the order of `names`, or a mapping from each of them.
         names: Names of the m domains.
-        argument: What an error calls the weights.
+        argument: Name of the weights in error messages.
 
     Returns:
         (m,) float64, a copy that sums to one.
 
     Raises:
-        ValueError: `weights` has another length or other names than the domains, or holds what is
-            no number, a negative, NaN or infinite value, or only zeros.
+        ValueError: `weights` has another length or other names than the domains, holds a value that
+            is not a number, is negative, NaN or infinite, or holds only zeros.
     """
     listed: Any = weights
     if hasattr(listed, "keys"):
         if unknown := set(listed.keys()) ^ set(names):
             raise ValueError(
                 f"`{argument}` must name each of the domains {names} once; {sorted(unknown)} "
-                "is only on one side."
+                "is missing or unknown."
             )
         listed = [listed[name] for name in names]
     try:
@@ -53,7 +53,7 @@ def check_weights(weights: Weights, names: list[str], argument: str = "weights")
 
 
 def require(met: object, name: str, wanted: str, given: object) -> None:
-    """Refuse an argument of a method.
+    """Refuse an argument that does not meet its condition.
 
     Raises:
         ValueError: `met` is false; the message is "`name` must `wanted`, got `given`.".
@@ -63,17 +63,17 @@ def require(met: object, name: str, wanted: str, given: object) -> None:
 
 
 def require_whole(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number from `least` on.
+    """Refuse a value that is not a whole number of at least `least`.
 
     Raises:
-        ValueError: `value` is no int, or is below `least`.
+        ValueError: `value` is not an int, or is below `least`.
     """
     met = isinstance(value, int) and value >= least
-    require(met, name, f"be a whole number from {least}", value)
+    require(met, name, f"be a whole number of at least {least}", value)
 
 
 def require_same(names: list[str], targets: list[str], what: str) -> None:
-    """Refuse targets other than the domains.
+    """Refuse targets that are not the domains; `what` says when they must be.
 
     Raises:
         ValueError: `targets` are not `names` in some order.
