@@ -1,4 +1,4 @@
-r"""Mixture laws: fitted to finished runs, judged on runs held out, and what to train next.
+r"""Fit mixture laws to finished runs, judge them on held-out runs, and propose mixtures.
 
     llmmix eval mixture_laws --ratios ratios.csv --metrics metrics.csv --objective code=2 docs=1
     llmmix eval mixture_laws --ratios ratios.csv --metrics metrics.csv --next 8 --budget \
@@ -6,11 +6,12 @@ r"""Mixture laws: fitted to finished runs, judged on runs held out, and what to 
         --tokens 1e10 --max_epochs 4
     llmmix eval mixture_laws --run runs/aioli
 
-Tables of a line a run, joined by the run's id: those of `llmmix run mixture_sweep`, RegMix or
-Olmix. Every law is refitted with a part of the mixtures held out (`--holdout`) and judged on them;
-the best one, fitted to all runs, proposes the mixture. In `--output_dir`: mixture_laws.json,
-proposal.csv and next.csv (tables of mixtures, as `--ratios`), and figures. `--run` asks how true a
-method's own law was to the run that it steered (`llmmix.laws.fidelity`).
+The tables have a line for each run and are joined by the run's id: those of `llmmix run
+mixture_sweep`, of RegMix or of Olmix. Every law is refitted with a part of the mixtures held out
+(`--holdout`) and judged on these; the best one, fitted to all runs, proposes a mixture. The results
+are in `--output_dir`: mixture_laws.json, proposal.csv and next.csv (tables of mixtures, as
+`--ratios`), and figures. `--run` shows how well a method's own law fits the run that it steered
+(llmmix/laws/fidelity.py). The steps are in llmmix/laws/study.py.
 """
 
 import json
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from llmmix.laws.fidelity import Fidelity
 
 LAWS = ["linear", "log_linear", "exponential", "boosted", "effective"]
-DEFAULT = "effective"  # proposes where the runs do not speak against it
+DEFAULT = "effective"  # the law that proposes unless another is significantly better
 
 
 @dataclass
 class MixtureLawsArguments:
-    """What `llmmix eval mixture_laws` takes."""
+    """Arguments of `llmmix eval mixture_laws`."""
 
     ratios: str | None = field(
         default=None, metadata={"help": "Table of mixtures, a line for each run."}
@@ -42,25 +43,25 @@ class MixtureLawsArguments:
     )
     objective: list[str] = field(
         default_factory=lambda: ["mean"],
-        metadata={"help": "What to minimize: mean, a target, or TARGET=WEIGHT ..."},
+        metadata={"help": "Loss to minimize: mean (over targets), a target, or TARGET=WEIGHT ..."},
     )
     laws: list[str] = field(
         default_factory=lambda: list(LAWS),
-        metadata={"help": f"Laws that are fitted and judged, of: {', '.join(LAWS)}."},
+        metadata={"help": f"Laws to fit and judge, one or more of: {', '.join(LAWS)}."},
     )
     law: str | None = field(
         default=None,
         metadata={
             "help": "Law that proposes the mixture. Default: the best on held-out runs, or "
-            "effective where it is as good."
+            "effective if it is not significantly worse."
         },
     )
     max_runs: int | None = field(
         default=None,
-        metadata={"help": "Number of runs to use, drawn by --seed. Default: all."},
+        metadata={"help": "Number of runs to use, drawn with --seed. Default: all."},
     )
     holdout: float = field(
-        default=0.2, metadata={"help": "Part of the mixtures that is held out at a time."}
+        default=0.2, metadata={"help": "Fraction of the mixtures that is held out at a time."}
     )
     level: float = field(
         default=0.9, metadata={"help": "Level of the intervals, between 0.5 and 1."}
@@ -72,7 +73,8 @@ class MixtureLawsArguments:
         },
     )
     closeness: float = field(
-        default=0.0, metadata={"help": "Nats that a KL divergence of 1 from the prior is worth."}
+        default=0.0,
+        metadata={"help": "Nats of loss that a KL divergence of 1 from the prior costs."},
     )
     lower: list[str] | None = field(
         default=None, metadata={"help": "Smallest shares, DOMAIN=SHARE ..."}
@@ -81,37 +83,41 @@ class MixtureLawsArguments:
         default=None, metadata={"help": "Largest shares, DOMAIN=SHARE ..."}
     )
     available: list[str] | None = field(
-        default=None, metadata={"help": "Tokens that a domain has, DOMAIN=TOKENS ..."}
+        default=None, metadata={"help": "Number of tokens of each domain, DOMAIN=TOKENS ..."}
     )
     tokens: float | None = field(
-        default=None, metadata={"help": "Number of tokens of the run that is planned."}
+        default=None, metadata={"help": "Number of tokens of the planned run."}
     )
     max_epochs: float | None = field(
         default=None,
-        metadata={"help": "Largest number of passes that the planned run may make over a domain."},
+        metadata={"help": "Largest number of passes of the planned run over a domain."},
     )
     search: str = field(
         default="auto",
         metadata={
-            "help": "How the best mixture is searched: gradient, sample (as RegMix does), or auto "
+            "help": "Search for the best mixture: gradient, sample (as RegMix does), or auto "
             "(gradient where the law has one)."
         },
     )
     transfer: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Tables of other models' runs, RATIOS METRICS ..., to judge the laws on."
+            "help": "Tables of other models' runs on which the laws are judged too, RATIOS "
+            "METRICS ..."
         },
     )
-    next: int = field(default=0, metadata={"help": "Number of mixtures to propose for next runs."})
+    next: int = field(
+        default=0, metadata={"help": "Number of mixtures to propose for the next runs."}
+    )
     budget: bool = field(
-        default=False, metadata={"help": "Measure the error against the number of runs as well."}
+        default=False, metadata={"help": "Also measure the error against the number of runs."}
     )
     run: str | None = field(
-        default=None, metadata={"help": "Folder of a mixture run whose method is assessed."}
+        default=None, metadata={"help": "Folder of a mixture run whose method is to be assessed."}
     )
     seed: int = field(
-        default=0, metadata={"help": "Seed of the folds, of drawn runs and of sampled searches."}
+        default=0,
+        metadata={"help": "Seed of the folds, of the drawn runs and of sampled searches."},
     )
     output_dir: str = field(
         default="runs/mixture_laws", metadata={"help": "Folder that the results are written to."}
@@ -119,7 +125,7 @@ class MixtureLawsArguments:
 
 
 def main(args: MixtureLawsArguments) -> dict:
-    """Do what the arguments ask for; print tables, write the document and figures, return it."""
+    """Judge, propose and assess as asked; print tables, write files, return the document."""
     _check(args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +144,7 @@ def main(args: MixtureLawsArguments) -> dict:
 
 
 def _study(args: MixtureLawsArguments, ratios: str, metrics: str, folder: Path) -> dict:
-    """Judge the laws on the tables, and let the best one propose."""
+    """Judge the laws on the tables, and propose mixtures with the best one."""
     from llmmix.laws.printing import print_runs
     from llmmix.laws.study import Study, choose_law, summaries
     from llmmix.laws.tables import read_runs, read_runs_like
@@ -202,7 +208,7 @@ def _laws(names: list[str]) -> dict[str, "Law"]:
 
 
 def _objective(given: list[str], targets: Sequence[str]) -> str | dict[str, float] | None:
-    """None, a target's name, or weights by name, as `Law.propose` takes them."""
+    """The objective as `Law.propose` takes it: None, a target's name, or weights by name."""
     from llmmix.laws.names import find_target
 
     if given == ["mean"]:

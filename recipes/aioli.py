@@ -1,12 +1,12 @@
-"""A mixture whose shares move while it trains: Aioli, or another method under equal conditions.
+"""Fine-tune on a mixture whose shares move during training, by Aioli or another method.
 
     llmmix run aioli --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --domains code=code.jsonl web=web.jsonl --estimator regression
 
-`--method` takes aioli, skillit, doremi, doge, odm, stratified or fixed (`--weights`). Options of a
-method other than Aioli go into `--method_options eta=0.5 window=5`. DoReMi trains a reference and a
-proxy first, DoGE a proxy, into subfolders. The methods are described in llmmix/mixing/, each in the
-file of its name.
+`--method` is aioli, skillit, doremi, doge, odm, stratified (equal shares) or fixed (`--weights`).
+Options of a method other than Aioli go into `--method_options eta=0.5 window=5`. DoReMi first
+trains a reference and a proxy, and DoGE a proxy, into subfolders. Each method is described in the
+file of its name in llmmix/mixing/.
 """
 
 import copy
@@ -28,10 +28,12 @@ from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
 from llmmix.trainers import checkpoint_to_resume
 
+PROXIES = ("doremi", "doge")  # methods that train a proxy first
+
 
 @dataclass
 class MethodArguments:
-    """What moves the shares."""
+    """The method that moves the shares."""
 
     method: str = field(
         default="aioli",
@@ -40,7 +42,8 @@ class MethodArguments:
     method_options: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Options of a method other than aioli, each as NAME=VALUE: eta=0.5 window=5."
+            "help": "Options of a method other than aioli, as NAME=VALUE ..., such as eta=0.5 "
+            "window=5."
         },
     )
 
@@ -51,7 +54,7 @@ def main(
     aioli_config: AioliConfig,
     method_args: MethodArguments,
 ) -> None:
-    """Load, train what the method needs first, train, save."""
+    """Load, train a reference or proxy if the method needs one, train, save."""
     method = method_args.method
     config = config_of(method, method_args.method_options)
     checkpoint = prepare_model_args(model_args, training_args)
@@ -60,7 +63,7 @@ def main(
     out = Path(str(training_args.output_dir))
 
     def fit(folder: Path, make_callback: Callable, weights: Any = None):
-        """A training into a folder: the trainer and the callback that moved its mixture."""
+        """Train into a folder; returns the trainer and the callback that moved its mixture."""
         args = copy.copy(training_args)
         args.output_dir = str(folder)
         args.push_to_hub = args.push_to_hub and folder == out
@@ -77,8 +80,8 @@ def main(
         callback = make_callback(sampler, measured_rows=args.measured_rows)
         mixing.attach_mixture(trainer, sampler, callback)
         resume = checkpoint_to_resume(args)
-        if folder != out or (resume is True and method in ("doremi", "doge")):
-            # A stage may not have begun, or be over: it goes on from what it has saved, if anything
+        if folder != out or (resume is True and method in PROXIES):
+            # A stage may be finished or not begun: resume from its last checkpoint, if it has one
             resume = get_last_checkpoint(folder) if resume and folder.exists() else None
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -86,19 +89,9 @@ def main(
         trainer.accelerator.print(f"Model saved to {folder}")
         return trainer, callback
 
-    weights = None  # of the run itself; by default the configured ones
-    if method == "stratified":
-        weights = mixing.stratified(len(train))
-    elif method == "doremi":
-        fit(out / "reference", mixing.MixtureCallback)
-        reference = str(out / "reference")
-        _, proxy = fit(
-            out / "proxy", partial(mixing.DoReMiCallback, config=config, reference=reference)
-        )
-        weights = proxy.average
-    elif method == "doge":
-        _, proxy = fit(out / "proxy", partial(mixing.DoGECallback, config=config))
-        weights = proxy.average
+    weights: Any = mixing.stratified(len(train)) if method == "stratified" else None
+    if method in PROXIES:
+        weights = train_proxy(method, config, fit, out)
     callbacks: dict[str, Callable] = {
         "aioli": partial(mixing.AioliCallback, config=aioli_config),
         "skillit": partial(mixing.SkillItCallback, config=config),
@@ -110,6 +103,16 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
+
+
+def train_proxy(method: str, config: Any, fit: Callable, out: Path) -> dict[str, float]:
+    """Train the models that DoReMi or DoGE needs first; returns the weights that they find."""
+    make: Callable = partial(mixing.DoGECallback, config=config)
+    if method == "doremi":
+        fit(out / "reference", mixing.MixtureCallback)
+        make = partial(mixing.DoReMiCallback, config=config, reference=str(out / "reference"))
+    _, proxy = fit(out / "proxy", make)
+    return proxy.average
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Study: does moving the mixture pay? Aioli and its kin against the best fixed shares.
+"""Study: does moving the mixture pay? Aioli and other methods against the best fixed shares.
 
     llmmix run mixing_study [--domains code docs cpp math]
 
-Trains a two-layer model from nothing on domains of builtin:domains, equally long by every method,
-over several seeds; prints test losses as differences to equal shares with 95% intervals, and writes
-OUTPUT_DIR/mixing_study.json and mixing_study.png. The control that is rarely reported is there: the
-fixed mixture of the shares that a moving one drew on average. No network; about 20 minutes on a
-quiet machine of two cores.
+It trains a two-layer model from scratch on domains of builtin:domains, with every method for the
+same number of steps and over several seeds. It prints test losses as differences to equal shares
+with 95% intervals, and writes OUTPUT_DIR/mixing_study.json and mixing_study.png. It includes a
+control that is rarely reported: a fixed mixture with the shares that Aioli drew on average. It
+needs no network and takes about 20 minutes on a quiet machine with two cores.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +39,41 @@ from llmmix.mixing.rows import by_target
 
 EQUAL, BEST, MATCHED = "equal shares", "best fixed shares", "fixed, as Aioli drew"
 ONE_HOT, REGRESSION = "Aioli, one_hot", "Aioli, regression"
-MOVING = (ONE_HOT, REGRESSION, "Skill-It", "ODM")  # their trajectories are drawn
-GRID = (0.5, 0.8)  # shares of one domain above the others
+MOVING = (ONE_HOT, REGRESSION, "Skill-It", "ODM")  # methods whose trajectories are drawn
+GRID = (0.5, 0.8)  # shares of one domain; the others share the rest equally
 DEV_SEEDS = (100, 101)  # the best fixed shares are chosen on these, by validation loss
-Make = Callable[..., Any] | None  # (sampler, measured_rows) -> the callback of a method
+Make = Callable[..., Any] | None  # makes a method's callback from (sampler, measured_rows)
 SIZE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 
 
 @dataclass
 class StudyArguments:
-    """The size of the study."""
+    """Size of the study."""
 
-    output_dir: str = field(default="runs/mixing_study", metadata={"help": "Folder of results."})
+    output_dir: str = field(
+        default="runs/mixing_study", metadata={"help": "Folder that the results are written to."}
+    )
     domains: list[str] = field(
         default_factory=lambda: ["docs", "noise", "noise2"], metadata={"help": "Domains to mix."}
     )
-    seeds: int = field(default=3, metadata={"help": "Number of seeds of each method."})
+    seeds: int = field(default=3, metadata={"help": "Number of seeds of the other methods."})
     aioli_seeds: int = field(
-        default=8, metadata={"help": "Number of seeds of Aioli, equal and the best fixed shares."}
+        default=8,
+        metadata={"help": "Number of seeds of Aioli, of equal and of the best fixed shares."},
     )
     max_steps: int = field(default=500, metadata={"help": "Steps of each training."})
-    batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens in a step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak of a cosine to zero."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Number of windows of 64 tokens in a step."}
+    )
+    learning_rate: float = field(
+        default=3e-3, metadata={"help": "Peak learning rate of a cosine schedule to zero."}
+    )
     test_rows: int = field(default=200, metadata={"help": "Number of test windows of each domain."})
 
 
 class Study:
-    """Trains by a method and a seed, and keeps the results."""
+    """Trains models by method and seed, and keeps the results."""
 
     def __init__(self, args: StudyArguments):
         self.args, self.names = args, args.domains
@@ -84,7 +92,7 @@ class Study:
     def fit(
         self, seed: int, weights: Any = None, make: Make = None, steps: int | None = None
     ) -> tuple[LlamaForCausalLM, Any, float]:
-        """A trained model, its callback, and how long it took."""
+        """Train a model; returns it, its callback and the seconds that training took."""
         args, begun = self.args, time.perf_counter()
         torch.manual_seed(seed)
         settings = TrainingArguments(
@@ -117,7 +125,7 @@ class Study:
     def run(
         self, name: str, seed: int, weights: Any = None, make: Make = None, before: float = 0.0
     ) -> LlamaForCausalLM:
-        """Train, test, keep and say; `before` are seconds that the method took until then."""
+        """Train, test and save the result; `before` are seconds of earlier stages of the method."""
         model, callback, seconds = self.fit(seed, weights, make)
         _, entries = read_record(self.folder / "training")
         path = [[e["step"], e["weights"]] for e in entries if "weights" in e]
@@ -136,13 +144,13 @@ class Study:
 
     @torch.no_grad()
     def loss(self, model: LlamaForCausalLM, rows: Dataset) -> float:
-        """Mean loss a token of windows, which are all of one length."""
+        """Mean loss a token over windows, which all have the same length."""
         ids = torch.tensor(rows["input_ids"][:])
         parts = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(50)]
         return float(sum(parts) / len(ids))
 
     def grid(self) -> list[float]:
-        """The fixed shares with the least validation loss, one domain above the others."""
+        """The fixed shares with the smallest validation loss, of those that prefer one domain."""
         rest, found = 1 / (len(self.names) - 1), {}
         for domain in range(len(self.names)):
             for share in GRID:
@@ -156,7 +164,7 @@ class Study:
         return [round(float(share), 4) for share in min(found, key=lambda weights: found[weights])]
 
     def graph(self) -> list[list[float]]:
-        """Skill-It's, from a quarter of a run on each domain alone."""
+        """Skill-It's graph, from a quarter of a run on each domain alone."""
         steps, ends = self.args.max_steps // 4, []
         for domain in np.eye(len(self.names)):
             self.fit(DEV_SEEDS[0], domain, steps=steps)
@@ -170,30 +178,33 @@ class Study:
         return next(entry["final"] for entry in entries if "final" in entry)
 
 
+def aioli(estimator: str, seed: int) -> Make:
+    """Makes Aioli's callback with an estimator, whose order of domains follows a seed."""
+    return partial(
+        mixing.AioliCallback, config=mixing.AioliConfig(estimator=estimator, order_seed=seed)
+    )
+
+
 def main(args: StudyArguments) -> None:
-    """Every method on every seed; one table, one figure."""
+    """Train every method on every seed; print a table and draw a figure."""
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     study = Study(args)
     study.folder.mkdir(parents=True, exist_ok=True)
-    run, aioli = (
-        study.run,
-        lambda **o: lambda s, **g: mixing.AioliCallback(s, mixing.AioliConfig(**o), **g),
-    )
-    best, skillit = study.grid(), mixing.SkillItConfig(graph=study.graph())
+    run, best, skillit = study.run, study.grid(), mixing.SkillItConfig(graph=study.graph())
     for seed in range(max(args.seeds, args.aioli_seeds)):
         reference = run(EQUAL, seed)
         if seed < args.aioli_seeds:
             run(BEST, seed, best)
-            run(ONE_HOT, seed, None, aioli(estimator="one_hot", order_seed=seed))
-            run(REGRESSION, seed, None, aioli(estimator="regression", order_seed=seed))
+            run(ONE_HOT, seed, None, aioli("one_hot", seed))
+            run(REGRESSION, seed, None, aioli("regression", seed))
             run(MATCHED, seed, study.results[REGRESSION][seed]["shares"])
         if seed < args.seeds:
-            run("Skill-It", seed, None, lambda s, **g: mixing.SkillItCallback(s, skillit, **g))
+            run("Skill-It", seed, None, partial(mixing.SkillItCallback, config=skillit))
             run("ODM", seed, None, mixing.ODMCallback)
             proxies: dict[str, Callable] = {
-                "DoReMi": lambda s, r=reference, **g: mixing.DoReMiCallback(s, reference=r, **g),
-                "DoGE": lambda s, **g: mixing.DoGECallback(s, mixing.DoGEConfig(interval=5), **g),
+                "DoReMi": partial(mixing.DoReMiCallback, reference=reference),
+                "DoGE": partial(mixing.DoGECallback, config=mixing.DoGEConfig(interval=5)),
             }
             for name, proxy in proxies.items():
                 _, callback, seconds = study.fit(seed, None, proxy)
@@ -203,7 +214,7 @@ def main(args: StudyArguments) -> None:
 
 
 def show(args: StudyArguments, results: dict, best: list[float]) -> None:
-    """Differences to equal shares on the same seeds, printed and drawn."""
+    """Print a table of differences to equal shares on the same seeds, and draw the paths."""
     equal = results[EQUAL]
     table = Table(title=f"Test loss less that under equal shares, {args.max_steps} steps", box=None)
     table.add_column("")

@@ -1,11 +1,11 @@
-"""A mixture of domains with fixed shares, into supervised fine-tuning.
+"""Supervised fine-tuning on a mixture of domains with fixed shares.
 
     llmmix run mixture --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --domains code=code.jsonl web=web.jsonl books=hub/id --weights 0.5 0.3 0.2
 
-Rows of a domain are text, prompt and completion, or chat; domains may differ in that. Some rows of
-each are set aside for its validation loss. OUTPUT_DIR/mixture.jsonl holds what was drawn. Add
-`--use_peft` for LoRA. For shares that move, see `llmmix run aioli`.
+Rows of a domain are text, prompt and completion, or chat; different domains may have different
+formats. Some rows of each domain are set aside for its validation loss. OUTPUT_DIR/mixture.jsonl
+records the draws. Add `--use_peft` for LoRA. For shares that move, see `llmmix run aioli`.
 """
 
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config

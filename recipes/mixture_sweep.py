@@ -1,11 +1,12 @@
-"""Many fixed mixtures, a training each: a grid or a random sample, into ratios.csv and metrics.csv.
+"""Train on each of many fixed mixtures, and write tables of their shares and losses.
 
     llmmix run mixture_sweep --model_name_or_path builtin:tiny --max_steps 200 \
         --domains code=builtin:domains@code docs=builtin:domains@docs --mixtures 16
 
-The tables are those that mixture laws are fitted to: a line a run, the shares of each domain in one
-and its validation losses in the other, joined by `run_id`. A sweep that was stopped goes on where
-it was: runs that are in both tables are not trained again.
+The mixtures are a grid or random draws. `llmmix eval mixture_laws` fits laws to the tables: they
+have a line for each run, with the shares of the domains in ratios.csv and the validation losses in
+metrics.csv, joined by `run_id`. A sweep that was stopped continues: runs that are in both tables
+are not trained again.
 """
 
 import copy
@@ -29,8 +30,8 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
     train, validation = load_domains(training_args, tokenizer)
     if training_args.padding_free or training_args.packing:
         raise ValueError(
-            "`padding_free`, `packing`: a sweep needs each domain's loss, which these do not keep "
-            "apart. Leave both off."
+            "`padding_free` and `packing` join rows of several domains, and a sweep needs the loss "
+            "of each domain. Leave both off."
         )
     prior = training_args.sampler(train).weights
     out = Path(str(training_args.output_dir))

@@ -5,7 +5,9 @@
     law.predict(mixtures), law.interval(mixtures), law.best_mixture("code")
     compare({"effective": DefaultLaw(), "linear": LinearLaw()}, *runs.frames())
 
-No torch: numpy, scipy, scikit-learn and pandas alone.
+It needs numpy, scipy, scikit-learn and pandas, and no torch. The laws are in effective.py,
+exponential.py, linear.py and trees.py; `Law` (law.py) is their base class. eval/mixture_laws.py is
+the program on top.
 """
 
 from llmmix.laws.budget import learning_curve

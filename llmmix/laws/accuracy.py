@@ -1,9 +1,9 @@
-"""Scores of predicted losses against observed ones, and how sure they are.
+"""Scores of predicted losses against observed ones, and their confidence intervals.
 
     bootstrap(lambda counts: spearman(observed, predicted, counts), same_mixture(mixtures))
 
-Runs of one mixture are no independent evidence: intervals are of 95 %, over mixtures drawn with
-replacement. Runs with a NaN are left out of a score.
+Runs of the same mixture are not independent, so the 95 % intervals resample mixtures, not runs.
+Runs with a NaN are left out of a score.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ def bootstrap(
     """A statistic of all runs, and its interval over mixtures drawn with replacement.
 
     Args:
-        statistic: (resamples, n) times that each run counts -> (resamples,).
-        mixture: (n,) as from `simplex.same_mixture`.
-        resamples: Number of draws. 0: no bounds.
+        statistic: Maps (resamples, n) counts of each run to (resamples,) values.
+        mixture: (n,) number of each run's mixture, as from `simplex.same_mixture`.
+        resamples: Number of draws. 0: the bounds are NaN.
     """
     groups = mixture.max() + 1
     drawn = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), resamples)
     found = statistic(np.vstack([np.ones(len(mixture)), drawn[:, mixture]]))
-    drawn = found[1:][~np.isnan(found[1:])]  # a draw of runs without a loss says nothing
+    drawn = found[1:][~np.isnan(found[1:])]  # NaN: a draw of runs without a loss
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return Interval(float(found[0]), float(low), float(high))
 
@@ -45,8 +45,8 @@ def bootstrap(
 def r2(*, observed: ArrayLike, predicted: ArrayLike, baseline: ArrayLike) -> np.ndarray:
     """1 - sum (observed - predicted)^2 / sum (observed - baseline)^2, over the runs (axis 0).
 
-    Out of sample if both `predicted` and `baseline` are: then the mean of what was fitted to has 0.
-    Runs with a NaN are left out; NaN where nothing differs from the baseline.
+    Where `baseline` is the mean of the fitted runs, that mean scores 0. Runs with a NaN are left
+    out; the result is NaN where no loss differs from the baseline.
     """
     left = np.subtract(observed, predicted) ** 2
     base = np.subtract(observed, baseline) ** 2
@@ -57,10 +57,10 @@ def r2(*, observed: ArrayLike, predicted: ArrayLike, baseline: ArrayLike) -> np.
 def spearman(
     observed: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """Rank correlation of (n,) and (n,), runs with a NaN left out; NaN of fewer than 3 runs.
+    """(draws,) rank correlations of (n,) and (n,); NaN for fewer than 3 runs without a NaN.
 
-    As scipy's spearmanr, but for all of a bootstrap's draws at once: (draws,) of `counts` (draws,
-    n), the times that each run counts. Without `counts` every run counts once.
+    The same as scipy's spearmanr, for all draws of a bootstrap at once: `counts` (draws, n) says
+    how often each run counts. Without it there is one draw, in which every run counts once.
     """
     kept = ~np.isnan(observed + predicted)
     counts = np.ones((1, len(kept))) if counts is None else counts
@@ -73,7 +73,7 @@ def spearman(
 
 
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(draws, n) ranks, their mean where values tie, less their mean over all runs."""
+    """(draws, n) ranks, averaged where values tie, minus their mean over all runs."""
     order = np.argsort(values, kind="stable")
     below = np.cumsum(np.hstack([np.zeros((len(counts), 1)), counts[:, order]]), 1)
     first, last = (np.searchsorted(values[order], values, side) for side in ("left", "right"))
@@ -83,12 +83,12 @@ def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def weighted(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(n,) objective of (n, m) losses; NaN of a run that lacks a target with a weight."""
+    """(n,) objective of (n, m) losses; NaN for a run that lacks a target with a weight."""
     return losses[:, weights > 0] @ weights[weights > 0]
 
 
 def regret_of(observed: np.ndarray, predicted: np.ndarray) -> float:
-    """Loss of the run predicted best, less that of the best; the mean of runs predicted alike."""
+    """Loss of the run predicted best (mean of ties) minus the loss of the best run."""
     kept = ~np.isnan(observed + predicted)
     observed, predicted = observed[kept], predicted[kept]
     if not len(observed):
@@ -97,6 +97,6 @@ def regret_of(observed: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def coverage_of(errors: np.ndarray, stds: np.ndarray, level: float) -> float:
-    """Part of the errors within the central interval of that level of a normal law of `stds`."""
+    """Fraction of the errors inside the central normal interval of `level`, given `stds`."""
     kept = ~np.isnan(errors + stds)
     return float(np.mean(np.abs(errors[kept]) <= norm.ppf(0.5 + level / 2) * stds[kept]))

@@ -1,4 +1,4 @@
-"""How well a law predicts when it is fitted to fewer runs, and how many of them it needs."""
+"""Learning curves: how well a law predicts when fitted to fewer runs, and how many it needs."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from sklearn.model_selection import ShuffleSplit
 from llmmix.laws.held_out import JudgedRuns, judged_runs
 from llmmix.laws.judge import judge_folds
 from llmmix.laws.law import Law
-from llmmix.laws.wishes import Objective
+from llmmix.laws.objective import Objective
 
-HELD_OUT = 0.2  # part of the mixtures that a learning curve is judged on
+HELD_OUT = 0.2  # fraction of the mixtures on which a learning curve is judged
 SCORES = ("error", "spearman", "mae")  # of a learning curve
 
 
@@ -27,33 +27,36 @@ def learning_curve(
 ) -> list[dict]:
     """How well a law predicts when it is fitted to fewer runs.
 
-    In every repeat a fifth of the mixtures is held out, and the law is fitted to n runs of the
-    others, each of another mixture; the runs of a smaller n are among those of a larger one.
+    Every repeat holds out a fifth of the mixtures and fits the law to n runs of the others, each of
+    a different mixture. The runs of a smaller n are among the runs of a larger n.
 
     Args:
-        law: Cloned.
+        law: The law; it is cloned and stays as it is.
         mixtures: (n, k).
         losses: (n, m).
         objective: As in `Law.propose`.
         sizes: Numbers of runs. Default: 8, 16, 32, ... and four fifths of the mixtures.
-        repeats: How often the runs are drawn.
+        repeats: Number of times that runs are drawn.
         seed: Seed of the draws.
 
     Returns:
-        By size a dict of runs; error (as in `Judgement`), spearman and mae of the objective: means
-        over the repeats, and each one's standard deviation over them as error_sd and so on; and
-        `reason`: why the law could not be fitted in some or all of the repeats, else "".
+        A dict for each size, with `runs`, the size; `error` (as in `Judgement`), `spearman` and
+        `mae` of the objective, each a mean over the repeats; `error_sd`, `spearman_sd` and
+        `mae_sd`, their standard deviations over the repeats; and `reason`, why the law could not be
+        fitted in some or all of the repeats, else "".
 
     Raises:
-        ValueError: There are fewer than 5 mixtures, or a size is below 1 or above what the held-out
-            fifth leaves.
+        ValueError: There are fewer than 5 mixtures, or a size is below 1 or above the number of
+            mixtures that are not held out.
     """
     runs = judged_runs(mixtures, losses, objective)
     count = runs.mixture.max() + 1
     held = int(np.ceil(HELD_OUT * count))
     most = count - held
     if count < 5:
-        raise ValueError(f"`mixtures`: a learning curve takes 5 different ones, got {count}.")
+        raise ValueError(
+            f"`mixtures`: a learning curve takes 5 different ones, got {count}. Add runs."
+        )
     if sizes is None:
         sizes = [n for n in (8 * 2 ** np.arange(20)).tolist() if n < most] + [most]
     if min(sizes) < 1 or max(sizes) > most:
@@ -91,10 +94,10 @@ def _point(n: int, results: list) -> dict:
 
 
 def runs_needed(curve: list[dict], within: float = 0.1) -> int:
-    """Fewest runs whose error is at most `within` (a part) above that of the most runs.
+    """Smallest number of runs with an error at most `within` (a fraction) above that of all runs.
 
     Raises:
-        ValueError: `curve` has no point with an error.
+        ValueError: The law could be fitted at no size of `curve`.
     """
     known = [point for point in curve if np.isfinite(point["error"])]
     if not known:

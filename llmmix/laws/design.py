@@ -1,18 +1,18 @@
-"""Which mixtures to run next, so that a law learns where the best mixture lies.
+"""Which mixtures to run next, so that the runs tell most about where the best mixture lies.
 
-    w_r   ~ how often candidate r is among the best under the laws that the runs leave open
+    w_r   ~ how often candidate r is among the best under laws drawn from the posterior
     g_r   = f_r - sum_r w_r f_r                    f the objective, sum_i u_i L_i
     c*    = argmax_c sum_r w_r Cov(g_r, f_c)^2 / (Var f_c + s^2),    s^2 = sum_i u_i^2 noise_i^2
 
-Laws drawn from what the runs leave open (`Law.draws`) disagree about which mixture is best, and
-a run teaches most where it settles that. A run at c lowers the variance of what the mixtures that
-may be best differ by, summed with their weights w, by the amount above, if objective and draws
-are Gaussian. What all of them share, such as a floor, decides nothing, so g has it taken off. The
-covariance is then conditioned on a run there, whatever its loss, and the next one is picked: a
-batch is spread out by itself. Runs' noise is taken to be independent between targets.
+The laws that fit the runs (`Law.draws` samples them) disagree about which mixture is best, and a
+run is most useful where it settles that. If objective and draws are Gaussian, a run at c lowers the
+variance of the differences between mixtures that may be best, summed with their weights w, by the
+amount above. What these mixtures have in common, such as a floor, does not matter, so g leaves it
+out. The covariance is then conditioned on a run at c, which does not need its loss, and the next
+mixture is picked, so that a batch spreads out. Noise is taken to be independent between targets.
 
-Weak where the law is: draws of a wrong form disagree about the wrong things, and of a domain that
-no run varied they say nothing. Those keep their share, and a note says so.
+Where it is weak: draws of a law of the wrong form disagree about the wrong things. Domains that no
+run varied keep their share, and a note says so.
 """
 
 from dataclasses import dataclass
@@ -21,16 +21,17 @@ import numpy as np
 
 from llmmix.laws.inputs import canonical_order
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective, Shares, law_bounds, prior_shares
+from llmmix.laws.optimum import best_runs
 from llmmix.laws.simplex import nearest_run, project
-from llmmix.laws.wishes import Objective, Shares, law_bounds, prior_shares
 
-DRAWS = 400  # laws
+DRAWS = 400  # laws drawn
 CANDIDATES = 2000
-BEST = 0.005  # share of the candidates that count as best under a law
-APART = 0.02  # share moved by which a run must differ from others
-CONCENTRATIONS = (3.0, 10.0, 30.0, 100.0)  # of Dirichlet draws, in all
-CLOSER = (30.0, 100.0, 300.0)  # and of those about single mixtures
-DECIMALS = (4, 6, 9)  # the fewest that the bounds allow
+BEST = 0.005  # fraction of the candidates that count as best under a law
+APART = 0.02  # distance, as a share moved, that a run must keep from others
+CONCENTRATIONS = (3.0, 10.0, 30.0, 100.0)  # of the wide Dirichlet draws
+CLOSER = (30.0, 100.0, 300.0)  # of the Dirichlet draws around single mixtures
+DECIMALS = (4, 6, 9)  # numbers of decimals to try
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class Design:
     """Mixtures to run next, in the order in which they were picked.
 
     Args:
-        mixtures: (count, k), four decimals where the bounds allow, of sum 1.
-        expected: (count,) the objective there, as the law has it.
-        std: (count,) its standard deviation before any of these runs, without a run's noise.
-        nearest: (count,) share that would have to be moved to get to the nearest finished run.
-        before: Standard deviation of the objective where the optimum may lie, about its level.
-        after: (count,) what it falls to with the first of these runs, the first two, and so on.
-        notes: What to mind.
+        mixtures: (count, k) mixtures, rounded to four decimals where the bounds allow it.
+        expected: (count,) objective there, as the law predicts it.
+        std: (count,) its standard deviation before any of these runs, without the noise of a run.
+        nearest: (count,) distance to the nearest finished run, as a share moved.
+        before: Standard deviation of the differences in objective between mixtures that may be
+            best.
+        after: (count,) the same after the first of these runs, after the first two, and so on.
+        notes: What to keep in mind, a sentence each.
     """
 
     mixtures: np.ndarray
@@ -73,19 +75,19 @@ def next_mixtures(
 
     Args:
         law: A fitted law.
-        count: Number of runs to plan, done side by side.
-        objective: As `Law.propose` takes it, as are the bounds and the prior.
+        count: Number of runs to plan, which are to be done together.
+        objective: As `Law.propose` takes it; so are `lower`, `upper` and `prior`.
         lower: Smallest shares.
         upper: Largest shares.
-        prior: Mixture about which candidates are drawn, beside the runs' mean.
-        apart: Share by which each must differ from all runs and from each other.
-        draws: Number of laws that are drawn and asked.
-        candidates: Number of mixtures looked at.
+        prior: Mixture around which candidates are drawn, besides the mean of the runs.
+        apart: Smallest distance to all runs and between the mixtures, as a share moved.
+        draws: Number of laws that are drawn.
+        candidates: Number of candidate mixtures.
         seed: Seed of candidates and laws.
 
     Raises:
-        ValueError: `count` is below 1, the bounds leave fewer mixtures than that, or all laws that
-            the runs leave open agree on what is best.
+        ValueError: `count` is below 1, the bounds leave fewer mixtures than `count`, or all laws
+            drawn agree on which mixture is best.
     """
     if not (isinstance(count, int | np.integer) and count >= 1):
         raise ValueError(f"`count` must be a whole number from 1, got {count!r}.")
@@ -97,18 +99,14 @@ def next_mixtures(
     u = law.target_weights(objective)
     found = law.propose(objective, lower=lower, upper=upper, prior=prior, seed=seed)
     centre = prior_shares(prior, law.inputs_)
+    centres = np.vstack([centre, law.mixtures_.mean(0), found.mixture, best_runs(law.inputs_, u)])
     low, high = law_bounds(law.inputs_, lower=lower, upper=upper)
-    fixed = np.isin(law.domains_, law.unidentified_)
-    # Drawn in an order of the domains that does not depend on how they came
+    # Drawn and picked in an order of the domains that does not depend on how they came
     order = canonical_order(law.mixtures_, law.losses_)[1]
-    inside = _Simplex(low[order], high[order], fixed[order])
-    observed = np.nan_to_num(law.losses_, nan=np.inf)[:, u > 0] @ u[u > 0]
-    best = law.mixtures_[np.argsort(observed, kind="stable")[:5]]
-    centres = np.vstack([centre, law.mixtures_.mean(0), found.mixture, best])[:, order]
-    pool = inside.use(_drawn(centres, candidates, np.random.default_rng(seed)))
-    runs = law.mixtures_[:, order]
-    pool = pool[[nearest_run(p, runs)[1] >= apart for p in pool]]
     back = np.argsort(order)
+    inside = _Simplex(low[order], high[order], law.inputs_.fixed[order])
+    pool = inside.use(_drawn(centres[:, order], candidates, np.random.default_rng(seed)))
+    pool = pool[[nearest_run(p, law.mixtures_[:, order])[1] >= apart for p in pool]]
     if len(pool) < count:
         raise ValueError(_too_few(len(pool), count, apart))
     values = law.draws(pool[:, back], draws, seed) @ u
@@ -127,14 +125,14 @@ def next_mixtures(
 
 
 def _drawn(centres: np.ndarray, candidates: int, rng: np.random.Generator) -> np.ndarray:
-    """Mixtures about the centres (c, k), of which the first two are drawn about widely."""
+    """Mixtures around the centres (c, k), with the widest draws around the first two."""
     mean = centres[:2].mean(0)
     parts = [centres]
     wide = [(c, a) for c in centres[:2] for a in CONCENTRATIONS]
     close = [(0.95 * c + 0.05 * mean, a) for c in centres[2:] for a in CLOSER]
     for pairs, share in ((wide, 0.5), (close, 0.3)):
         each = int(np.ceil(share * candidates / len(pairs)))
-        # A concentration of 0 is no Dirichlet: what has no share anywhere gets next to none
+        # Concentrations must be positive: a domain without a share gets next to none
         parts += [rng.dirichlet(np.maximum(a * c, 1e-3), each) for c, a in pairs]
     ends = rng.integers(len(centres), size=(2, int(np.ceil(0.2 * candidates))))
     t = rng.uniform(size=(ends.shape[1], 1))
@@ -142,10 +140,10 @@ def _drawn(centres: np.ndarray, candidates: int, rng: np.random.Generator) -> np
 
 
 class _Simplex:
-    """Mixtures within bounds, rounded for use.
+    """The simplex within bounds, on which mixtures are rounded to few decimals.
 
-    Shares that no run varied, and those whose bounds leave no round number, stay to the digit; the
-    share with the most room takes what they leave of a unit.
+    Shares that no run varied, and those whose bounds leave no round number, keep all digits; the
+    share with the most room takes up the remainder.
     """
 
     def __init__(self, low: np.ndarray, high: np.ndarray, fixed: np.ndarray):
@@ -162,7 +160,7 @@ class _Simplex:
                 break
 
     def use(self, p: np.ndarray) -> np.ndarray:
-        """Distinct mixtures near p (n, k), in its order."""
+        """The distinct rounded mixtures nearest to p (n, k), in the order of p."""
         p = project(p, self.low, self.high)
         if self.decimals is not None:
             scale = 10**self.decimals
@@ -171,7 +169,7 @@ class _Simplex:
         return p[np.sort(np.unique(p, axis=0, return_index=True)[1])]
 
     def _rounded(self, p: np.ndarray, scale: int) -> np.ndarray:
-        """Largest remainders, of those that are not held, in units of 1 / scale."""
+        """Round to multiples of 1 / scale by the largest remainders; held shares stay."""
         free = ~self.held
         units = p[free] * scale
         whole = np.floor(units + 1e-6)
@@ -189,17 +187,17 @@ class _Simplex:
 def _greedy(
     values: np.ndarray, noise: float, pool: np.ndarray, count: int, apart: float
 ) -> tuple[list[int], float, np.ndarray]:
-    """Candidates one after the other, each of which lowers the variance of the best ones most.
+    """Pick candidates one after the other, each the one that lowers the variance most.
 
     Args:
         values: (draws, n) objective of each candidate under each law.
         noise: Variance of a run's objective.
         pool: (n, k) candidates.
-        count: Number to pick.
-        apart: Share by which they differ.
+        count: Number of candidates to pick.
+        apart: Smallest distance between them, as a share moved.
 
     Returns:
-        Their indices, the standard deviation before and those after each.
+        Indices of the picked candidates, the standard deviation before, and after each of them.
     """
     top = max(1, round(BEST * values.shape[1]))
     best = np.argpartition(values, top - 1, axis=1)[:, :top]
@@ -208,14 +206,14 @@ def _greedy(
     w = weights[region]
     away = values - values.mean(0)
     contrast = away[:, region] - (away[:, region] @ w)[:, None]
-    # between the region's contrasts and all candidates, and between all candidates
+    # Covariances: between the region's contrasts and all candidates, and between all candidates
     cross = contrast.T @ away / (len(values) - 1)
     full = away.T @ away / (len(values) - 1)
     variance = float(w @ (contrast**2).sum(0) / (len(values) - 1))
     if not variance > 1e-18 * max(1.0, float(np.square(values).mean())):
         raise ValueError(
-            "`law`: the laws that the runs leave open agree on what is best for `objective`: no "
-            "run would teach them more. Take another objective or law, or `best_mixture`."
+            "`law`: all laws that fit the runs agree on what is best for `objective`, so no run "
+            "would tell more. Use another objective or law, or `best_mixture`."
         )
     picked: list[int] = []
     after: list[float] = []
@@ -243,7 +241,7 @@ def _too_few(found: int, count: int, apart: float) -> str:
 
 
 def _notes(law: Law, decimals: int | None):
-    """What to mind, in words."""
+    """What to keep in mind, a sentence each."""
     shares = law.mixtures_[0]
     for name in law.unidentified_:
         share = shares[law.domains_.index(name)]

@@ -1,25 +1,25 @@
-"""The effective-data law: what a mixture is worth to a target, as data with diminishing returns.
+"""The effective-data law: a power law in the amount of useful data that a mixture gives a target.
 
     L_i(r) = E_i + sum_q A_iq (1 + sum_j v_iqj r_j^a_qj)^-b_iq
 
     symbol   meaning                                              in `EffectiveDataLaw`
-    E_i      loss that no mixture gets below                      (m,)
-    A_iq     what component q adds at most, A > 0                 (m, K)
-    v_iqj    what domain j is worth to target i, v > 0            (m, K, k)
-    a_qj     returns of domain j: below 1, more of it helps less  (K, k), one for all targets
-    b_iq     power of the whole, b > 0                            (m, K)
+    E_i      floor of the loss                                    (m,)
+    A_iq     most that component q adds, A > 0                    (m, K)
+    v_iqj    worth of domain j to target i, v > 0                 (m, K, k)
+    a_qj     returns of domain j: below 1 they diminish           (K, k), shared by all targets
+    b_iq     power, b > 0                                         (m, K)
 
-A power law of data (Kaplan et al., 2020) in which the amount is the mixture's, as each target sees
-it through weights of its own. Dividing the floor s out of B (s + sum_j w_j r_j^a)^-b leaves
-A = B s^-b and v = w / s. All but E are exponentials or softplus of free numbers, so no fit leaves
-its range, and a loss stays between E and E + sum_q A whatever the mixture.
+This is a power law of data (Kaplan et al., 2020) in which each target has weights of its own for
+the domains' data. Dividing s out of B (s + sum_j w_j r_j^a)^-b leaves A = B s^-b and v = w / s. All
+parameters but E are an exponential or softplus of free numbers, so they stay in range, and a loss
+lies between E and E + sum_q A for any mixture.
 
-Fit: maximum a posteriori from one deterministic start, losses in units of their target's deviation.
-The prior says what is known of such curves before any run, so that a fit to fewer runs than
-parameters still predicts. How much the runs weigh against it is their noise, which is read off the
-errors at runs left out (to first order, from the leverages), and fitted anew, `ROUNDS` times.
-Runs that a robust fit leaves far off in most targets, as one that diverged, are set aside first,
-and counted.
+Fit: maximum a posteriori from one deterministic start, with losses in units of their target's
+standard deviation. The prior says what such curves usually look like, so that a fit to fewer runs
+than parameters still predicts. The noise of the runs decides their weight against the prior; it is
+estimated from the errors at runs left out (to first order, from the leverages), and the fit is
+repeated with it, `ROUNDS` times. Runs that a robust fit leaves far off in most targets, such as one
+that diverged, are set aside first.
 """
 
 import numpy as np
@@ -29,19 +29,19 @@ from scipy.special import expit
 from llmmix.laws.law import Law
 from llmmix.laws.least_squares import Arrow, Posterior, Prior, Residuals, levenberg_marquardt
 
-ROUNDS = 4  # of fitting, and estimating the noise
-NOISE, NOISE_RUNS = 0.1, 8  # its prior, in deviations of the losses, and what that is worth in runs
-LEAST, MOST = 0.01, 0.6  # bounds of it
-HUBER, OUTLIER = 4.0, 10.0  # of the robust fit, times the noise
-ROUGH = 25  # steps of it, in each of two rounds
-REACH = 2.5  # interquartile ranges over which a target's losses spread
-GROSS = 8.0  # times that reach, beyond which a loss says that its run diverged
+ROUNDS = 4  # rounds of fitting and estimating the noise
+NOISE, NOISE_RUNS = 0.1, 8  # prior of the noise, in deviations of the losses; its weight in runs
+LEAST, MOST = 0.01, 0.6  # bounds of the noise
+HUBER, OUTLIER = 4.0, 10.0  # bend and outlier threshold of the robust fit, in units of the noise
+ROUGH = 25  # steps in each of the two rounds of the robust fit
+REACH = 2.5  # spread of a target's losses, in interquartile ranges
+GROSS = 8.0  # spreads beyond which a loss means that its run diverged
 
-# The prior's means and deviations, losses in units of their deviation
-FLOOR, FLOOR_SD = -1.0, 1.5  # E, from the smallest loss
-TOP, TOP_SD = np.log(1.5), 0.7  # log of sum A, from the largest loss less E
+# Means and standard deviations of the prior, with losses in units of their deviation
+FLOOR, FLOOR_SD = -1.0, 1.5  # E, relative to the smallest loss
+TOP, TOP_SD = np.log(1.5), 0.7  # log of sum A, relative to the largest loss minus E
 POWER, POWER_SD = -0.5, 1.0  # softplus^-1 b
-WORTH, WORTH_SD, WORTH_APART = -1.5, 1.5, 2.0  # log v: mean, its deviation, and that of the domains
+WORTH, WORTH_SD, WORTH_APART = -1.5, 1.5, 2.0  # log v: mean, its deviation, that between domains
 RETURNS = {1: (0.0,), 2: (-1.0, 1.0), 3: (-1.0, 0.0, 1.0)}  # softplus^-1 a, by component
 RETURNS_SD, RETURNS_APART = 1.0, 0.75
 
@@ -51,12 +51,12 @@ def _softplus(x: np.ndarray) -> np.ndarray:
 
 
 def _together(k: int, mean_sd: float, apart: float) -> np.ndarray:
-    """(k, k) precision of numbers with a common mean of deviation `mean_sd`, and `apart` off it."""
+    """(k, k) precision of numbers with deviation `apart` around a mean of deviation `mean_sd`."""
     return np.linalg.inv(apart**2 * np.eye(k) + mean_sd**2)
 
 
 def _sparing(far: np.ndarray, Y: np.ndarray) -> np.ndarray:
-    """(n,) without runs that have the only losses of a target: they are all that is known of it."""
+    """(n,) `far` without the runs that have the only losses of a target."""
     alone = np.isnan(np.where(far[:, None], np.nan, Y)).all(0)
     return far & np.isnan(Y[:, alone]).all(1)
 
@@ -65,13 +65,13 @@ class EffectiveDataLaw(Law):
     """The effective-data law; see the module's equation.
 
     Args:
-        components: K, 1 to 3. Two describe a target that has a domain of its own, whose first
-            percent helps most, beside many that help a little.
-        max_iter: Steps of a fit, in each round.
+        components: K, 1 to 3. Two describe a target with a domain of its own, whose first percent
+            helps most, and other domains that help a little.
+        max_iter: Largest number of steps of a fit in each round.
         tol: Relative fall of the objective at which a fit has converged.
 
-    After `fit`, beside what `Law` lists, by target and domain as fitted: floor_ (m,), top_ (m, K),
-    power_ (m, K), worth_ (m, K, k), returns_ (K, k), NaN for what was not fitted.
+    After `fit`, besides what `Law` lists, by the caller's targets and domains: floor_ (m,), top_
+    (m, K), power_ (m, K), worth_ (m, K, k) and returns_ (K, k); NaN for what was not fitted.
     """
 
     def __init__(self, components: int = 2, max_iter: int = 100, tol: float = 1e-6):
@@ -93,9 +93,9 @@ class EffectiveDataLaw(Law):
         return self._noise * self._sd
 
     def _far_off(self, X: np.ndarray, Y: np.ndarray) -> np.ndarray:
-        """Which runs (n,) a fit that they hardly bend leaves far off, in most of their targets.
+        """(n,) which runs a robust fit leaves far off in most of their targets.
 
-        A run without a target's own domain is far off in that target, and rightly: it counts.
+        Far off in one target is no outlier: a run without the target's own domain is so rightly.
         """
         quarters = np.nanquantile(Y, [0.25, 0.75], axis=0)
         low, reach = quarters[0], REACH * np.ptp(quarters, axis=0)
@@ -110,7 +110,7 @@ class EffectiveDataLaw(Law):
         return _sparing(far, Y)
 
     def _map(self, X, Z, prior: Prior, rounds: int, huber: float | None, steps: int):
-        """Maximum a posteriori, with the noise from the errors left out."""
+        """Maximum a posteriori, with the noise estimated from the errors at runs left out."""
 
         def curve(theta, shared, derivatives):
             return self._curve(theta, shared, X, derivatives)
@@ -156,7 +156,7 @@ class EffectiveDataLaw(Law):
         return theta[:, 0], theta[:, 1 : 1 + K], theta[:, 1 + K : 1 + 2 * K], worth, returns
 
     def _terms(self, theta, shared, X):
-        """What the value and all its derivatives are made of."""
+        """The terms of which the value and its derivatives are made."""
         floor, log_top, power, worth, returns = self._parts(theta, shared)
         a, b = _softplus(returns), _softplus(power)
         log_x = np.log(np.where(X > 0, X, 1.0))
@@ -184,7 +184,7 @@ class EffectiveDataLaw(Law):
         return values, J, by_returns.transpose(1, 2, 0, 3).reshape(m, n, -1)
 
     def _publish(self) -> None:
-        """The law's numbers in losses' units, by the order of the caller's names."""
+        """Set the fitted attributes, in units of the losses and in the caller's order."""
         floor, log_top, power, worth, returns = self._parts(self._theta, self._shared)
         m, k, K = len(self.targets_), len(self.domains_), self.components
         rows, columns = self._targets, self._domains

@@ -2,18 +2,19 @@
 
     L_i(r) = c_i + exp(log k_i + sum_j t_ij r_j)
 
-The shares sum to one, so a number added to all t_i is a factor of k_i: k + 1 parameters for each
-target. c_i >= 0, as the paper has it, where all losses of the target are positive; it is free for
-quantities that are no such losses, as differences are.
+The shares sum to one, so a number added to all t_i is a factor of k_i: each target has k + 1
+parameters. Where all losses of a target are positive, c_i >= 0 as in the paper; it is free for
+other quantities, such as differences of losses.
 
-Fit, for each target by itself: Huber's loss of the residuals, linear beyond `huber`, and two things
-that the paper has not, without which few runs are met by a t of hundreds, and the law explodes away
-from them: a ridge on t, and a penalty where a domain alone would be worse than a ceiling, as far
-above the worst run as that is above the best. The ridge alone does not do: strong enough to prevent
-that, it forbids the steep falls that a domain's own loss has in its first percents.
+Each target is fitted by itself, with Huber's loss of the residuals, which is linear beyond `huber`.
+Two terms are not in the paper: a ridge on t, and a penalty where a domain alone would be worse than
+a ceiling, which is as far above the worst run as that is above the best. Without them, a fit to few
+runs reaches a t of hundreds, and the law explodes away from the runs. The ridge alone is not
+enough: if it is strong enough to prevent that, it also prevents the steep falls that a target's
+loss has in the first percents of its own domain.
 
 The problem has several minima, so it is solved from several c, with the linear fit of log(L - c) as
-the start for t; the two best are solved to the end (`scipy.optimize.least_squares`).
+the start for t; the two best are solved to convergence (`scipy.optimize.least_squares`).
 """
 
 import numpy as np
@@ -21,15 +22,14 @@ from scipy.linalg import helmert
 from scipy.optimize import least_squares
 from scipy.stats import norm
 
-from llmmix.laws.law import Law
+from llmmix.laws.law import Law, require_runs
 from llmmix.laws.least_squares import Arrow, Posterior, Prior
-from llmmix.laws.linear import require_runs
 
-LEAST_RIDGE = 1e-10  # keeps the normal matrix invertible where the paper's fit has no answer
-NEAREST, FARTHEST = 0.05, 20.0  # starts of c below the least loss, in spreads of the losses
-FIRST, FINAL = 30, 2  # steps from each start, and starts that are solved to the end
-FAR = 10.0  # spreads from the median at which a loss says nothing of the ceiling
-CAPPED = 4.0  # deviations at which a residual counts in the noise, as after a run that diverged
+LEAST_RIDGE = 1e-10  # keeps the normal matrix invertible where the paper's fit has no solution
+NEAREST, FARTHEST = 0.05, 20.0  # starts of c below the smallest loss, in spreads of the losses
+FIRST, FINAL = 30, 2  # steps from each start, and number of starts solved to convergence
+FAR = 10.0  # spreads from the median beyond which a loss does not raise the ceiling
+CAPPED = 4.0  # deviations at which a residual is capped in the noise, as of a run that diverged
 NO_SHARED, NO_PRECISION = np.zeros(0), np.zeros((0, 0))
 
 
@@ -38,19 +38,19 @@ class ExponentialLaw(Law):
 
     min  sum_n Huber(L_i(r_n) - y_ni) / s_i^2 + ridge |t_i|^2 + 1/2 sum_j max(0, over_ij)^2
 
-    s_i is the losses' spread, over_ij the logarithm of what domain j alone is above c_i over what
-    the ceiling is.
+    s_i is the spread of the losses. over_ij is the logarithm of (loss on domain j alone - c_i) /
+    (ceiling - c_i).
 
     Args:
-        huber: Size of a residual, in the losses' units, beyond which it counts linearly. None:
-            least squares.
+        huber: Residual, in units of the losses, beyond which it counts linearly. None: least
+            squares.
         ridge: Ridge on t. 0: the paper's fit, with neither ridge nor ceiling.
         starts: Number of values of c to start from.
         max_iter: Largest number of evaluations in each of the last fits.
         tol: Relative fall of the objective at which a fit has converged.
 
-    After `fit`, beside what `Law` lists, by the caller's targets and domains, NaN where not fitted:
-    floor_ (m,), c; log_scale_ (m,), log k; exponents_ (m, k), t.
+    After `fit`, besides what `Law` lists, by the caller's targets and domains: floor_ (m,), c;
+    log_scale_ (m,), log k; exponents_ (m, k), t. NaN for what was not fitted.
 
     Source: Ye et al., Data mixing laws: optimizing data mixtures by predicting language modeling
     performance, ICLR 2025.
@@ -77,7 +77,8 @@ class ExponentialLaw(Law):
             raise ValueError(f"`ridge` must be 0 or more, got {self.ridge!r}.")
         if self.starts < 1:
             raise ValueError(f"`starts` must be 1 or more, got {self.starts!r}.")
-        require_runs(self, Y, X.shape[1] + 2, X.shape[1] + 1)
+        parameters = X.shape[1] + 1
+        require_runs(self, Y, parameters + 1, f"has {parameters} parameters for each target")
         self._centre = X.mean(0)
         vertices = np.eye(X.shape[1]) * X[0].sum() - self._centre
         fits = []
@@ -94,7 +95,7 @@ class ExponentialLaw(Law):
         return noise
 
     def _weigh(self, X: np.ndarray, Y: np.ndarray, precision: np.ndarray) -> np.ndarray:
-        """What the runs leave open, and their noise (m,)."""
+        """(m,) noise of the runs; sets the posterior."""
         values, J, Js = self._curve(X, True)
         known = np.isfinite(Y.T)
         r = np.where(known, np.nan_to_num(Y.T) - values, 0.0)
@@ -105,7 +106,7 @@ class ExponentialLaw(Law):
         squares = (np.minimum(np.abs(r), cap) ** 2).sum(1)
         blocks = (J * known[:, :, None]).transpose(0, 2, 1) @ J
         used = np.trace(np.linalg.solve(blocks + precision, blocks), axis1=1, axis2=2)
-        # A run more than parameters leaves at least a part of a degree of freedom
+        # There is a run more than parameters: at least part of a degree of freedom is left
         noise = np.sqrt(squares / np.maximum(known.sum(1) - used, 0.5))
         sigma = np.maximum(noise, 1e-9 * self._room)
         curvature, square = _huber_moments(sigma, self.huber)
@@ -119,7 +120,7 @@ class ExponentialLaw(Law):
         return _curve(self._theta, (X - self._centre)[None], self._free, derivatives)
 
     def _publish(self) -> None:
-        """The law's numbers by the order of the caller's names."""
+        """Set the fitted attributes in the caller's order."""
         m, k = len(self.targets_), len(self.domains_)
         self.floor_, self.log_scale_ = np.full(m, np.nan), np.full(m, np.nan)
         self.exponents_ = np.full((m, k), np.nan)
@@ -132,7 +133,7 @@ class ExponentialLaw(Law):
         return self._curve(X, False).T
 
     def _shrunk(self, J: np.ndarray, Js: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Deviations (m, n), and what to take them by: none is wider than the ceiling is high."""
+        """(m, n) deviations, capped by the ceiling's height, and the factors that cap them."""
         std = np.sqrt(self._posterior.variance(J, Js))
         by = 1 / np.hypot(1, std / self._room[:, None])
         return std * by, by
@@ -152,12 +153,12 @@ class ExponentialLaw(Law):
 
 
 class _Target:
-    """The fit to x (n, k) about the centre and y (n,) of one target; `vertices` (k, k) likewise."""
+    """The fit of one target: x (n, k) and `vertices` (k, k) minus the centre, y (n,) losses."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, vertices: np.ndarray, law: ExponentialLaw):
         k = x.shape[1]
-        # A number added to all t changes nothing but the ridge, which is least where their sum is
-        # 0: t is sought among those, in k - 1 numbers
+        # A number added to all t changes only the ridge, which is smallest where t sums to 0: the
+        # fit has k - 1 numbers for such t
         self.basis = helmert(k)
         self.x, self.y, self.tol = x @ self.basis.T, y, law.tol
         self.bounded = y.min() > 0
@@ -180,7 +181,7 @@ class _Target:
         return np.append(theta[:2], theta[2:] @ self.basis), free, converged
 
     def _starts(self, count: int) -> list[np.ndarray]:
-        """Start c from near the least loss down; log k and t from the fit of log(y - c)."""
+        """Starts: c below the smallest loss, at several gaps; log k and t by fitting log(y - c)."""
         gaps = self.spread * np.geomspace(NEAREST, FARTHEST, count)
         gaps = np.unique(np.minimum(gaps, self.least) if self.bounded else gaps)
         root = np.diag(self.spread * self.root[1:])
@@ -195,7 +196,7 @@ class _Target:
         return starts
 
     def _descend(self, theta: np.ndarray, steps: int) -> tuple[float, np.ndarray, bool, bool]:
-        """The objective, the parameters, whether c is free, and whether it converged."""
+        """The objective, the parameters, whether c is free, and whether the fit converged."""
         least = np.full(len(theta), -np.inf)
         least[0] = 0.0 if self.bounded else -np.inf
         mean = np.append(theta[:2], np.zeros(len(theta) - 2))
@@ -263,7 +264,7 @@ def _curve(theta: np.ndarray, x: np.ndarray, free: np.ndarray, derivatives: bool
 
 
 def _spread_of(y: np.ndarray) -> float:
-    """Deviation of losses of which a few may be anything."""
+    """Standard deviation of losses, robust against a few outliers."""
     low, high = np.quantile(y, norm.cdf([-1, 1]))
     return (high - low) / 2 if high - low > 1e-3 * np.ptp(y) else float(np.std(y))
 

@@ -1,9 +1,10 @@
-"""How true a method's law is to the run that it steered: its matrix beside one fitted to the run.
+"""How well a method's law fits the run that it steered: its matrix against one fitted to the run.
 
-    similarity = 1/2 cos(a, b) + 1/2 Spearman(a, b)       column sums of the fitted, the implied A
+    similarity = 1/2 cos(a, b) + 1/2 Spearman(a, b)
 
-The similarity of Chen et al. (arXiv:2411.05735). The fitted matrix is that of `trajectory`; rows
-are targets and columns domains.
+This is the similarity of Chen et al. (arXiv:2411.05735), where a is the column sums of the fitted
+matrix and b those of the method's. llmmix/laws/trajectory.py reads the run's record and fits the
+matrix. Rows are targets and columns domains.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from scipy.stats import rankdata
 
 from llmmix.laws.trajectory import Dynamics, Trajectory, fit_dynamics, mean_r2, read_trajectory
 
-RESAMPLES = 2000  # of the fitted column sums, for the similarity's interval
+RESAMPLES = 2000  # draws of the fitted column sums for the interval of the similarity
 
 
 def similarity(
@@ -23,16 +24,16 @@ def similarity(
 ) -> float:
     """How alike two matrices' column sums are: 1/2 cosine + 1/2 Spearman.
 
-    Of 2 domains the Spearman part is 1 or -1; positive sums have a cosine near 1 whatever they are,
-    so compare it with what shuffled domains have (`Fidelity.chance`).
+    With 2 domains the Spearman part is 1 or -1. Positive sums always have a cosine near 1, so
+    compare the similarity with that of shuffled domains (`Fidelity.chance`).
 
     Args:
         implied: (m, k) matrix of a method.
         fitted: (m, k) matrix fitted to the run.
-        target_weights: (m,) weights of the rows; ones by default.
+        target_weights: (m,) weights of the rows. Default: ones.
 
     Returns:
-        Between -1 and 1; NaN where either has the same sum in every column, which ranks nothing.
+        A number from -1 to 1; NaN where a matrix has the same sum in every column.
 
     Raises:
         ValueError: The shapes differ, or an entry is not finite.
@@ -44,7 +45,9 @@ def similarity(
             f"and {fitted.shape}."
         )
     if not (np.isfinite(implied).all() and np.isfinite(fitted).all()):
-        raise ValueError("`implied` and `fitted` must be finite: leave out what is not identified.")
+        raise ValueError(
+            "`implied` and `fitted` must be finite: leave out domains that are not identified."
+        )
     u = _weights(target_weights, len(fitted))
     return _alike(u @ fitted, u @ implied)
 
@@ -52,7 +55,7 @@ def similarity(
 def _weights(given, m: int) -> np.ndarray:
     u = np.ones(m) if given is None else np.asarray(given, dtype=float)
     if u.shape != (m,) or not np.isfinite(u).all() or (u < 0).any() or not u.any():
-        raise ValueError(f"`target_weights` must be {m} numbers, not negative, got {given}.")
+        raise ValueError(f"`target_weights` must be {m} numbers of at least 0, got {given}.")
     return u
 
 
@@ -76,28 +79,30 @@ def _all_alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Fidelity:
     """How well a method's law fits the run that it steered.
 
-    The matrix is read off the same losses as the fitted one, so that likeness comes in part by
-    itself; what the method foretold of intervals after its decisions (`implied_r2`) does not.
+    The method's matrix and the fitted one come from the same losses, which makes them alike to some
+    degree. What the method predicted of intervals after its decisions (`implied_r2`) is free of
+    that. All scores are NaN if the method recorded no matrix.
 
     Args:
-        method: Class of the method.
+        method: Class name of the method.
         intervals: Number of intervals between two measurements.
         decisions: Number of matrices that differ from the one before.
         fitted: The law fitted to the run.
-        similarity: Mean over the decisions; this and what follows: NaN without a matrix.
-        similarity_of_mean: Similarity of the mean of the matrices, each of size 1.
+        similarity: Mean similarity over the decisions.
+        similarity_of_mean: Similarity of the mean of the matrices, each scaled to size 1.
         similarity_of_last: Similarity of the last matrix.
         interval: 90 % interval of `similarity_of_mean`, from the errors of the fitted matrix.
         chance: Mean of `similarity_of_mean` over all permutations of the domains.
-        scale: b of drop / g = b (A x) / |A|, A the last matrix known, over the `foretold`
-            intervals. |A|, its size, is the root of the sum of squares.
-        foretold: Number of intervals that began with a matrix known.
-        implied_r2: R2 of b A x there, b from the other intervals, against no mixture.
+        scale: b in drop / g = b (A x) / |A| over the `foretold` intervals, where A is the last
+            matrix before the interval and |A| the root of its sum of squares.
+        foretold: Number of intervals that began after a matrix was recorded.
+        implied_r2: R2 of b A x on these intervals, with b from the other ones, against the law
+            without a mixture.
         fitted_r2: R2 of the fitted law on the same intervals, each left out.
-        implied_mse: Mean squared error of b A x there, as `Dynamics.mse_out`.
-        fitted_mse: Mean squared error of the fitted law there.
-        unidentified: Domains of which the run says nothing; no similarity counts them.
-        notes: What to mind.
+        implied_mse: Mean squared error of b A x on these intervals, in units of `Dynamics.mse_out`.
+        fitted_mse: Mean squared error of the fitted law on these intervals.
+        unidentified: Domains of which the run says nothing; similarities leave them out.
+        notes: What to keep in mind, a sentence each.
     """
 
     method: str
@@ -126,13 +131,13 @@ def assess(
     target_weights: ArrayLike | None = None,
     ridge: float = 0.0,
 ) -> Fidelity:
-    """The fidelity of a mixture run's method.
+    """How well the law of a mixture run's method fits the run.
 
     Args:
         folder: Folder with the `mixture.jsonl` of the run.
-        first_step: As `read_trajectory` takes it.
-        target_weights: (m,) weights of the targets in the similarities; ones by default.
-        ridge: As `fit_dynamics` takes it.
+        first_step: First step that counts; see `read_trajectory`.
+        target_weights: (m,) weights of the targets in the similarities. Default: ones.
+        ridge: Ridge of the fitted matrix; see `fit_dynamics`.
 
     Raises:
         FileNotFoundError: `folder` holds no record.
@@ -143,7 +148,7 @@ def assess(
     fitted = fit_dynamics(t, ridge=ridge)
     finite = np.isfinite(t.matrices).all((1, 2))
     decided, matrices = t.decided[finite], t.matrices[finite]
-    # Methods scale theirs as they like, and the first ones are large as the first drops are
+    # Methods scale their matrices differently, and the first ones are large, as the first drops are
     size = np.sqrt((matrices**2).sum((1, 2), keepdims=True))
     matrices = matrices / np.where(size > 0, size, 1.0)
     known = ~np.isnan(fitted.spread.diagonal())
@@ -182,7 +187,7 @@ def _interval(a: np.ndarray, b: np.ndarray, covariance: np.ndarray) -> tuple[flo
 
 
 def _foretell(t: Trajectory, fitted: Dynamics, decided: np.ndarray, matrices: np.ndarray) -> dict:
-    """What the matrix last known said of each interval that began after a decision."""
+    """The fields on how the last matrix predicts each interval that began after a decision."""
     last = np.searchsorted(decided, t.start, side="right") - 1
     rows = np.flatnonzero(last >= 0)
     found = dict.fromkeys(
@@ -209,31 +214,31 @@ def _foretell(t: Trajectory, fitted: Dynamics, decided: np.ndarray, matrices: np
 def _doubts(interval: tuple[float, float], chance: float):
     if interval[0] <= chance:
         yield (
-            f"As uncertain as the fitted matrix is, the similarity lies between {interval[0]:.2f} "
+            f"The fitted matrix is so uncertain that the similarity lies between {interval[0]:.2f} "
             f"and {interval[1]:.2f}, and shuffled domains have {chance:.2f}: it shows nothing."
         )
 
 
 def _notes(t: Trajectory, fitted: Dynamics, each: np.ndarray, told: dict):
-    """What to mind, in words."""
+    """What to keep in mind, a sentence each."""
     if fitted.unidentified:
         shown = ", ".join(fitted.unidentified)
         yield (
             f"The run says nothing of {shown}, whose shares hardly varied: "
-            "what they do is counted with the others', and they have no part in a similarity."
+            "their effects count with those of the others, and similarities leave them out."
         )
     if not fitted.r2_out > 0:
         yield (
-            f"The fitted law foretells intervals left out no better than one without a mixture "
-            f"(R2 {fitted.r2_out:.2f}): what is like it, or unlike, says nothing of the method."
+            f"The fitted law predicts intervals left out no better than one without a mixture "
+            f"(R2 {fitted.r2_out:.2f}): a similarity to it says nothing about the method."
         )
     if not len(each):
         yield f"{t.method} recorded no matrix: there is the fitted one alone."
     if broken := len(t.matrices) - len(each):
-        yield f"{broken} of its matrices were not finite, and are passed over."
+        yield f"{broken} of its matrices were not finite and are left out."
     if constant := int(np.isnan(each).sum()):
         yield f"{constant} of {len(each)} matrices rank no domain: their similarity is not defined."
     if len(t.domains) - len(fitted.unidentified) == 2 and len(each):
-        yield "Of two domains the Spearman half of a similarity is 1 or -1, nothing between."
+        yield "With two domains the Spearman half of a similarity is 1 or -1, and nothing between."
     if len(each) and told["foretold"] < 2:
-        yield "Fewer than two intervals followed a matrix: it foretold nothing to compare."
+        yield "Fewer than two intervals followed a matrix: there is no prediction to compare."

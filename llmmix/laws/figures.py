@@ -1,4 +1,7 @@
-"""Pictures of a mixture law: how it predicts, what moves what, and what it proposes."""
+"""Figures of a mixture law: its predictions, the effect of each domain, and what it proposes.
+
+`Study` (llmmix/laws/study.py) writes them.
+"""
 
 from collections.abc import Sequence
 
@@ -9,15 +12,15 @@ from llmmix.figures import COLOURS, png, pyplot
 from llmmix.laws.accuracy import weighted
 from llmmix.laws.judge import Judgement
 
-PANELS = 12  # of predicted against observed
+PANELS = 12  # most panels of predicted against observed losses
 
 
 def draw_judgement(judgement: Judgement, weights: np.ndarray, law: str) -> bytes:
-    """A PNG of what a law predicted of runs held out: the objective first, then target by target.
+    """A PNG of held-out predictions against observed losses: the objective, then each target.
 
     Args:
         judgement: The law's judgement.
-        weights: (m,) of the targets in the objective.
+        weights: (m,) weights of the targets in the objective.
         law: Name of the law.
     """
     used = weights > 0
@@ -31,13 +34,13 @@ def draw_judgement(judgement: Judgement, weights: np.ndarray, law: str) -> bytes
 def draw_predictions(
     observed: np.ndarray, predicted: np.ndarray, std: np.ndarray, titles: list[str], law: str
 ) -> bytes:
-    """A PNG of held-out predictions against what was observed, a panel a target.
+    """A PNG of held-out predictions against observed losses, one panel a title.
 
     Args:
         observed: (n, p) losses.
         predicted: (n, p).
         std: (n, p) standard deviations, drawn as bars of 90 %.
-        titles: p, of which the first 12 are drawn.
+        titles: p titles; the first 12 panels are drawn.
         law: Name of the law.
     """
     shown = min(len(titles), PANELS)
@@ -64,13 +67,13 @@ def draw_predictions(
 def draw_effects(
     changes: np.ndarray, domains: Sequence[str], targets: Sequence[str], moved: float
 ) -> bytes:
-    """A PNG of a matrix: what moving a part of the mixture to a domain does to each loss.
+    """A PNG of a matrix: the change of each loss if a part of the mixture goes to a domain.
 
     Args:
         changes: (m, k) nats, NaN where unknown.
-        domains: k.
-        targets: m.
-        moved: The part.
+        domains: k names.
+        targets: m names.
+        moved: The part of the mixture that is moved.
     """
     m, k = changes.shape
     plt = pyplot()
@@ -92,11 +95,11 @@ def draw_effects(
 
 
 def draw_mixtures(mixtures: dict[str, np.ndarray], domains: Sequence[str]) -> bytes:
-    """A PNG of mixtures side by side, a group of bars a domain, the first mixture's largest first.
+    """A PNG of mixtures side by side, one group of bars a domain.
 
     Args:
-        mixtures: (k,) by name.
-        domains: k.
+        mixtures: (k,) shares by name; the first mixture orders the domains.
+        domains: k names.
     """
     order = np.argsort(-next(iter(mixtures.values())), kind="stable")
     plt = pyplot()
@@ -114,7 +117,7 @@ def draw_mixtures(mixtures: dict[str, np.ndarray], domains: Sequence[str]) -> by
 
 
 def draw_budget(curves: dict[str, list[dict]]) -> bytes:
-    """A PNG of held-out error against runs, by law, as `learning_curve` gives them."""
+    """A PNG of held-out error against the number of runs, by law, as from `learning_curve`."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
@@ -133,19 +136,19 @@ def draw_budget(curves: dict[str, list[dict]]) -> bytes:
 
 
 def draw_transfer(predicted: np.ndarray, observed: np.ndarray, title: str) -> bytes:
-    """A PNG of other models' objective against the law's, calibrated to them.
+    """A PNG of the objective of other models' runs against the calibrated law.
 
     Args:
-        predicted: (n,) after the calibration.
-        observed: (n,).
-        title: Title of the picture.
+        predicted: (n,) objective by the calibrated law.
+        observed: (n,) objective of the runs.
+        title: Title of the figure.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")
     ends = [np.nanmin([predicted, observed]), np.nanmax([predicted, observed])]
     axis.plot(ends, ends, color="#5f6670", linewidth=0.8)
     axis.plot(predicted, observed, "o", markersize=4, color=COLOURS[0], alpha=0.7)
-    axis.set_xlabel("predicted, an offset and a slope a target fitted (nats)")
+    axis.set_xlabel("predicted, with a fitted offset and slope a target (nats)")
     axis.set_ylabel("observed (nats)")
     axis.set_title(title, fontsize=9)
     return png(figure)

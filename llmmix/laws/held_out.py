@@ -1,4 +1,7 @@
-"""Runs predicted by a law that was fitted to runs of other mixtures."""
+"""Cross-validation: runs predicted by a law that was fitted to runs of other mixtures.
+
+llmmix/laws/judge.py makes scores of the predictions.
+"""
 
 import warnings
 from collections import Counter
@@ -12,25 +15,25 @@ from sklearn.model_selection import KFold
 
 from llmmix.laws.law import Law
 from llmmix.laws.mean import MeanLaw
+from llmmix.laws.objective import Objective
 from llmmix.laws.simplex import same_mixture
-from llmmix.laws.wishes import Objective
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of the runs to fit to, and of those to predict
 
 
 class JudgedRuns(NamedTuple):
-    """Runs, and the objective asked for; tables as they came, as a law may go by names."""
+    """Runs and an objective; the tables stay as they came, since a law may use their names."""
 
     tables: tuple
-    checked: MeanLaw  # fitted to them all: holds them checked, and their names
+    checked: MeanLaw  # fitted to all runs: has them checked, with their names
     weights: np.ndarray  # (m,) of the objective
-    mixture: np.ndarray  # (n,)
+    mixture: np.ndarray  # (n,) number of each run's mixture
 
 
 def judged_runs(mixtures: ArrayLike, losses: ArrayLike, objective: Objective) -> JudgedRuns:
     """Runs, checked, with the objective's weights and the number of each run's mixture."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # domains that never vary: counted, fold by fold
+        warnings.simplefilter("ignore")  # domains that never vary are counted fold by fold
         checked = MeanLaw().fit(mixtures, losses)
     given = ((mixtures, checked.mixtures_), (losses, checked.losses_))
     tables = tuple(table if hasattr(table, "columns") else values for table, values in given)
@@ -45,8 +48,8 @@ def folds_of(mixtures: ArrayLike, holdout: float, seed: int) -> list[Fold]:
 
     Args:
         mixtures: (n, k).
-        holdout: Part of the mixtures in each fold, in (0, 0.5].
-        seed: Seed of the division.
+        holdout: Fraction of the mixtures in each fold, in (0, 0.5].
+        seed: Seed of the folds.
 
     Raises:
         ValueError: `holdout` is outside (0, 0.5], or there are fewer than 3 mixtures.
@@ -71,7 +74,7 @@ def folds_of(mixtures: ArrayLike, holdout: float, seed: int) -> list[Fold]:
 def predict_held_out(
     law: Law, runs: JudgedRuns, folds: Sequence[Fold], with_std: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Predictions, standard deviations and training means, all (n, m), and problems in words.
+    """Predictions, standard deviations and training means, all (n, m), and a list of problems.
 
     Raises:
         ValueError: The law cannot be fitted to a fold, or predicts losses that are not finite.
@@ -86,7 +89,7 @@ def predict_held_out(
         if not known.any():
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the law's: counted here
+            warnings.simplefilter("ignore")  # the law's warnings are counted below
             twin = clone(law).fit(_part(X, train), _part(Y, train, known))
             foretold = twin.predict(_part(X, test), return_std=with_std)
         cells = np.ix_(test, known)

@@ -1,4 +1,4 @@
-"""What a law is fitted to, checked: shares on the simplex and losses, with the names of both."""
+"""Checked inputs of a law: shares on the simplex and losses, with the names of both."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-TOLERANCE = 1e-3  # by which shares may miss a sum of one
-ROUNDING = 5e-3  # and by which those may that were written with three decimals or more
+TOLERANCE = 1e-3  # by which a sum of shares may miss one
+ROUNDING = 5e-3  # the same for shares written with three to five decimals
 
 
 class Problem(NamedTuple):
-    """What is fitted: shares of the domains that vary, losses of the targets that do."""
+    """What is fitted: shares of the domains and losses of the targets that vary."""
 
     mixtures: np.ndarray  # (n, k)
     losses: np.ndarray  # (n, m), NaN where missing
@@ -20,17 +20,17 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The runs behind a law, checked, and what of them can be fitted.
+    """The runs behind a law, checked, and which parts of them can be fitted.
 
     Args:
-        domains: Names, those of a data frame's columns, else 0, 1, ...
-        targets: Names, likewise.
+        domains: k names: the columns of a data frame, else 0, 1, ...
+        targets: m names, likewise.
         mixtures: (n, k) shares.
         losses: (n, m), NaN where missing.
         flat: Whether the losses came as (n,).
         runs: (n,) indices of the runs in the order of the fit (`canonical_order`).
         varied: Indices of the domains whose share varied, in the order of the fit.
-        moving: Indices of the targets whose loss varied, likewise.
+        moving: Indices of the targets whose loss varied, in the order of the fit.
     """
 
     domains: list
@@ -44,13 +44,13 @@ class Inputs:
 
     @property
     def problem(self) -> Problem:
-        """The runs as they are fitted: without what never varied, in the order of the fit."""
+        """The runs without domains and targets that never varied, in the order of the fit."""
         X = self.mixtures[np.ix_(self.runs, self.varied)]
         return Problem(X, self.losses[np.ix_(self.runs, self.moving)])
 
     @property
     def fixed(self) -> np.ndarray:
-        """(k,) whether all runs gave the domain the same share."""
+        """(k,) whether the domain has the same share in all runs."""
         return ~np.isin(np.arange(len(self.domains)), self.varied)
 
     @property
@@ -64,10 +64,10 @@ class Inputs:
         return [name for i, name in enumerate(self.targets) if i not in self.moving]
 
     def check(self, mixtures: ArrayLike) -> np.ndarray:
-        """(n, k) shares of mixtures that are asked about.
+        """(n, k) shares of mixtures for which losses are asked.
 
         Raises:
-            ValueError: `mixtures` are no shares, or of other domains than the runs.
+            ValueError: `mixtures` are not shares, or have other domains than the runs.
         """
         X = check_mixtures(mixtures)
         if X.shape[1] != len(self.domains):
@@ -88,7 +88,7 @@ def check_inputs(mixtures: ArrayLike, losses: ArrayLike) -> Inputs:
         losses: (n, m), or (n,) of a single target.
 
     Raises:
-        ValueError: Shares or losses that are not valid, or no two runs with different mixtures.
+        ValueError: Shares or losses are not valid, or all runs have the same mixture.
     """
     domains, targets = column_names(mixtures), column_names(losses)
     X = check_mixtures(mixtures, domains)
@@ -113,7 +113,7 @@ def check_inputs(mixtures: ArrayLike, losses: ArrayLike) -> Inputs:
 
 
 def column_names(table: Any) -> list[str] | None:
-    """A data frame's column names as text; None of what has no columns.
+    """A data frame's column names as text; None for a table without names.
 
     Raises:
         ValueError: Two columns have the same name.
@@ -129,7 +129,7 @@ def column_names(table: Any) -> list[str] | None:
 
 
 def listed(names: Sequence, most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further ones, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 
@@ -142,8 +142,8 @@ def check_mixtures(
     Args:
         values: (n, k) shares, or (k,) of one mixture. Rows may miss a sum of one by 1e-3, or by
             what rounding k shares to their number of decimals explains, up to 5e-3.
-        names: k names for the messages.
-        argument: For the messages.
+        names: k names, for error messages.
+        argument: Name of the argument, for error messages.
 
     Returns:
         (n, k), a copy.
@@ -198,9 +198,9 @@ def check_losses(values: ArrayLike, runs: int, names: Sequence | None = None) ->
     """Losses as float64, NaN where a run has none.
 
     Args:
-        values: (n, m), or (n,) of one target. What is not finite counts as missing.
-        runs: n.
-        names: m names for the messages.
+        values: (n, m), or (n,) for one target. A loss that is not finite counts as missing.
+        runs: Number n of runs.
+        names: m names, for error messages.
 
     Returns:
         (n, m), a copy.
@@ -231,17 +231,17 @@ def check_losses(values: ArrayLike, runs: int, names: Sequence | None = None) ->
 
 
 def by_name(given: Any) -> Any:
-    """A mapping or a pandas series as a dictionary by text; anything else unchanged."""
+    """A mapping or pandas series as a dictionary with text keys; anything else unchanged."""
     if isinstance(given, Mapping) or (hasattr(given, "to_dict") and hasattr(given, "index")):
         return {str(name): number for name, number in dict(given).items()}
     return given
 
 
 def canonical_order(mixtures: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, ...]:
-    """An order of runs, domains and targets that is the same however they came.
+    """An order of runs, domains and targets that does not depend on the order in which they came.
 
-    A sum in another order rounds otherwise, and a search may magnify that. Fits are made in this
-    order, so that what was permuted gives what is permuted, to the last digit.
+    A sum in another order rounds differently, and a search may magnify that. Fits are made in this
+    order, so that permuted inputs give permuted results, to the last digit.
 
     Args:
         mixtures: (n, k).

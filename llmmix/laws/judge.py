@@ -1,11 +1,12 @@
-"""How well a law predicts runs that it was not fitted to: against other laws, and the mean.
+"""How well a law predicts runs that it was not fitted to, compared with other laws and the mean.
 
     judged = compare({"effective": EffectiveDataLaw(), "linear": LinearLaw()}, mixtures, losses)
     best_of(judged), error_difference(judged["effective"], judged["linear"])
 
-Every run is predicted by a law fitted to other mixtures. Runs of one mixture stay together: another
-seed of it would give the answer away. Scores and their intervals are those of `accuracy`. All this
-is of one scale: the best law of small runs need not be the best one of large runs (`transfer`).
+Every run is predicted by a law fitted to other mixtures. Runs of the same mixture stay together,
+since another seed of it would give the answer away. The scores are in llmmix/laws/accuracy.py, the
+folds in llmmix/laws/held_out.py. All runs are of one scale: the best law of small runs need not be
+the best of large runs (llmmix/laws/transfer.py).
 """
 
 import time
@@ -29,31 +30,31 @@ from llmmix.laws.accuracy import (
 from llmmix.laws.held_out import Fold, JudgedRuns, folds_of, judged_runs, predict_held_out
 from llmmix.laws.law import Law
 from llmmix.laws.mean import MeanLaw
-from llmmix.laws.wishes import Objective
+from llmmix.laws.objective import Objective
 
 BASELINE = "mean"  # the name of `MeanLaw` in a comparison
 
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """A law against n runs that it was not fitted to, of m targets; NaN for what is unknown.
+    """A law judged on n runs that it was not fitted to, with m targets; NaN is unknown.
 
     Attributes:
         targets: m names.
         observed: (n, m) losses.
         predictions: (n, m), each by the law fitted without the run's mixture.
-        stds: (n, m) standard deviation of a new run's loss about them, as the law has it.
-        standardized: (n, m) errors over the target's standard deviation among all runs.
-        mixture: (n,) number of each run's mixture, the same for runs of the same one.
-        mae, rmse: (m,) in nats. Like all scores by target, NaN for one that never varied.
-        r2: (m,) against the mean of the runs that the law was fitted to.
+        stds: (n, m) predicted standard deviation of a new run's loss around the prediction.
+        standardized: (n, m) errors divided by the target's standard deviation over all runs.
+        mixture: (n,) number of each run's mixture; runs of the same mixture share it.
+        mae, rmse: (m,) in nats. Like all scores by target, NaN for a target that never varied.
+        r2: (m,) R2 against the mean of the runs that the law was fitted to.
         spearman: (m,) rank correlation.
-        objective_mae, objective_r2, objective_spearman: Of the targets' weighted sum.
-        regret: Observed objective of the run predicted best, less that of the best run, in nats.
-        coverage: By level, the part of all losses that lies within the law's interval.
-        error: Mean over targets of rmse over standard deviation, about 1 for the mean: ranks laws.
-        seconds: For all fits and predictions.
-        problems: How many folds did not converge, or left the law without knowledge of a domain.
+        objective_mae, objective_r2, objective_spearman: The same scores of the objective.
+        regret: Observed objective of the run predicted best minus that of the best run, in nats.
+        coverage: By level, the fraction of all losses inside the law's interval.
+        error: Mean over targets of rmse / standard deviation; about 1 for the mean. Ranks laws.
+        seconds: Time of all fits and predictions.
+        problems: Sentences on folds that did not converge, or whose runs did not vary a domain.
     """
 
     targets: list
@@ -86,17 +87,17 @@ def cross_validate(
     seed: int = 0,
     levels: Sequence[float] = (0.5, 0.9),
 ) -> Judgement:
-    """A law judged on every run, by its fits to runs of other mixtures.
+    """A law judged on every run, by fits to runs of other mixtures.
 
     Args:
-        law: Cloned; what it was fitted to plays no part.
+        law: The law, fitted or not; it is cloned.
         mixtures: (n, k).
-        losses: (n, m), NaN where a run has none: left out of that target's scores.
+        losses: (n, m); NaN where a run has none, which that target's scores leave out.
         objective: As in `Law.propose`.
-        holdout: Part of the mixtures left out at a time.
+        holdout: Fraction of the mixtures left out at a time.
         seed: Seed of the folds.
-        levels: Levels of the intervals whose coverage is counted. Without any, the law is not asked
-            for standard deviations, for which some refit themselves many times.
+        levels: Levels of the intervals whose coverage is counted. Without levels, the law is not
+            asked for standard deviations, for which some laws need many refits.
 
     Raises:
         ValueError: `folds_of` cannot divide the runs, or the law cannot be fitted to them.
@@ -115,13 +116,17 @@ def compare(
     seed: int = 0,
     levels: Sequence[float] = (0.5, 0.9),
 ) -> dict[str, Judgement | str]:
-    """Laws judged on the same folds, by name, and the mean beside them as "mean".
+    """Laws judged on the same folds, by name, and the mean of the runs as "mean".
 
-    Arguments and errors are those of `cross_validate`, but a law that cannot be fitted has its
-    message for a judgement. The mean has no Spearman, and the regret of a random choice.
+    The arguments and errors are those of `cross_validate`, except that a law that cannot be fitted
+    gets the error message in place of a judgement. The mean has no rank correlation, and the regret
+    of a random choice.
+
+    Raises:
+        ValueError: A law is named "mean", or `folds_of` cannot divide the runs.
     """
     if BASELINE in laws:
-        raise ValueError(f"`laws`: {BASELINE!r} names the baseline; call the law otherwise.")
+        raise ValueError(f"`laws`: {BASELINE!r} names the baseline; give the law another name.")
     runs = judged_runs(mixtures, losses, objective)
     folds = folds_of(runs.checked.mixtures_, holdout, seed)
     judged: dict[str, Judgement | str] = {}
@@ -131,7 +136,7 @@ def compare(
         except ValueError as error:
             judged[name] = str(error)
     mean = judge_folds(MeanLaw(), runs, folds, levels, 0)
-    # A fold's mean is low where its held-out runs are high: a rank correlation, of nothing
+    # The mean is low where the held-out runs are high: its rank correlation would say nothing
     judged[BASELINE] = replace(
         mean,
         spearman=np.full(len(runs.weights), np.nan),
@@ -142,10 +147,10 @@ def compare(
 
 
 def best_of(judged: Mapping[str, Judgement | str]) -> str:
-    """Name of the law of the lowest error; whether it really is better: `error_difference`.
+    """Name of the law with the lowest error. `error_difference` says how sure that is.
 
     Raises:
-        ValueError: `judged` has no law with an error.
+        ValueError: No law in `judged` has an error.
     """
     errors = {
         name: found.error
@@ -160,7 +165,7 @@ def best_of(judged: Mapping[str, Judgement | str]) -> str:
 
 
 def as_good_as(best: str, judged: Mapping[str, Judgement | str]) -> list[str]:
-    """Names of the other laws whose error the runs do not tell from that of `best`."""
+    """Names of the other laws whose error is not significantly larger than that of `best`."""
     others = {name: one for name, one in judged.items() if name not in (best, BASELINE)}
     first = judged[best]
     return [
@@ -173,13 +178,13 @@ def as_good_as(best: str, judged: Mapping[str, Judgement | str]) -> list[str]:
 
 
 def error_difference(a: Judgement, b: Judgement) -> Interval:
-    """Mean squared standardized error of `a` less that of `b`: below 0 where `a` is better.
+    """Mean squared standardized error of `a` minus that of `b`: below 0 where `a` is better.
 
     Raises:
         ValueError: `a` and `b` judge different runs.
     """
     if not np.array_equal(a.observed, b.observed, equal_nan=True):
-        raise ValueError("`a` and `b` judge other runs: take both from one `compare`.")
+        raise ValueError("`a` and `b` judge other runs: take both from the same `compare`.")
     difference = a.standardized**2 - b.standardized**2
     known = ~np.isnan(difference)
 
@@ -200,9 +205,9 @@ def judge_folds(
     """A law judged on the runs that the folds hold out.
 
     Args:
-        law: Cloned for every fold.
-        runs: As from `held_out.judged_runs`.
-        folds: As from `held_out.folds_of`; a run in none is not judged.
+        law: The law; it is cloned for every fold.
+        runs: Runs, as from `held_out.judged_runs`.
+        folds: Folds, as from `held_out.folds_of`; a run in no fold is not judged.
         levels: Levels of the intervals whose coverage is counted.
         resamples: Number of draws for the interval of the rank correlation.
 
@@ -217,7 +222,7 @@ def judge_folds(
     errors, deviation = scored - observed, np.nanstd(observed, 0)
     seen, foretold, mean = (weighted(each, runs.weights) for each in (observed, predictions, means))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # means over nothing: of a target that never varied
+        warnings.simplefilter("ignore")  # means over no values, for a target that never varied
         rmse = np.sqrt(np.nanmean(errors**2, 0))
         return Judgement(
             targets=runs.checked.targets_,

@@ -1,10 +1,11 @@
-"""What all mixture laws share: checked input, names, an order of their own, and the best mixture.
+"""`Law`, the base class of all mixture laws: checked inputs, prediction, uncertainty, best mixture.
 
     fit(mixtures (n, k), losses (n, m));  predict(mixtures) -> (n, m);  best_mixture() -> (k,)
 
-Domains that all runs gave the same share are set aside: the runs say nothing about them. So are
-targets whose loss never changes. A law is fitted to what is left, in an order that does not depend
-on how the runs came (`inputs.canonical_order`).
+Domains that have the same share in all runs are set aside, since the runs say nothing about them;
+so are targets whose loss never changes. A law is fitted to the rest, in an order that does not
+depend on the order of the runs (`inputs.canonical_order`). `MixtureProposer`
+(llmmix/laws/optimum.py) finds the best mixture.
 """
 
 import warnings
@@ -18,24 +19,24 @@ from sklearn.base import BaseEstimator, clone
 from llmmix.laws.inputs import Problem, check_inputs, listed
 from llmmix.laws.optimum import MixtureProposer
 
-MEMBERS = 20  # refits of a law that has no uncertainty of its own
+MEMBERS = 20  # refits of a law that estimates no uncertainty itself
 
 
 class Law(MixtureProposer, BaseEstimator):
     """A law of the loss as a function of the mixture, with scikit-learn's interface.
 
-    A subclass fills in `_fit` and `_predict`, `_gradient` if it is smooth, and `_spread` and
-    `_draws` if it knows its own uncertainty.
+    A subclass defines `_fit` and `_predict`, `_gradient` if it is smooth, and `_spread` and
+    `_draws` if it estimates its own uncertainty.
 
     After `fit`:
-        domains_, targets_: Names, those of a data frame's columns, else 0, 1, ...
-        mixtures_: (n, k) of the runs behind the law, losses_: (n, m).
-        inputs_: These runs as they were checked.
-        unidentified_: Domains whose share never varied; the law does not know them.
-        constant_: Targets whose loss never varied; predicted as it was.
+        domains_, targets_: Names: the columns of a data frame, else 0, 1, ...
+        mixtures_, losses_: (n, k) and (n, m) of the runs behind the law.
+        inputs_: These runs as `Inputs`.
+        unidentified_: Domains whose share never varied; the law does not know their effect.
+        constant_: Targets whose loss never varied; the law predicts that loss.
         outliers_: Indices of runs that the law set aside.
-        noise_: (m,) standard deviation of a run's loss about the law.
-        converged_: Whether the fit did.
+        noise_: (m,) standard deviation of a run's loss around the law.
+        converged_: Whether the fit converged.
     """
 
     smooth = True  # whether `gradient` exists
@@ -51,7 +52,7 @@ class Law(MixtureProposer, BaseEstimator):
         Raises:
             ValueError: Shares or losses are not valid, or the runs are too few for this law.
         """
-        self.__dict__.pop("_fitted", None)  # should this one fail, no earlier one answers
+        self.__dict__.pop("_fitted", None)  # if this fit fails, no earlier one is used
         runs = self.inputs_ = check_inputs(mixtures, losses)
         self.domains_, self.targets_ = runs.domains, runs.targets
         self.mixtures_, self.losses_ = runs.mixtures, runs.losses
@@ -91,7 +92,7 @@ class Law(MixtureProposer, BaseEstimator):
         return np.std([member._predict(X) for member in self._members()], 0)
 
     def _draws(self, X: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-        """(count, n, m): by default of laws refitted to runs drawn with replacement."""
+        """(count, n, m) losses; by default of laws refitted to runs drawn with replacement."""
         members = np.array([member._predict(X) for member in self._members()])
         return members[rng.integers(len(members), size=count)]
 
@@ -107,8 +108,8 @@ class Law(MixtureProposer, BaseEstimator):
 
         Args:
             mixtures: (n, k), domains as in `fit`.
-            return_std: Also return the standard deviation of a new run's loss about them: what the
-                runs leave open, and the runs' own noise.
+            return_std: Also return the standard deviation of a new run's loss around them: that of
+                the fit and the noise of a run together.
 
         Returns:
             (n, m), or (n,) if `fit` was given (n,); with `return_std` a pair of them.
@@ -123,7 +124,7 @@ class Law(MixtureProposer, BaseEstimator):
         return self._shaped(losses), self._shaped(np.hypot(spread, self.noise_))
 
     def interval(self, mixtures: ArrayLike, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds, each as `predict` returns, between which a new run's loss lies at this `level`.
+        """Lower and upper bounds of a new run's loss at this `level`, each shaped as `predict`'s.
 
         Raises:
             ValueError: `level` is outside (0, 1).
@@ -134,7 +135,7 @@ class Law(MixtureProposer, BaseEstimator):
         return losses - norm.ppf(0.5 + level / 2) * std, losses + norm.ppf(0.5 + level / 2) * std
 
     def draws(self, mixtures: ArrayLike, count: int = 100, seed: int = 0) -> np.ndarray:
-        """(count, n, m) losses under laws that the runs leave open, without the runs' noise."""
+        """(count, n, m) losses under laws drawn from those that fit the runs, without noise."""
         X = self._check(mixtures)
         drawn = np.repeat(self._losses(X)[None], count, 0)
         if len(self._targets):
@@ -155,14 +156,14 @@ class Law(MixtureProposer, BaseEstimator):
     def effects(self, mixture: ArrayLike, moved: float = 0.05) -> np.ndarray:
         """(m, k) change of each loss if a part of the mixture goes to each domain.
 
-        All others shrink in proportion. NaN for domains that the law does not know.
+        The other domains shrink in proportion. NaN for domains whose effect the law does not know.
 
         Args:
-            mixture: (k,) to move away from.
+            mixture: (k,) mixture to start from.
             moved: The part of the mixture that is moved.
 
         Raises:
-            ValueError: `moved` is outside (0, 1], or `mixture` is more than one.
+            ValueError: `moved` is outside (0, 1], or `mixture` is not a single mixture.
         """
         if not 0 < moved <= 1:
             raise ValueError(f"`moved` must lie above 0 and at most at 1, got {moved}.")
@@ -175,7 +176,7 @@ class Law(MixtureProposer, BaseEstimator):
         return changes
 
     def _losses(self, X: np.ndarray) -> np.ndarray:
-        """(n, m) of mixtures that are known to be some."""
+        """(n, m) losses of checked mixtures."""
         losses = np.tile(np.nanmean(self.losses_, 0), (len(X), 1))
         if len(self._targets):
             losses[:, self._targets] = self._predict(X[:, self._domains])
@@ -194,13 +195,35 @@ class Law(MixtureProposer, BaseEstimator):
         if (np.abs(X - self.mixtures_[0])[:, self.inputs_.fixed] > 1e-6).any():
             warnings.warn(
                 f"`mixtures` vary {listed(self.unidentified_)}, which no run behind this law did: "
-                f"it takes no account of that.",
+                f"the prediction takes no account of that.",
                 stacklevel=3,
             )
         return X
 
     def _shaped(self, losses: np.ndarray) -> np.ndarray:
         return losses[:, 0] if self.inputs_.flat else losses
+
+
+def require_runs(law: Law, Y: np.ndarray, needed: int, reason: str) -> None:
+    """Refuse a target with fewer runs than a law needs.
+
+    Args:
+        law: The law, for the message.
+        Y: (n, m) losses as fitted, NaN where missing.
+        needed: Number of runs.
+        reason: Why the law needs them, as "has 3 parameters for each target".
+
+    Raises:
+        ValueError: A target has fewer runs than `needed`.
+    """
+    runs = np.isfinite(Y).sum(0)
+    short = int(runs.argmin())
+    if runs[short] < needed:
+        raise ValueError(
+            f"{type(law).__name__} {reason} and needs {needed} runs or more; target "
+            f"{law.targets_[law.inputs_.moving[short]]} has {runs[short]}. Add runs, or use "
+            f"EffectiveDataLaw, which needs few."
+        )
 
 
 def _refits(law: Law, problem: Problem) -> list[Law]:
@@ -210,7 +233,7 @@ def _refits(law: Law, problem: Problem) -> list[Law]:
     X, Y = problem
     while len(members) < MEMBERS:
         rows = rng.integers(len(X), size=len(X))
-        # Of a draw without a loss of some target, nothing can be fitted
+        # A draw without any loss of a target, or of a single mixture, cannot be fitted
         if np.isnan(Y[rows]).all(0).any() or not np.ptp(X[rows], 0).any():
             continue
         members.append(clone(law))

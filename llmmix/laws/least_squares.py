@@ -3,10 +3,11 @@
     min  sum_i [ sum_n rho((f_i(x_n) - z_in) / sigma_i) + 1/2 (t_i - t0_i)' Q (t_i - t0_i) ]
          + 1/2 (s - s0)' R (s - s0)
 
-Each target i has parameters t_i (P) of its own, all have s (S), which may be none; rho is half the
-square, or Huber's. The normal matrix is an arrow: blocks of P, and a border of S. Steps
-(Levenberg-Marquardt) and the posterior (Laplace) solve it block by block, which general solvers
-cannot: 13 targets of 39 parameters and 34 shared ones on 512 runs take a second, not minutes.
+Each target i has P parameters t_i of its own; S parameters s, perhaps none, are shared by all. rho
+is half the square, or Huber's loss. The normal matrix is an arrow: blocks of size P and a border of
+size S. Steps (Levenberg-Marquardt) and the posterior (Laplace) solve it block by block, which
+general solvers cannot: 13 targets with 39 parameters each and 34 shared ones, on 512 runs, take a
+second, not minutes.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,12 @@ import numpy as np
 # (theta (m, P), shared (S,), whether with derivatives) -> values (m, n) or
 # values, their derivatives in theta (m, n, P) and in shared (m, n, S)
 Curve = Callable[[np.ndarray, np.ndarray, bool], Any]
-LARGEST = 3.0  # step of a parameter: most are logarithms
+LARGEST = 3.0  # largest step of a parameter; most are logarithms
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Means and precisions of the parameters."""
+    """A Gaussian prior: means and precisions of the parameters."""
 
     theta: np.ndarray  # (m, P)
     precision: np.ndarray  # (P, P)
@@ -31,14 +32,14 @@ class Prior:
     shared_precision: np.ndarray  # (S, S)
 
     def terms(self, theta: np.ndarray, shared: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Minus its logarithm, and its gradients."""
+        """Minus the logarithm of the prior, and its gradients in theta and shared."""
         d, e = theta - self.theta, shared - self.shared
         slope, shared_slope = d @ self.precision, self.shared_precision @ e
         return 0.5 * (slope * d).sum() + 0.5 * e @ shared_slope, slope, shared_slope
 
 
 class Residuals:
-    """Losses and their weights: (f - z) / sigma, 0 where a loss is missing, Huber's beyond h."""
+    """Residuals (f - z) / sigma of losses z, 0 where one is missing, under Huber's loss."""
 
     def __init__(self, losses: np.ndarray, sigma: np.ndarray, huber: float | None):
         known = np.isfinite(losses.T)
@@ -47,7 +48,7 @@ class Residuals:
         self.huber = np.inf if huber is None else huber
 
     def __call__(self, values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Sum of rho, and residuals (m, n) with the weights (m, n) that Huber's rho gives them."""
+        """Sum of rho, the residuals (m, n), and the weights (m, n) that rho gives them."""
         r = (values - self.z) * self.scale
         size = np.abs(r)
         capped = np.minimum(size, self.huber)
@@ -88,7 +89,7 @@ class Arrow:
 
 
 class Posterior:
-    """Laplace's: a Gaussian about the fit, with the inverse of the normal matrix."""
+    """Laplace's approximation: a Gaussian around the fit with the inverse normal matrix."""
 
     def __init__(self, arrow: Arrow):
         self.chol = np.linalg.cholesky(arrow.blocks)
@@ -106,7 +107,7 @@ class Posterior:
     def draws(
         self, J: np.ndarray, Js: np.ndarray, count: int, rng: np.random.Generator
     ) -> np.ndarray:
-        """(count, m, n) deviations of the values, linear in those of the parameters."""
+        """(count, m, n) sampled deviations of the values, linear in those of the parameters."""
         m, P, S = self.through.shape
         shared = np.linalg.solve(self.corner_chol.T, rng.standard_normal((S, count)))
         own = np.linalg.solve(self.chol.transpose(0, 2, 1), rng.standard_normal((m, P, count)))
@@ -123,7 +124,7 @@ def levenberg_marquardt(
     max_iter: int,
     tol: float,
 ) -> tuple[np.ndarray, np.ndarray, float, bool]:
-    """Descend from `theta` (m, P) and `shared` (S,).
+    """Minimize the objective from `theta` (m, P) and `shared` (S,) on.
 
     Args:
         curve: The law at the runs.
@@ -132,10 +133,10 @@ def levenberg_marquardt(
         residuals: The losses and their weights.
         prior: Prior of the parameters.
         max_iter: Largest number of steps.
-        tol: Relative fall of the objective below which it has converged.
+        tol: Relative fall of the objective below which the fit has converged.
 
     Returns:
-        theta, shared, the objective there, and whether it converged.
+        theta, shared, the objective there, and whether the fit converged.
     """
 
     def objective(theta, shared):

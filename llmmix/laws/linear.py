@@ -4,12 +4,12 @@
     LogLinearLaw       log L_i(r) = sum_j beta_ij r_j
     LinearDynamicLaw   L_i^{t+1} - L_i^t = - sum_j A_ij p_j         (Chen et al., 2025, Aioli)
 
-The shares of a mixture sum to one, so an intercept is worth the same number on every beta_ij. The
-first two are fitted about the runs' mean mixture, which makes what the runs leave open, where they
-are collinear, no step from that mean (least norm); the third about no data, A = 0.
+The shares of a mixture sum to one, so an intercept is the same as a number added to every beta_ij.
+Where runs are collinear, the first two laws take the slopes of least norm around the mean mixture
+of the runs, and the third those of least norm around A = 0.
 
-Directions in which the runs do not differ are not called known: there the spread is as wide as the
-slopes that were found are large.
+In directions in which the runs do not differ, the slope is unknown: the predicted spread there is
+as wide as the known slopes are large.
 """
 
 from typing import Self
@@ -17,16 +17,17 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmmix.laws.law import Law
+from llmmix.laws.law import Law, require_runs
 
-RANK = 1e-9  # singular values below this part of the largest are rounding
+RANK = 1e-9  # singular values below this fraction of the largest are rounding errors
 
 
 class _LeastSquares(Law):
-    """Least squares per target, in a transform of the losses, with the covariance in closed form.
+    """Least squares per target on transformed losses, with the covariance in closed form.
 
-    By target as fitted: centre (m, k), level (m,), slopes (m, k) and roots (m, k, k), the slopes'
-    covariance being root root'; f_i(x) = level_i + slopes_i (x - centre_i).
+        f_i(x) = level_i + slope_i (x - centre_i),      covariance of slope_i = root_i root_i'
+
+    By target, in the order of the fit: centre (m, k), level (m,), slope (m, k) and root (m, k, k).
     """
 
     centred = True
@@ -45,7 +46,7 @@ class _LeastSquares(Law):
     def _fit(self, X, Y):
         k, m = X.shape[1], Y.shape[1]
         if not self.penalty:
-            require_runs(self, Y, k, k)
+            require_runs(self, Y, k, f"has {k} parameters for each target")
         Z = self._transform(Y)
         self._centre, self._level, self._level_sd = np.zeros((m, k)), np.zeros(m), np.zeros(m)
         self._slope, self._root = np.zeros((m, k)), np.zeros((m, k, k))
@@ -70,7 +71,7 @@ class _LeastSquares(Law):
         return Z
 
     def _steepness(self, Z: np.ndarray) -> np.ndarray | float:
-        """Slope of `_back`."""
+        """Derivative of `_back`."""
         return 1.0
 
     def _apart(self, X: np.ndarray) -> np.ndarray:
@@ -78,7 +79,7 @@ class _LeastSquares(Law):
         return X - self._centre[:, None]
 
     def _value(self, X: np.ndarray) -> np.ndarray:
-        """(n, m), before `_back`."""
+        """(n, m) transformed losses: the values before `_back`."""
         return self._level + np.einsum("mnk,mk->nm", self._apart(X), self._slope)
 
     def _predict(self, X):
@@ -99,15 +100,15 @@ class _LeastSquares(Law):
         return self._back(self._value(X) + levels + steps.transpose(2, 1, 0))
 
     def _at_vertices(self) -> tuple[np.ndarray, np.ndarray]:
-        """(m, k) coefficients of L = sum_j beta_ij r_j and their deviations, as fitted."""
-        whole = self._problem.mixtures[0].sum()  # what domains that never varied leave
+        """(m, k) coefficients of L = sum_j beta_ij r_j and their errors, in the fit's order."""
+        whole = self._problem.mixtures[0].sum()  # the sum that domains that never varied leave
         apart = np.eye(self._slope.shape[1])[None] - self._centre[:, None] / whole
         beta = self._level[:, None] / whole + (apart @ self._slope[:, :, None])[:, :, 0]
         squares = ((apart @ self._root) ** 2).sum(2) + (self._level_sd**2)[:, None] / whole**2
         return beta, np.sqrt(squares)
 
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """`_at_vertices` by the caller's names; a target that never moved is one number."""
+        """`_at_vertices` in the caller's order; a constant target has equal coefficients."""
         known = np.isin(np.arange(len(self.domains_)), self._domains)
         level = self._transform(np.nanmean(self.losses_, 0))
         whole = self.mixtures_[0, known].sum()
@@ -123,18 +124,18 @@ class _LeastSquares(Law):
 
 
 class LinearLaw(_LeastSquares):
-    """L_i(r) = sum_j beta_ij r_j, by least squares for each target, over the runs that have it.
+    """L_i(r) = sum_j beta_ij r_j, by least squares for each target, on the runs that have it.
 
-    After `fit`, beside what `Law` lists: coefficients_ (m, k), beta, which is the loss of domain j
-    alone, and coefficient_errors_ (m, k); NaN for domains that no run varied.
+    After `fit`, besides what `Law` lists: coefficients_ (m, k), the beta, of which beta_ij is loss
+    i on domain j alone, and coefficient_errors_ (m, k). NaN for domains that no run varied.
     """
 
 
 class LogLinearLaw(_LeastSquares):
     """log L_i(r) = sum_j beta_ij r_j, by least squares of the logarithm.
 
-    `fit` refuses losses that are not positive. After it, beside what `Law` lists: coefficients_ and
-    coefficient_errors_ (m, k), of log L.
+    `fit` refuses losses that are not positive. After it, besides what `Law` lists: coefficients_
+    and coefficient_errors_ (m, k) of log L.
     """
 
     def _fit(self, X, Y):
@@ -149,7 +150,7 @@ class LogLinearLaw(_LeastSquares):
         return super()._fit(X, Y)
 
     def _transform(self, Y):
-        with np.errstate(divide="ignore", invalid="ignore"):  # of a target that never moved
+        with np.errstate(divide="ignore", invalid="ignore"):  # a constant target may be negative
             return np.log(Y)
 
     def _back(self, Z):
@@ -160,17 +161,18 @@ class LogLinearLaw(_LeastSquares):
 
 
 class LinearDynamicLaw(_LeastSquares):
-    """L_i^{t+1} - L_i^t = - sum_j A_ij p_j: what a round on mixture p takes off each loss.
+    """L_i^{t+1} - L_i^t = - sum_j A_ij p_j: how far a round on mixture p lowers each loss.
 
-    Fitted to rounds from about one state; A changes as training goes on, so fit anew.
+    Fit it to rounds that begin at about the same state; A changes as training goes on.
 
     Args:
-        ridge: Penalty on the squares of A, against the sum of squared residuals. With one, fewer
-            rounds than domains will do, and the rest of A stays near 0.
+        ridge: Penalty on the squares of A, added to the sum of squared residuals. With a ridge,
+            fewer rounds than domains are enough, and what they leave open of A stays near 0.
 
-    After `fit`, beside what `Law` lists: matrix_ (m, k), A by the caller's targets and domains, a
-    positive number where domain j lowers target i; matrix_errors_ (m, k), its standard errors. Both
-    NaN for domains that no round varied; if such had a share, what it does is spread over the rest.
+    After `fit`, besides what `Law` lists: matrix_ (m, k), A by the caller's targets and domains,
+    positive where domain j lowers target i; and matrix_errors_ (m, k), its standard errors. Both
+    are NaN for domains that no round varied; if such a domain had a share, its effect is spread
+    over the others.
 
     Source: Chen et al., Aioli: a unified optimization framework for language model data mixing,
     ICLR 2025.
@@ -209,50 +211,27 @@ class LinearDynamicLaw(_LeastSquares):
         return self._slope, np.sqrt((self._root**2).sum(2))
 
 
-def require_runs(law: Law, Y: np.ndarray, needed: int, parameters: int) -> None:
-    """Refuse a target with fewer runs than a law needs.
-
-    Args:
-        law: For the message.
-        Y: (n, m) losses as fitted, NaN where missing.
-        needed: Number of runs.
-        parameters: Number of a target's parameters, for the message.
-
-    Raises:
-        ValueError: A target has fewer runs than `needed`.
-    """
-    runs = np.isfinite(Y).sum(0)
-    short = int(runs.argmin())
-    if runs[short] < needed:
-        name = type(law).__name__
-        raise ValueError(
-            f"{name} has {parameters} parameters for each target and needs {needed} runs or more; "
-            f"target {law.targets_[law.inputs_.moving[short]]} has {runs[short]}. Add runs, or use "
-            f"EffectiveDataLaw, which does with few."
-        )
-
-
 def _solve(x: np.ndarray, z: np.ndarray, penalty: float, spent: int) -> tuple:
-    """Least squares, min |z - x b|^2 + penalty |b|^2, of least norm where b is left open.
+    """Least squares, min |z - x b|^2 + penalty |b|^2; of least norm where b is not determined.
 
     Args:
         x: (n, k) design.
         z: (n,) values.
         penalty: Penalty on the squares of b.
-        spent: Degrees of freedom that the centre took.
+        spent: Degrees of freedom that centring took.
 
     Returns:
-        b (k,), a root (k, k) of its covariance, the noise and its degrees of freedom.
+        b (k,), a root (k, k) of its covariance, the noise, and the noise's degrees of freedom.
     """
     n, k = x.shape
-    # Rows of zeros make the right factor complete
+    # Rows of zeros make Vt square where there are fewer runs than domains
     U, s, Vt = np.linalg.svd(np.vstack([x, np.zeros((max(k - n, 0), k))]), full_matrices=False)
     found = s > RANK * max(s[0], 1e-300)
     gain = np.where(found, s / np.where(found, s**2 + penalty, 1.0), 0.0)
     b = Vt.T @ (gain * (U[:n].T @ z))
     left = n - spent - (gain * s).sum()
     left = left if left > 1e-6 else 0.0
-    # Without a run left to tell noise from law, it may be all that the losses vary
+    # Without a degree of freedom left, all variation of the losses may be noise
     noise = np.sqrt(((z - x @ b) ** 2).sum() / left if left else (z**2).mean())
     unknown = noise**2 / penalty if penalty else b @ b / max(found.sum(), 1)
     variance = np.where(found, noise**2 / np.where(found, s**2 + penalty, 1.0), unknown)

@@ -1,4 +1,4 @@
-"""The law that knows nothing of mixtures, which every other one has to beat."""
+"""`MeanLaw`, the baseline: it predicts the mean loss for every mixture."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from llmmix.laws.law import Law
 
 
 class MeanLaw(Law):
-    """Every mixture gets the mean loss: what a law has to beat."""
+    """Predicts the mean loss for every mixture: the baseline that a law must beat."""
 
     def _fit(self, X, Y):
         self._mean, noise = np.nanmean(Y, 0), np.nanstd(Y, 0)

@@ -1,11 +1,11 @@
-"""The names of a table's columns: how to shorten them, and which one a user means."""
+"""Names of a table's columns: shorten them, and find the one that a user means."""
 
 import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
 
-SEPARATORS = "/_.: -"  # where a column's name may be cut
+SEPARATORS = "/_.: -"  # characters at which a column's name may be cut
 BEFORE = re.compile(
     r"^(metrics?/)?(eval/(lm/|downstream/)?)?((train|valid|val|eval)[/_])?(the_pile_)?"
 )
@@ -13,7 +13,7 @@ AFTER = re.compile(r"([/_ ](val|valid|eval|ce|cross_entropy))?[/_ ](loss|bpb)$",
 
 
 class Column(str):
-    """A shortened name, and the `column` of the table that it stands for."""
+    """A shortened name, with the full name of its column in `column`."""
 
     column: str
 
@@ -21,7 +21,7 @@ class Column(str):
 def shorten_names(
     domains: Sequence[str], targets: Sequence[str]
 ) -> tuple[list[Column], list[Column]]:
-    """Cut what all names of a table share, so far as most targets meet their domain."""
+    """Cut the parts that all names share, so that most targets get the name of a domain."""
     pairs = itertools.product(_cuts(domains), _cuts(targets))
     best = max(
         pairs,
@@ -45,7 +45,7 @@ def _cuts(names: Sequence[str]) -> list[list[Column]]:
         [Column(name[start : len(name) - end]) for name in names]
         for start, end in itertools.product(starts, ends)
     ]
-    # An empty name is none, and 1 and 2 are little to know data_1 and data_2 by
+    # A name needs a letter: 1 and 2 would say too little about data_1 and data_2
     return [s for s in shortened if all(re.search("[^\\W\\d_]", name) for name in s)] or [
         [Column(name) for name in names]
     ]
@@ -61,14 +61,14 @@ def _column_of(name: str) -> str:
 
 
 def find_target(name: str, targets: Sequence[str]) -> int:
-    """Index of the target of a name, shortened or as its column is called.
+    """Index of the target that a name stands for, in short or as in the table.
 
     Args:
-        name: Name of one target.
-        targets: Names of all, as `Runs` has them.
+        name: Name of a target.
+        targets: Names of all targets, as `Runs` has them.
 
     Raises:
-        ValueError: `name` stands for none of the targets, or for several.
+        ValueError: `name` stands for no target, or for several.
     """
     readings: list[Callable[[str], str]] = [str, _column_of, _bare]
     for known in readings:

@@ -1,4 +1,7 @@
-"""What the judging of mixture laws prints: tables, and in sentences what to mind."""
+"""Prints the results of mixture laws: tables, and notes in sentences.
+
+`Study` (llmmix/laws/study.py) and eval/mixture_laws.py call it.
+"""
 
 import math
 import sys
@@ -15,14 +18,14 @@ from llmmix.laws.transfer import Transfer
 
 
 def print_runs(runs: Runs) -> None:
-    """How many runs there are, their domains, and what to mind."""
+    """Print the number of runs, their domains, and the notes on them."""
     print(f"{len(runs.ids)} runs of {len(runs.domains)} domains: {', '.join(runs.domains)}.")
     for note in runs.notes:
         print(f"Note: {note}")
 
 
 def print_judged(judged: dict[str, Judgement | str], levels: Sequence[float]) -> None:
-    """Laws against each other, as `judge.compare` gives them, with coverage at the levels."""
+    """Print the scores of laws side by side, as `judge.compare` returns them."""
     title = "Held-out runs: error over all targets (1: as the mean); the objective"
     head = ["law", "error", "rank corr.", "MAE, nats", "regret"]
     head += [f"in {level:.0%}" for level in levels] + ["s"]
@@ -46,7 +49,7 @@ def print_judged(judged: dict[str, Judgement | str], levels: Sequence[float]) ->
 
 
 def print_by_target(judged: dict[str, Judgement | str]) -> None:
-    """The same laws, target by target."""
+    """Print the scores of laws target by target, as `judge.compare` returns them."""
     known = {name: found for name, found in judged.items() if not isinstance(found, str)}
     targets = next(iter(known.values())).targets
     rows = [
@@ -60,7 +63,7 @@ def print_by_target(judged: dict[str, Judgement | str]) -> None:
 def print_proposal(
     name: str, found: Proposal, runs: Runs, shown: dict[str, np.ndarray], level: float
 ) -> None:
-    """A `proposal.Proposal`: shares beside other mixtures', losses, and how far to trust it."""
+    """Print a proposal: its shares beside other mixtures, its losses, and how far to trust it."""
     rows = [
         [domain, *(f"{shares[j]:.3f}" for shares in shown.values())]
         for j, domain in enumerate(runs.domains)
@@ -83,7 +86,9 @@ def print_proposal(
         f"{found.outside:.3f} outside of what they span."
     )
     if found.distance > 2 * found.spacing or found.outside > found.spacing:
-        print("Note: that is far from the runs, where laws go wrong: run one between first.")
+        print(
+            "Note: that is far from the runs, where laws go wrong: run a mixture in between first."
+        )
     bound = ", ".join(str(runs.domains[j]) for j in found.found.at_bounds)
     if bound:
         print(f"At a bound (0, `lower`, `upper`, or what there is): {bound}.")
@@ -92,7 +97,7 @@ def print_proposal(
 
 
 def print_transfers(name: str, found: dict[str, Transfer]) -> None:
-    """Laws on the runs of other models, as `transfer.judge_transfer` judges each."""
+    """Print laws on the runs of other models, as `transfer.judge_transfer` judges them."""
     rows = []
     for law, one in found.items():
         rank, ranks, some = one.objective, one.by_target.spearman, one.calibrated.get(8)
@@ -109,7 +114,7 @@ def print_transfers(name: str, found: dict[str, Transfer]) -> None:
 
 
 def print_transfer(law: str, found: Transfer) -> None:
-    """A law on the runs of other models, target by target, and after calibration on a few."""
+    """Print a law on the runs of other models, by target, and after calibration on a few runs."""
     rows = [
         [str(name)]
         + [f"{getattr(found.by_target, key)[i]:.3f}" for key in ("spearman", "kendall")]
@@ -130,7 +135,7 @@ def print_transfer(law: str, found: Transfer) -> None:
 
 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    """A table of text, the first column to the left."""
+    """Print a table of text with the first column aligned left and the others right."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -158,21 +163,21 @@ def _pm(value: float, sd: float) -> str:
 
 
 def print_plan(plan: Design, domains: Sequence[str]) -> None:
-    """Mixtures to run next, as `design.next_mixtures` gives them."""
+    """Print mixtures to run next, as `design.next_mixtures` returns them."""
     rows = [
         [str(i + 1), _mixture(p, domains), f"{plan.expected[i]:.4f} +- {plan.std[i]:.4f}"]
         + [f"{plan.nearest[i]:.3f}", f"{plan.after[i]:.2g}"]
         for i, p in enumerate(plan.mixtures)
     ]
-    head = ["", "mixture", "objective", "from nearest run", "then unknown"]
-    title = f"Next runs, the most telling first; the optimum is unknown by {plan.before:.2g} nats"
+    head = ["", "mixture", "objective", "from nearest run", "uncertain after"]
+    title = f"Next runs, the most useful first; the optimum is uncertain by {plan.before:.2g} nats"
     print_table(title, head, rows)
     for note in plan.notes:
         print(f"Note: {note}")
 
 
 def print_curves(curves: dict[str, list[dict]]) -> None:
-    """Scores against the number of runs, by law, as `budget.learning_curve` gives them."""
+    """Print scores against the number of runs, by law, as from `budget.learning_curve`."""
     rows = [
         [law, str(point["runs"])]
         + [_pm(point[key], point[f"{key}_sd"]) for key in ("error", "spearman", "mae")]
@@ -180,15 +185,15 @@ def print_curves(curves: dict[str, list[dict]]) -> None:
         for point in curve
     ]
     head = ["law", "runs", "error", "rank corr. of the objective", "its MAE, nats"]
-    print_table("What fewer runs tell", head, rows)
+    print_table("Fitted to fewer runs", head, rows)
 
 
 def print_fidelity(found: Fidelity, folder: str) -> None:
-    """How true a method's law was to a run, as `fidelity.assess` gives it."""
+    """Print how well a method's law fits its run, as `fidelity.assess` returns it."""
     rows = [
-        ["likeness of the method's matrix to the fitted one", f"{found.similarity_of_mean:.3f}"],
+        ["similarity of the method's matrix and the fitted one", f"{found.similarity_of_mean:.3f}"],
         ["   90% interval", "{:.3f} to {:.3f}".format(*found.interval)],
-        ["   of a matrix whose domains are shuffled", f"{found.chance:.3f}"],
+        ["   with shuffled domains", f"{found.chance:.3f}"],
         ["R2 of the method's law on intervals after its decisions", f"{found.implied_r2:.3f}"],
         ["R2 of the fitted law there, each left out", f"{found.fitted_r2:.3f}"],
     ]

@@ -1,37 +1,39 @@
-"""A mixture that a law proposes, beside the runs: what it promises, and how far it ventures."""
+"""A law's proposal compared with the runs: its expected losses, and its distance from the runs."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from llmmix.laws.accuracy import weighted
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective
 from llmmix.laws.search import Found
 from llmmix.laws.simplex import hull_distance, nearest_run, typical_spacing
-from llmmix.laws.wishes import Objective
 
-DRAWS = 400  # laws that the runs leave open, asked whether the proposal is better
+DRAWS = 400  # laws drawn to estimate the probability that the proposal is better
 
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """A mixture, and what to know before it is run. Distances are shares that would be moved.
+    """A mixture, and what to know before it is run. A distance is the share to be moved.
 
     Args:
         mixture: (k,).
-        objective: The law's objective there.
-        losses: (m,) the law's losses there.
-        low: (m,) lower end of the interval of a run's losses, at the level asked for.
-        high: (m,) upper end of it.
-        found: How it was found.
-        best_run: Index of the run whose observed objective is smallest.
-        best_observed: That objective.
-        best_predicted: What the law says of it: the law's own error there.
-        better: Part of the laws that the runs leave open under which the proposal beats that run.
+        objective: Predicted objective of the mixture.
+        losses: (m,) predicted losses of the mixture.
+        low: (m,) lower ends of the intervals of a run's losses.
+        high: (m,) upper ends of these intervals.
+        found: Result of the search.
+        best_run: Index of the run with the smallest observed objective.
+        best_observed: Observed objective of that run.
+        best_predicted: Predicted objective of that run; the difference is the law's error there.
+        better: Fraction of laws drawn from those that fit the runs under which the proposal beats
+            that run.
         nearest_run: Index of the run nearest to the proposal.
         distance: Distance to that run.
         spacing: Median distance of a run to its nearest other one.
-        outside: Distance to the nearest mean of runs: 0 within what they span.
+        outside: Distance to the convex hull of the runs; 0 inside.
     """
 
     mixture: np.ndarray
@@ -53,7 +55,7 @@ class Proposal:
 def examine_proposal(
     law: Law, objective: Objective = None, *, level: float = 0.9, seed: int = 0, **options: Any
 ) -> Proposal:
-    """The law's best mixture beside the runs behind it.
+    """The law's best mixture compared with the runs behind the law.
 
     Args:
         law: A fitted law.
@@ -67,7 +69,7 @@ def examine_proposal(
     """
     found = law.propose(objective, seed=seed, **options)
     u, runs = law.target_weights(objective), law.mixtures_
-    observed = law.losses_[:, u > 0] @ u[u > 0]
+    observed = weighted(law.losses_, u)
     if np.isnan(observed).all():
         raise ValueError("`objective`: no run has all the losses that it weighs; weigh fewer.")
     best = int(np.nanargmin(observed))

@@ -1,4 +1,7 @@
-"""A table's file: separated by commas, semicolons or tabs, or a JSON object a line."""
+"""Reads one table of runs: separated by commas, semicolons or tabs, or a JSON object a line.
+
+llmmix/laws/tables.py joins two of them.
+"""
 
 import io
 import json
@@ -14,7 +17,7 @@ import pandas as pd
 from llmmix.laws.inputs import listed
 
 IDS = ("run_id", "run", "index", "id", "name")  # the columns that may name a run, best first
-UNNAMED = ("unnamed column 1", "unnamed: 0")  # pandas' index, written once and once more
+UNNAMED = ("unnamed column 1", "unnamed: 0")  # an index that pandas wrote, once or twice
 MISSING = {"", "na", "n/a", "none", "null"}
 BOOKKEEPING = set(
     "step steps global_step training_step epoch epochs iteration iterations tokens n_tokens "
@@ -22,7 +25,7 @@ BOOKKEEPING = set(
     "learning_rate grad_norm time timestamp runtime duration wall_time created_at gpu_hours "
     "samples_per_second steps_per_second tokens_per_second".split()
 )
-# Meant as a number, though `float` may not take it (0,5 and 12%): no column of words has any
+# A cell meant as a number, though `float` may refuse it (0,5 or 12%)
 NUMERAL = re.compile(r"[+-]?[\d_.,]*\d(e[+-]?\d+)?\s*%?", re.IGNORECASE)
 
 
@@ -31,11 +34,11 @@ class Table:
     """A table as text.
 
     Args:
-        argument: What the table was given as, for the messages.
+        argument: Argument that named the table, for error messages.
         path: File of the table.
         header: Names of the columns.
-        rows: Cells of the lines below the header.
-        lines: The number of each of these lines in the file.
+        rows: Cells of each line below the header.
+        lines: Number of each of these lines in the file.
     """
 
     argument: str
@@ -45,7 +48,7 @@ class Table:
     lines: list[int]
 
     def at(self, row: int | None = None) -> str:
-        """Where a row is, or the table, for a message."""
+        """The place of a row, or of the table, for an error message."""
         where = f"`{self.argument}`: {self.path}"
         return where if row is None else f"{where}, line {self.lines[row]}"
 
@@ -55,16 +58,16 @@ class Table:
 
 
 def load_table(argument: str, path: str | Path) -> Table:
-    """A table of a header and a line or more below it.
+    """Read a table with a header and at least one line below it.
 
     Args:
-        argument: What the table was given as, for the messages.
+        argument: Argument that named the table, for error messages.
         path: File of the table.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no text in UTF-8, no table, or has lines of another length than the
-            header.
+        ValueError: The file is not UTF-8 text, is not a table, or has a line with another number of
+            cells than the header.
     """
     path = Path(path)
     where = f"`{argument}`: {path}"
@@ -74,7 +77,7 @@ def load_table(argument: str, path: str | Path) -> Table:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is no text in UTF-8 ({error}). Save it as such.") from error
+        raise ValueError(f"{where} is not UTF-8 text ({error}). Save it as UTF-8.") from error
     read = _read_jsonl if text.lstrip().startswith(("{", "[")) else _read_csv
     numbered = [(n, row) for n, row in read(text, where) if any(row)]
     if len(numbered) < 2:
@@ -93,7 +96,7 @@ def load_table(argument: str, path: str | Path) -> Table:
         if len(row) != len(header):
             raise ValueError(
                 f"{where}, line {n}: {len(row)} cells below a header of {len(header)}. Mend the "
-                f"line: a cell that is missing is left empty."
+                f"line: leave a missing cell empty."
             )
     return Table(argument, path, header, [row for _, row in body], [n for n, _ in body])
 
@@ -118,7 +121,7 @@ def _read_csv(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _count_cells(header: str, separator: str) -> int:
-    """Into how many cells a separator cuts a header; none where its quotes forbid it."""
+    """Number of cells into which a separator cuts a header; 0 where its quotes do not match."""
     try:
         return int(_parsed(header, separator, header.count(separator) + 1).notna().to_numpy().sum())
     except pd.errors.ParserError:
@@ -126,7 +129,7 @@ def _count_cells(header: str, separator: str) -> int:
 
 
 def _parsed(text: str, separator: str, width: int) -> pd.DataFrame:
-    """All lines of a text, as text; `width` is as many columns as there may be."""
+    """All lines of a text, as text; `width` is the largest possible number of columns."""
     return pd.read_csv(
         io.StringIO(text, newline=None),
         sep=separator,
@@ -136,7 +139,7 @@ def _parsed(text: str, separator: str, width: int) -> pd.DataFrame:
         keep_default_na=False,
         skip_blank_lines=False,
         skipinitialspace=True,
-        engine="python",  # which tells an empty cell from none, and is strict about quotes
+        engine="python",  # tells an empty cell from a missing one, and is strict about quotes
     )
 
 
@@ -161,9 +164,9 @@ def read_ids(table: Table, column: int) -> list[str]:
     """The ids of a table's runs, as text.
 
     Raises:
-        ValueError: An id is empty, or stands in two lines.
+        ValueError: An id is empty or occurs twice.
     """
-    # A table that had gaps comes out of pandas with 1.0 for 1
+    # pandas writes 1.0 for 1 in a column that had gaps
     ids = [re.sub(r"^(-?\d+)\.0+$", r"\1", cell) for cell in table.cells(column)]
     if "" in ids:
         row = ids.index("")
@@ -180,15 +183,15 @@ def read_ids(table: Table, column: int) -> list[str]:
 
 
 def read_numbers(table: Table, id_column: int, notes: list[str]) -> tuple[list[str], np.ndarray]:
-    """The columns that are numbers, and their values, NaN where a cell is empty.
+    """The columns of numbers, and their values; NaN where a cell is empty.
 
     Args:
-        table: With shares (`ratios`) or losses (`metrics`).
+        table: Table of shares (`ratios`) or losses (`metrics`).
         id_column: Index of the column of ids.
         notes: Receives a sentence on columns that are left out.
 
     Raises:
-        ValueError: A column of numbers has a cell that is none, or no column holds numbers.
+        ValueError: A column of numbers has a cell that is not one, or no column has numbers.
     """
     names: list[str] = []
     values: list[list[float | None]] = []

@@ -1,14 +1,14 @@
-"""The mixture at which a fitted law is best.
+"""Searches for the mixture at which a law is smallest: by gradient, or by sampling as RegMix does.
 
-The search follows the central path of a log barrier,
+The gradient search follows the central path of a log barrier,
 
     min_p  f(p) - mu sum_j [ log(p_j - lower_j) + log(upper_j - p_j) ],   sum p = 1,   mu -> 0,
 
-by primal-dual Newton steps for all starts at once. Every point stays strictly inside, where laws
-with p^a, a < 1, have a finite slope; where the optimum is a whole face, the path ends in its
-middle, whatever the order of the domains. scipy's SLSQP needs a floor under the shares for such
-laws, and on such a face it ends wherever it came from: with a floor of 1e-10 it is off by 3e-8 to
-2e-7 where laws have a single optimum, and gives two equal domains shares of 0.07 and 0.20.
+by primal-dual Newton steps for all starts at once. Every point stays strictly inside the bounds,
+where laws with p^a, a < 1, have a finite slope. Where the optimum is a whole face, the path ends in
+its middle, whatever the order of the domains. scipy's SLSQP needs a floor under the shares for such
+laws, and on such a face it ends near its start: with a floor of 1e-10 it is off by 3e-8 to 2e-7
+where laws have a single optimum, and gives two equal domains shares of 0.07 and 0.20.
 """
 
 from collections.abc import Callable
@@ -16,26 +16,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmmix.laws.objective import shares_of
 from llmmix.laws.simplex import project
-from llmmix.laws.wishes import shares_of
 
-MU = (1e-2, 1e-3, 1e-12)  # weight of the barrier: at first, where starts are compared, at last
-BASINS = 6  # so many distinct points are followed to the end
+MU = (1e-2, 1e-3, 1e-12)  # weight of the barrier: first, where starts are compared, and last
+BASINS = 6  # largest number of distinct points that are followed to the end
 ROWS = 8192  # rows of one call of `value`
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Args:
         mixture: (k,) on the simplex and within the bounds.
         value: Value of the law there.
-        converged: Gradient search: no feasible direction descends, to first order. Sampling:
-            enough candidates lay within the bounds by themselves.
+        converged: For a gradient search, whether no feasible direction descends, to first order;
+            for sampling, whether enough candidates were within the bounds.
         at_bounds: Indices of the shares at their lower bound, zero included, or at an upper
             bound below 1.
-        method: How it was found, in words.
+        method: How the mixture was found, in words.
     """
 
     mixture: np.ndarray
@@ -46,7 +46,7 @@ class Found:
 
 
 def _values(value: Callable, p: np.ndarray) -> np.ndarray:
-    """(n,) of (n, k), some rows at a time; what is no number counts as the worst."""
+    """(n,) values of mixtures (n, k), computed some rows at a time; NaN counts as infinite."""
     with np.errstate(all="ignore"):
         parts = [np.asarray(value(p[i : i + ROWS]), float) for i in range(0, len(p), ROWS)]
     values = np.concatenate(parts)
@@ -54,11 +54,11 @@ def _values(value: Callable, p: np.ndarray) -> np.ndarray:
 
 
 def _newton(slope: Callable, lo, up, x, duals, mu) -> tuple[np.ndarray, np.ndarray]:
-    """Newton steps (n, k) of the barrier's problem at x (n, k) and their slopes (n,)."""
+    """Newton steps (n, k) of the barrier problem at x (n, k), and the slopes (n,) along them."""
     k = x.shape[1]
     here, eye = slope(x), np.eye(k)
-    # Differences along the simplex, so that a law need not be defined off it, and relative to
-    # the share, since the curvature of p^a grows as p -> 0
+    # Differences along the simplex, outside of which a law may be undefined, and relative to the
+    # share, since the curvature of p^a grows as p -> 0
     h = 1e-6 * x[:, :, None]
     around = x[:, None] + h * (eye - x[:, None] / x.sum(1)[:, None, None])
     curvature = (slope(around.reshape(-1, k)).reshape(-1, k, k) - here[:, None]) / h
@@ -119,7 +119,7 @@ def _follow(value: Callable, slope: Callable, lo, up, x, first: float, last: flo
 
 
 def _vertex(slopes: np.ndarray, lower, upper) -> np.ndarray:
-    """(k,) The feasible mixture that is best for a linear law: fill up from the smallest slope."""
+    """(k,) the best feasible mixture for a linear law: fill up domains from the smallest slope."""
     order = np.argsort(slopes, kind="stable")
     room = (upper - lower)[order]
     filled = lower.copy()
@@ -128,7 +128,7 @@ def _vertex(slopes: np.ndarray, lower, upper) -> np.ndarray:
 
 
 def _corners(lower, upper) -> np.ndarray:
-    """(k, k) Mixtures with one share as large as it can be, the rest in proportion to their room.
+    """(k, k) mixtures with one share as large as possible, the rest in proportion to their room.
 
     Without bounds they are the vertices of the simplex.
     """
@@ -140,7 +140,7 @@ def _corners(lower, upper) -> np.ndarray:
 
 
 def _search_inside(value: Callable, slope: Callable, lower, upper, starts) -> tuple:
-    """Ends of the central paths from `starts`, (m, k), and a scale of the law's slope."""
+    """(m, k) ends of the central paths from `starts`, and the scale of the law's slopes."""
     free = upper - lower > 1e-12
     lo, up, total = lower[free], upper[free], 1 - lower[~free].sum()
     middle = lo + (up - lo) * (total - lo.sum()) / (up - lo).sum()
@@ -172,7 +172,7 @@ def _search_inside(value: Callable, slope: Callable, lower, upper, starts) -> tu
 
 
 def _snapped(ends, lower, upper) -> list[np.ndarray]:
-    """The ends (m, k) of paths with the shares that the barrier kept off their bound put there."""
+    """The ends (m, k) of paths, with shares that the barrier kept off a bound moved onto it."""
     snapped = []
     for near in (1e-7, 1e-9, 1e-11):
         held = np.where(ends - lower < near, lower, ends)
@@ -186,9 +186,9 @@ def _snapped(ends, lower, upper) -> list[np.ndarray]:
 
 
 def _descent(slope: Callable, p, lower, upper) -> float:
-    """What the law's tangent at p (k,) promises at most: 0 where no feasible direction descends."""
+    """Largest fall along the law's tangent at p (k,): 0 where no feasible direction descends."""
     inside = project(np.full(len(p), 1 / len(p)), lower, upper)
-    with np.errstate(all="ignore"):  # an infinite slope at 0 is asked for a billionth inside
+    with np.errstate(all="ignore"):  # the slope at 0 may be infinite: take it slightly inside
         slopes = np.asarray(slope(((1 - 1e-9) * p + 1e-9 * inside)[None]), float)[0]
     slopes = np.where(upper > lower, slopes, 0.0)
     return float(slopes @ (p - _vertex(slopes, lower, upper)))
@@ -205,10 +205,10 @@ def minimize_mixture(
     """The mixture within bounds at which a law is smallest.
 
     Args:
-        value: (n, k) mixtures -> (n,) of the law.
-        slope: (n, k) -> (n, k) its gradient in p; may be infinite where a share is 0.
-        lower: (k,) as of `wishes.bounds_of`.
-        upper: (k,).
+        value: Maps mixtures (n, k) to values (n,) of the law.
+        slope: Maps (n, k) to gradients (n, k), which may be infinite where a share is 0.
+        lower: (k,) smallest shares, as from `objective.bounds_of`.
+        upper: (k,) largest shares.
         starts: (s, k) mixtures to start from, projected onto the bounds.
 
     Returns:
@@ -224,7 +224,7 @@ def minimize_mixture(
     known = np.vstack([project(starts, lower, upper), corners := _corners(lower, upper)])
     scale = 1.0
     found: list[np.ndarray] = []
-    if 1e-9 < 1 - lower.sum() and upper.sum() - 1 > 1e-9:  # else a single mixture is feasible
+    if 1e-9 < 1 - lower.sum() and upper.sum() - 1 > 1e-9:  # else only one mixture is feasible
         best = np.argsort(_values(value, corners), kind="stable")[:3]
         begin = np.vstack([known[: len(starts)], corners[best]])
         ends, scale = _search_inside(value, slope, lower, upper, begin)
@@ -233,8 +233,8 @@ def minimize_mixture(
     values = _values(value, candidates)
     if not np.isfinite(values.min()):
         raise ValueError(f"`value` must be finite somewhere, got {values.min()} at all candidates.")
-    # Of those that differ by rounding the first at which nothing descends, so that the order of the
-    # domains decides nothing, and a share that the law wants tiny is not taken for 0
+    # Among candidates that differ by rounding, take the first at which no direction descends: the
+    # order of the domains then decides nothing, and a tiny optimal share is not rounded to 0
     tied = values <= values.min() + 1e-14 * np.abs(values.min()) + 1e-13 * scale
     for i in np.flatnonzero(tied).tolist():
         converged = _descent(slope, candidates[i], lower, upper) <= 1e-6 * scale
@@ -261,17 +261,17 @@ def sample_mixture(
     the bounds instead; `converged` is then False and `method` says so.
 
     Args:
-        value: (n, k) -> (n,) of the law.
-        lower: (k,).
-        upper: (k,).
-        prior: (k,) concentrations, token shares in RegMix; a domain at 0 stays at 0.
+        value: Maps mixtures (n, k) to values (n,) of the law.
+        lower: (k,) smallest shares.
+        upper: (k,) largest shares.
+        prior: (k,) concentrations (token shares in RegMix); a domain at 0 stays at 0.
         candidates: Number of mixtures drawn.
         top: Number of mixtures averaged.
         seed: Seed of the draws.
 
     Raises:
-        ValueError: `prior` is 0 where the bounds ask for a share, or `top` is not within the
-            number of candidates.
+        ValueError: `prior` is 0 where the bounds need a share, or `top` is not between 1 and
+            `candidates`.
     """
     prior = shares_of("prior", prior, len(lower), 0.0, np.finfo(float).max, None)
     if not 1 <= top <= candidates:

@@ -1,4 +1,4 @@
-"""The part of the simplex that a plan leaves, and how far a mixture lies from the runs."""
+"""Geometry of the simplex: projection onto bounds, distances to runs, runs of the same mixture."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -7,7 +7,7 @@ from scipy.spatial import KDTree
 
 from llmmix.laws.inputs import check_mixtures
 
-GRID, OFFSET = 1e-6, 1 / np.pi  # on which shares are the same, and where its edges lie
+GRID, OFFSET = 1e-6, 1 / np.pi  # cell size and offset of the grid on which shares are compared
 
 
 def project(p: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float) -> np.ndarray:
@@ -29,7 +29,7 @@ def project(p: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float)
     if not (lower.sum() <= 1 + 1e-9 and upper.sum() >= 1 - 1e-9 and (lower <= upper).all()):
         raise ValueError(
             f"`lower` and `upper` must leave a mixture, got sums {lower.sum():.6g} and "
-            f"{upper.sum():.6g}: see `wishes.bounds_of`."
+            f"{upper.sum():.6g}: see `objective.bounds_of`."
         )
     if not np.isfinite(p).all():
         raise ValueError("`p` must be finite to be projected, got NaN or inf: drop those rows.")
@@ -40,7 +40,7 @@ def project(p: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float)
         over = np.clip(p - t, lower, upper).sum(-1, keepdims=True) > 1
         least, most = np.where(over, t, least), np.where(over, most, t)
     clipped = np.clip(p - t, lower, upper)
-    # What bisection left over, of the order of rounding, goes to the shares between their bounds
+    # The remainder of the bisection, of the size of rounding, goes to shares strictly within bounds
     tiny = 4e-16 * np.maximum(np.abs(p).max(-1, keepdims=True), 1)
     clipped = np.where(clipped - lower < tiny, lower, clipped)
     clipped = np.where(upper - clipped < tiny, upper, clipped)
@@ -66,13 +66,17 @@ def hull_distance(p: np.ndarray, mixtures: np.ndarray) -> float:
     matrix = np.block([[np.transpose(mixtures), np.eye(k), -np.eye(k)]])
     matrix = np.vstack([matrix, np.concatenate([np.ones(n), np.zeros(2 * k)])])
     solved = linprog(cost, A_eq=matrix, b_eq=np.append(p, 1.0), method="highs")
-    if not solved.success:  # the program is always feasible and bounded: its numbers are not
+    if not solved.success:  # the program is feasible and bounded unless numbers are not finite
         raise ValueError(f"`p` and `mixtures` must be finite for a distance: {solved.message}")
     return max(float(solved.fun), 0.0)
 
 
 def typical_spacing(mixtures: np.ndarray) -> float:
-    """The median over the distinct rows of (n, k) of the distance to their nearest other row."""
+    """Median distance of the distinct rows of mixtures (n, k) to their nearest other row.
+
+    Raises:
+        ValueError: All rows are the same.
+    """
     distinct = np.unique(np.round(mixtures, 12), axis=0)
     if len(distinct) < 2:
         raise ValueError(f"`mixtures` must hold two that differ, got {len(distinct)}: add runs.")
@@ -80,10 +84,10 @@ def typical_spacing(mixtures: np.ndarray) -> float:
 
 
 def same_mixture(mixtures: ArrayLike) -> np.ndarray:
-    """(n,) number of each run's mixture, whatever the order of runs and domains.
+    """(n,) number of each run's mixture, independent of the order of runs and domains.
 
-    Shares of the same mixture may differ by rounding. They are compared on a grid of 1e-6 whose
-    edges no share lies on that was written in decimals or is a simple fraction.
+    Shares of the same mixture may differ by rounding, so they are compared on a grid of 1e-6. Its
+    edges are placed where no decimal number or simple fraction lies.
     """
     X = check_mixtures(mixtures)
     domains = np.lexsort(np.sort(X, 0)[::-1])

@@ -1,7 +1,8 @@
-"""A study of finished runs: laws judged on them, the one that proposes, and what to run next.
+"""`Study`: laws judged on finished runs, the best law's proposal, and mixtures to run next.
 
-Each step prints its tables, writes its figures and tables into the study's folder, and returns what
-a JSON document of it holds.
+Each step prints its tables (llmmix/laws/printing.py), writes figures (llmmix/laws/figures.py) and
+tables into the study's folder, and returns its part of a JSON document. eval/mixture_laws.py runs
+the steps.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from llmmix.laws.figures import (
 )
 from llmmix.laws.judge import Judgement, as_good_as, best_of, compare
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective
 from llmmix.laws.printing import (
     print_by_target,
     print_curves,
@@ -34,22 +36,21 @@ from llmmix.laws.printing import (
 from llmmix.laws.proposal import examine_proposal
 from llmmix.laws.tables import Runs, write_mixtures
 from llmmix.laws.transfer import calibrated_objective, judge_transfer
-from llmmix.laws.wishes import Objective
 
 MOVED = 0.05  # part of the mixture that the figure of effects moves to each domain
-TABLES = ("observed", "predictions", "stds", "standardized", "mixture")  # a judgement's, by run
+TABLES = ("observed", "predictions", "stds", "standardized", "mixture")  # by run, in a judgement
 
 
 @dataclass
 class Study:
-    """Runs, and the law that is to propose mixtures from them.
+    """Finished runs, and the law that proposes mixtures from them.
 
     Args:
         runs: The finished runs.
-        objective: As `Law.propose` takes it.
+        objective: What to minimize, as `Law.propose` takes it.
         folder: Folder for figures and tables.
         seed: Seed of the folds and of sampled searches.
-        name: Name of the law that proposes, once it is adopted.
+        name: Name of the law that proposes, set by `adopt`.
         law: That law, fitted to all runs.
     """
 
@@ -66,7 +67,7 @@ class Study:
     def judge(
         self, laws: Mapping[str, Law], holdout: float, level: float
     ) -> dict[str, Judgement | str]:
-        """Laws by name judged on runs held out, with coverage of intervals at 0.5 and `level`.
+        """Judge laws on held-out runs, with the coverage of intervals at levels 0.5 and `level`.
 
         Raises:
             ValueError: `judge.compare` refuses the runs or the objective.
@@ -87,7 +88,7 @@ class Study:
         return judged
 
     def adopt(self, name: str, law: Law, judgement: Judgement | str) -> None:
-        """Fit the law that proposes to all runs, and draw what it predicts.
+        """Choose the law that proposes: fit it to all runs, and draw its predictions and effects.
 
         Raises:
             ValueError: The law cannot be fitted to the runs.
@@ -104,7 +105,7 @@ class Study:
     def propose(
         self, level: float, prior: Mapping[str, float] | None = None, **options: Any
     ) -> dict[str, Any]:
-        """The law's best mixture beside the runs. Arguments: those of `examine_proposal`.
+        """The law's best mixture compared with the runs; takes the arguments of `examine_proposal`.
 
         Raises:
             ValueError: `examine_proposal` refuses the arguments.
@@ -128,7 +129,7 @@ class Study:
         return document
 
     def plan(self, count: int, **limits: Any) -> dict[str, Any]:
-        """Mixtures to run next. Arguments: those of `design.next_mixtures`.
+        """Mixtures to run next; takes the bounds and prior of `design.next_mixtures`.
 
         Raises:
             ValueError: `next_mixtures` refuses the arguments.
@@ -140,7 +141,7 @@ class Study:
         return {**vars(plan), "mixtures": mixtures}
 
     def budget(self, laws: Mapping[str, Law]) -> dict[str, Any]:
-        """Error against the number of runs, of laws by name; the adopted one must be among them.
+        """Error against the number of runs, for laws by name, the adopted one among them.
 
         Raises:
             ValueError: The runs are too few for a curve, or the adopted law has no error.
@@ -151,18 +152,18 @@ class Study:
         (self.folder / "budget.png").write_bytes(draw_budget(curves))
         print_curves(curves)
         needed = runs_needed(curves[self.name])
-        print(f"{self.name}: {needed} runs come within 10% of the error of all.")
+        print(f"{self.name}: {needed} runs are enough for an error within 10% of that of all.")
         return {"curves": curves, "runs_needed": needed}
 
     def transfer(
         self, metrics: str, large: Runs, others: Mapping[str, Law], number: int
     ) -> dict[str, Any]:
-        """Laws on the runs of other models; a figure and the calibration of the adopted one.
+        """Judge laws on the runs of other models; draw and calibrate the adopted law.
 
         Args:
-            metrics: Name of their table of losses.
-            large: These runs, as `tables.read_runs_like` reads them.
-            others: Laws by name, fitted, that are judged beside the adopted one.
+            metrics: Name of the other runs' table of losses.
+            large: The other runs, as `tables.read_runs_like` reads them.
+            others: Further fitted laws to judge, by name.
             number: Number of the figure.
 
         Raises:
@@ -191,7 +192,7 @@ class Study:
 
 
 def choose_law(judged: Mapping[str, Judgement | str], default: str) -> str:
-    """Name of the law to propose: the best, or the default where the runs do not tell them apart.
+    """Name of the law to propose: the best, or the default if it is not significantly worse.
 
     Raises:
         ValueError: No law could be judged.
@@ -207,7 +208,7 @@ def choose_law(judged: Mapping[str, Judgement | str], default: str) -> str:
 
 
 def summaries(judged: Mapping[str, Judgement | str]) -> dict[str, Any]:
-    """Judgements by name without their tables of runs."""
+    """Judgements by name, without their tables by run."""
 
     def summary(found: Judgement | str) -> dict[str, Any] | str:
         if isinstance(found, str):

@@ -1,4 +1,7 @@
-"""Which mixtures a sweep trains, and its tables: a line a run, joined by `run_id`."""
+"""The mixtures of a sweep, and its tables: a line for each run, joined by `run_id`.
+
+recipes/mixture_sweep.py trains the mixtures; llmmix/laws/tables.py reads the tables.
+"""
 
 import csv
 import itertools
@@ -17,25 +20,25 @@ class SweepArguments:
     """Which mixtures a sweep trains."""
 
     mixtures: int = field(
-        default=16, metadata={"help": "Number of mixtures that are drawn (--sample dirichlet)."}
+        default=16, metadata={"help": "Number of mixtures to draw (--sample dirichlet)."}
     )
     sample: str = field(
         default="dirichlet",
         metadata={
-            "help": "Which mixtures are trained: dirichlet (drawn), grid, or a table of mixtures "
+            "help": "Mixtures to train: dirichlet (random draws), grid, or a table of mixtures "
             "(.csv) with a line for each run."
         },
     )
     concentration: list[float] = field(
         default_factory=lambda: [0.3, 1.0, 3.0],
         metadata={
-            "help": "Concentrations of the Dirichlet draws, used in turn, each times the --weights "
-            "scaled to a mean of 1."
+            "help": "Concentrations of the Dirichlet draws, used in turn. Each is multiplied by "
+            "the --weights, scaled to a mean of 1."
         },
     )
     grid_steps: int = field(
         default=4,
-        metadata={"help": "Number of steps of a grid: its shares are multiples of 1 / grid_steps."},
+        metadata={"help": "Number of steps of the grid: shares are multiples of 1 / grid_steps."},
     )
     keep_models: bool = field(
         default=False, metadata={"help": "Keep the trained model of every run."}
@@ -48,13 +51,13 @@ def choose_mixtures(
     """(runs, m) mixtures to train.
 
     Args:
-        args: How many mixtures, and which sample of them.
-        prior: (m,) mixture around which a sample is drawn.
+        args: Options of the sweep.
+        prior: (m,) mixture around which mixtures are drawn.
         seed: Seed of the draws.
-        domains: m names, for a table's columns.
+        domains: m names, which are the columns of a table of mixtures.
 
     Raises:
-        ValueError: `sample` is no known name, `mixtures` is below 1, or a table has other domains.
+        ValueError: `sample` is unknown, `mixtures` is below 1, or the table has other domains.
     """
     if args.sample.endswith(".csv"):
         return _listed(Path(args.sample), list(domains))
@@ -65,8 +68,8 @@ def choose_mixtures(
         return np.array(found) / args.grid_steps
     if args.sample != "dirichlet" or args.mixtures < 1:
         raise ValueError(
-            f"`sample` must be dirichlet, of at least one of `mixtures`, grid or a .csv; got "
-            f"{args.sample!r}, {args.mixtures}."
+            f"`sample` must be dirichlet (with `mixtures` of at least 1), grid or a .csv; got "
+            f"{args.sample!r} and `mixtures` {args.mixtures}."
         )
     rng = np.random.default_rng(seed)
     strengths = itertools.cycle(args.concentration)
@@ -80,14 +83,14 @@ def _listed(table: Path, domains: list[str]) -> np.ndarray:
     known = set(rows.columns) - {"run_id", "name"} if len(rows) else set()
     if known != set(domains):
         raise ValueError(
-            f"`sample`: {table} must have a column for each of {domains}, and the names of runs "
-            f"alone beside; got {sorted(known)}."
+            f"`sample`: {table} must have a column for each of {domains}, and no others but run_id "
+            f"and name; got {sorted(known)}."
         )
     return check_mixtures(rows[domains].to_numpy(), domains, "sample")
 
 
 def _read(table: Path) -> pd.DataFrame:
-    """A table as text, so that a run 007 keeps its name; a byte-order mark is no part of it."""
+    """A table as text, so that a run 007 keeps its name; a byte-order mark is skipped."""
     try:
         return pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except pd.errors.EmptyDataError:
@@ -95,7 +98,7 @@ def _read(table: Path) -> pd.DataFrame:
 
 
 def finished(table: Path, run: str) -> dict[str, str] | None:
-    """A run's line in a table, as text; None where there is none."""
+    """The line of a run in a table, as text; None if the table has no such line."""
     if not table.exists():
         return None
     rows = _read(table)
@@ -118,7 +121,7 @@ def check_same(row: dict, weights: dict[str, float], table: Path) -> None:
 
 
 def add(table: Path, run: str, values: dict[str, float]) -> None:
-    """Append a run's line, below a header where there is none."""
+    """Append the line of a run; a new table gets a header first."""
     new = not table.exists()
     with table.open("a", newline="") as file:
         writer = csv.DictWriter(file, ["run_id", "name", *values])

@@ -1,11 +1,12 @@
-"""Tables of finished runs: what each mixed, what each lost, joined by the run's id.
+"""Tables of finished runs: the mixture and the losses of each run, joined by the run's id.
 
     run_id,name,code,docs            run_id,name,code_val_loss,docs_val_loss
     run-0000,run-0000,0.25,0.75      run-0000,run-0000,3.1,2.7
 
-Those of a sweep of ours, of RegMix (`index`, `train_the_pile_*`, `metric/the_pile_*_val_loss`) and
-of Olmix (`run` or `run_id`, `name`, `index`, metrics by their path) are read alike: separated by
-commas, semicolons or tabs, or a JSON object a line.
+It reads the tables of recipes/mixture_sweep.py, of RegMix (`index`, `train_the_pile_*`,
+`metric/the_pile_*_val_loss`) and of Olmix (`run` or `run_id`, `name`, `index`, metrics by their
+path). Cells are separated by commas, semicolons or tabs, or each line is a JSON object.
+llmmix/laws/reading.py reads a single table.
 """
 
 import csv
@@ -27,9 +28,9 @@ class Runs:
     """Runs that have both a mixture and losses.
 
     Attributes:
-        ids: n, as text.
-        domains: k, shortened.
-        targets: m, shortened.
+        ids: n ids, as text.
+        domains: k shortened names.
+        targets: m shortened names.
         mixtures: (n, k) shares, each row of sum 1.
         losses: (n, m), NaN where a run has no such loss.
         notes: What was dropped, left out or scaled, a sentence each.
@@ -43,7 +44,7 @@ class Runs:
     notes: list[str]
 
     def sample(self, count: int | None, seed: int) -> Self:
-        """All runs, or `count` of them."""
+        """All runs, or `count` random ones."""
         if count is None or count >= len(self.ids):
             return self
         rows = np.sort(np.random.default_rng(seed).permutation(len(self.ids))[:count])
@@ -52,7 +53,7 @@ class Runs:
         return replace(self, ids=ids, mixtures=mixtures, losses=self.losses[rows], notes=notes)
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Mixtures and losses as data frames, whose names a law takes over."""
+        """Mixtures and losses as data frames, from which a law takes the names."""
         domains, targets = ([str(name) for name in names] for names in (self.domains, self.targets))
         return (
             pd.DataFrame(self.mixtures, columns=domains),
@@ -64,8 +65,9 @@ def read_runs(ratios: str | Path, metrics: str | Path) -> Runs:
     """Join a table of mixtures with one of losses.
 
     Args:
-        ratios: A line a run, a column a domain.
-        metrics: A line a run, a column a target. A cell that is empty or not finite is missing.
+        ratios: Table with a line for each run and a column for each domain.
+        metrics: Table with a line for each run and a column for each target. A cell that is empty
+            or not finite counts as missing.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -111,7 +113,7 @@ def read_runs_like(runs: Runs, ratios: str | Path, metrics: str | Path) -> Runs:
     """Runs of other models, on the same domains.
 
     Args:
-        runs: The runs whose domains they must have, in any order.
+        runs: Runs whose domains the others must have, in any order.
         ratios: As `read_runs` takes it.
         metrics: As `read_runs` takes it.
 
@@ -128,12 +130,12 @@ def read_runs_like(runs: Runs, ratios: str | Path, metrics: str | Path) -> Runs:
             f"{sorted(ours - theirs)} and adds {sorted(theirs - ours)}."
         )
     if len(found.ids) < 3:
-        raise ValueError(f"`transfer`: 3 runs can be ranked, {ratios} has {len(found.ids)}.")
+        raise ValueError(f"`transfer`: ranking takes 3 runs, {ratios} has {len(found.ids)}.")
     return found
 
 
 def write_mixtures(path: Path, domains: Sequence[str], mixtures: np.ndarray, name: str) -> None:
-    """A table of mixtures, as `read_runs` reads it as `ratios`.
+    """Write a table of mixtures, which `read_runs` can read as `ratios`.
 
     Args:
         path: File to write.
@@ -154,7 +156,7 @@ def _id_columns(left: Table, right: Table) -> tuple[int, int]:
     for table, columns in zip((left, right), found, strict=True):
         if table.header[0].lower() in UNNAMED:
             columns[""] = 0
-    # Olmix takes run for run_id; its index counts lines, and those of two tables may differ
+    # Olmix uses run for run_id; its index counts lines, which may differ between two tables
     pairs = [("run_id", "run_id"), ("run", "run"), ("run", "run_id"), ("run_id", "run")]
     pairs += [(name, name) for name in (*IDS[2:], "")]
     for a, b in pairs:
@@ -168,12 +170,12 @@ def _id_columns(left: Table, right: Table) -> tuple[int, int]:
 
 
 def _check_shares(table: Table, names: list[str], values: np.ndarray):
-    """The shares, each row of sum 1, and the sums they had."""
+    """The shares, scaled to rows of sum 1, and the sums that they had."""
     for row, column in np.argwhere(~(np.isfinite(values) & (values >= 0)))[:1]:
         cell = table.rows[row][table.header.index(names[column])]
         raise ValueError(
             f"{table.at(row)}, column {names[column]!r}: a share must be a number between 0 and 1, "
-            f"got {cell!r}. Write 0 for a domain that the run had nothing of."
+            f"got {cell!r}. Write 0 for a domain that the run did not use."
         )
     sums = values.sum(1)
     try:
@@ -189,7 +191,7 @@ def _check_shares(table: Table, names: list[str], values: np.ndarray):
                 named = [f"{names[j]} ({values[0, j]:g} in the first)" for j in np.flatnonzero(out)]
                 raise ValueError(
                     f"{table.at()}: the shares of each run sum to 1 without {listed(named, 6)}. "
-                    f"Remove what is no share of a domain."
+                    f"Remove columns that are no share of a domain."
                 ) from error
         row = int(np.abs(sums - 1).argmax())
         raise ValueError(

@@ -1,17 +1,18 @@
-"""What a mixture run's record says of its losses, and the linear law of how they fell.
+"""The record of a mixture run by interval, and the linear law of how its losses fell.
 
     (L_i(s) - L_i(s')) / g(t) = sum_j A_ij x_j + noise    interval s to s', t its middle
     g(t) ~ t^-power (1 - t/T)^end, T the run's end        x_j = (s' - s) * share of domain j's rows
 
-The linear dynamic law of Chen et al. (arXiv:2411.05735). They continue a checkpoint on many
-mixtures; here there is one run, whose losses fall ever more slowly and, as the learning rate ends,
-not at all. So all entries share one decay g, of mean 1 over the run's steps: A is what a step sheds
-on average, and its shape is taken to stay. Errors count alike after division by g; what only trends
-of both mixture and speed tell apart, g may claim. The fall that every run begins with follows no
-such g: the first tenth is left out, as Aioli does. R2 is against a law that no mixture matters to,
-drop = a_i * steps, not against the mean drop, which all laws beat.
+This is the linear dynamic law of Chen et al. (arXiv:2411.05735). They continue a checkpoint on many
+mixtures. Here there is one run, whose losses fall ever more slowly and, as the learning rate ends,
+not at all. So all entries share a decay g with mean 1 over the run's steps: A is the fall a step on
+average, and keeps its shape. Errors count alike after division by g. Where mixture and speed follow
+the same trend, g may take what is due to the mixture. The fast fall at the beginning of a run
+follows no such g, so the first tenth is left out, as Aioli does. R2 is against a law to which the
+mixture does not matter, drop = a_i * steps, not against the mean drop, which all laws beat.
 
-Rows of A are targets and columns domains.
+Rows of A are targets and columns domains. llmmix/mixing/record.py writes the record;
+llmmix/laws/fidelity.py compares A with the matrix of the run's method.
 """
 
 from dataclasses import dataclass, field
@@ -23,25 +24,25 @@ import numpy as np
 from llmmix.files import read_json_lines
 
 NAME = "mixture.jsonl"  # the record that a mixture run keeps in its folder
-VARIED = 0.01  # standard deviation over intervals that a share must have for its column
+VARIED = 0.01  # standard deviation of a share over intervals, from which on its column is fitted
 POWERS, ENDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a run's record says, by interval between two measurements of the losses.
+    """The record of a run, by interval between two measurements of the losses.
 
     Args:
-        method: Class of what moved the weights.
+        method: Class name of the method that moved the weights.
         domains: k names.
         targets: m names.
         start: (r,) step before the first of each interval.
-        steps: (r,) length of each interval.
-        shares: (r, k) of the rows drawn in it.
-        drops: (r, m) losses before minus after.
+        steps: (r,) number of steps of each interval.
+        shares: (r, k) share of each domain among the rows drawn in the interval.
+        drops: (r, m) losses before the interval minus losses after it.
         decided: (d,) steps at which the method had a new matrix.
         matrices: (d, m, k) these matrices; entries may be NaN.
-        notes: What of the record could not be used.
+        notes: Parts of the record that could not be used, a sentence each.
     """
 
     method: str
@@ -61,12 +62,13 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
 
     Args:
         folder: Folder with the `mixture.jsonl` of the run.
-        first_step: Intervals that begin before it are left out; a tenth of the run's steps by
-            default.
+        first_step: Intervals that begin before this step are left out. Default: a tenth of the
+            run's steps.
 
     Raises:
         FileNotFoundError: `folder` holds no record.
-        ValueError: The losses were not measured twice with the draws between known.
+        ValueError: The record has no two measurements with all draws between them, or a matrix of
+            another shape than targets by domains.
     """
     header, entries = _read_record(Path(folder))
     k, m = len(header["domains"]), len(header["targets"])
@@ -75,12 +77,12 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
     notes: list[str] = []
     for entry in entries:
         losses = entry.get("final", entry.get("measured", {}).get("losses"))
-        if losses is not None:  # of two at a step, before and after a plan, the last
+        if losses is not None:  # a step may have two, at the end and start of plans: keep the last
             measured[entry["step"]] = np.array(losses, dtype=float)
     lost = [step for step, losses in measured.items() if not np.isfinite(losses).all()]
     if lost:
         shown = ", ".join(map(str, lost))
-        notes.append(f"Losses that were not finite, at steps {shown}, are passed over.")
+        notes.append(f"Losses that were not finite, at steps {shown}, are left out.")
     begun = max(counts, default=0) // 10 if first_step is None else first_step
     kept = sorted(step for step in set(measured) - set(lost) if step >= begun)
     spans: list[tuple] = []
@@ -93,13 +95,13 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
         rows = np.sum(drawn, axis=0)
         spans.append((begin, end - begin, rows / rows.sum(), measured[begin] - measured[end]))
     if torn:
-        notes.append(f"Of {torn} intervals the draws are not all in the record: left out.")
+        notes.append(f"{torn} intervals are left out, since the record lacks some of their draws.")
     if not spans:
         raise ValueError(
             f"{Path(folder) / NAME}: from step {begun} on, losses of the targets were measured at "
-            f"{len(kept)} steps, and it takes two with the draws between on record. "
-            f"{header['method']} may not measure them; one that does is needed, or an earlier "
-            "`first_step`."
+            f"{len(kept)} steps, and it takes two, with all draws between them recorded. "
+            f"{header['method']} may not measure losses: use a run of a method that does, or an "
+            "earlier `first_step`."
         )
     decided, matrices = _decisions(entries, m, k)
     start, steps, shares, drops = (np.array(part) for part in zip(*spans, strict=True))
@@ -109,7 +111,7 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
 
 
 def _read_record(folder: Path) -> tuple[dict, list[dict]]:
-    """The first line of a run's record, with the names, and the others."""
+    """The first line of a run's record, which has the names, and the other lines."""
     path = folder / NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {NAME}: it is not the folder of a mixture run.")
@@ -118,7 +120,7 @@ def _read_record(folder: Path) -> tuple[dict, list[dict]]:
 
 
 def _decisions(entries: list[dict], m: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and matrices; a plan repeats the last one until there is another."""
+    """(d,) steps and (d, m, k) matrices, without those that repeat the one before."""
     steps: list[int] = []
     matrices: list[np.ndarray] = []
     for entry in entries:
@@ -143,20 +145,20 @@ class Dynamics:
     Args:
         targets: m names, the rows of the matrix.
         domains: k names, its columns.
-        matrix: (m, k) loss that a target sheds a step, on average over the run, were all rows a
-            domain's; NaN in the columns of `unidentified`.
-        errors: (m, k) standard errors; NaN without intervals to spare.
-        decay: power and end of g.
+        matrix: (m, k) mean fall a step of a target's loss if all rows were of a domain; NaN in the
+            columns of `unidentified`.
+        errors: (m, k) standard errors; NaN if there are as many domains as intervals.
+        decay: (power, end) of g.
         speed: (r,) g of each interval.
-        r2: R2 in the sample, over all targets in units of each one's errors without a mixture.
-        r2_out: R2 of intervals left out one at a time; NaN where one is needed to fit the rest.
-        mse: Nats squared at the run's mean speed, in the sample.
-        mse_out: The same of intervals left out.
-        unidentified: Domains whose share hardly varied, or only with others' in lockstep.
+        r2: R2 in the sample against the law without a mixture, the mean over targets.
+        r2_out: The same with intervals left out one at a time; NaN if the fit needs every interval.
+        mse: Mean squared error in the sample, in nats squared at the run's mean speed.
+        mse_out: The same with intervals left out one at a time.
+        unidentified: Domains whose share hardly varied, or only in lockstep with others.
         noise: (m, m) covariance of an interval's errors, divided by g.
-        spread: (k, k) that of a row of A, in units of the noise.
-        residuals: (r, m) of intervals left out, divided by g.
-        null_residuals: (r, m) likewise of the law without a mixture.
+        spread: (k, k) covariance of a row of A, in units of the noise.
+        residuals: (r, m) errors of intervals left out, divided by g.
+        null_residuals: (r, m) the same errors of the law without a mixture.
     """
 
     targets: tuple[str, ...]
@@ -179,12 +181,12 @@ class Dynamics:
 def fit_dynamics(
     trajectory: Trajectory, *, ridge: float = 0.0, decay: tuple[float, float] | None = None
 ) -> Dynamics:
-    """A by least squares on what each interval shed.
+    """A by least squares on the drops of all intervals.
 
     Args:
-        trajectory: What the run's record says.
-        ridge: Shrinks A towards 0, in units of the mean square of a domain's steps.
-        decay: power and end of g; None: of a grid the pair under which intervals left out are
+        trajectory: The record of the run.
+        ridge: Ridge that shrinks A towards 0, in units of the mean square of a domain's steps.
+        decay: (power, end) of g. Default: the pair of a grid under which intervals left out are
             likeliest, which makes `r2_out` a little too good.
 
     Raises:
@@ -197,8 +199,8 @@ def fit_dynamics(
         raise ValueError(f"`ridge` must be 0 or more, got {ridge}.")
     if r < k:
         raise ValueError(
-            f"`trajectory` has {r} intervals for {k} domains, and it takes as many, better several "
-            "times as many: measure more often, or run longer."
+            f"`trajectory` has {r} intervals for {k} domains, and it takes at least as many, "
+            "better several times as many: measure more often, or run longer."
         )
     known = _identified(t)
     x, length = (t.shares * t.steps[:, None])[:, known], t.steps[:, None].astype(float)
@@ -234,7 +236,7 @@ def fit_dynamics(
 
 
 def _likeliest_decay(t: Trajectory, x: np.ndarray, ridge: float) -> tuple[float, float]:
-    """Power and end of g, of a grid, under which intervals left out are likeliest."""
+    """(power, end) of g, from a grid, under which intervals left out are likeliest."""
 
     def score(pair: tuple[float, float]) -> float:
         g = _speed(t, *pair)
@@ -244,17 +246,18 @@ def _likeliest_decay(t: Trajectory, x: np.ndarray, ridge: float) -> tuple[float,
 
     grid = list(product(POWERS, ENDS))
     scores = [score(pair) for pair in grid]
-    # Where no interval can be left out every score is NaN, and nothing speaks for a decay
+    # Where no interval can be left out every score is NaN: the first pair, no decay, is taken
     return grid[int(np.argmin(np.nan_to_num(scores, nan=np.inf, neginf=-1e300)))]
 
 
 def _identified(t: Trajectory) -> np.ndarray:
-    """(k,) whether the shares say anything of a domain by itself."""
+    """(k,) whether the shares identify the effect of each domain."""
     mean = np.average(t.shares, axis=0, weights=t.steps)
     varied = np.sqrt(np.average((t.shares - mean) ** 2, axis=0, weights=t.steps)) >= VARIED
     if varied.any():
         x = t.shares[:, varied] * np.sqrt(t.steps)[:, None]
-        reach = np.linalg.pinv(x, rcond=1e-6) @ x  # a projection: 1 where a domain stands alone
+        # A projection, whose diagonal is 1 where a domain is identified
+        reach = np.linalg.pinv(x, rcond=1e-6) @ x
         varied[varied] = reach.diagonal() > 1 - 1e-6
     if not varied.any():
         shown = ", ".join(f"{d} {p:.3f}" for d, p in zip(t.domains, mean, strict=True))
@@ -266,14 +269,14 @@ def _identified(t: Trajectory) -> np.ndarray:
 
 
 def _speed(t: Trajectory, power: float, end: float) -> np.ndarray:
-    """(r,) g at the middle of each interval, of mean 1 over the steps."""
+    """(r,) g at the middle of each interval, with mean 1 over the steps."""
     middle, last = t.start + t.steps / 2, (t.start + t.steps)[-1]
     g = middle**-power * (1 - middle / last) ** end
     return g / np.average(g, weights=t.steps)
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray, ridge: float) -> tuple[np.ndarray, ...]:
-    """Coefficients, residuals, and those of rows left out: e / (1 - leverage)."""
+    """Coefficients, residuals, and residuals of rows left out: e / (1 - leverage)."""
     gram = x.T @ x + ridge * np.mean(x**2) * len(x) * np.eye(x.shape[1])
     solved = np.linalg.solve(gram, x.T)
     found = solved @ y

@@ -1,11 +1,11 @@
-"""Whether a law of small models ranks large ones, and how few of these put it on their scale.
+"""Judge a law of small models on runs of large ones, and calibrate it on a few of these.
 
     transfer = judge_transfer(law, large_mixtures, large_losses, objective="code")
     calibrator = TransferCalibrator().fit(law.predict(few), their_losses)
     calibrator.predict(law.predict(others))
 
-Losses fall as models grow, by some nats, and mixtures come to differ less: an offset and a slope by
-target. Two numbers, which a few large runs tell; more could not be told from so few.
+As models grow, losses fall by some nats and mixtures differ less: an offset and a slope for each
+target. A few large runs are enough to fit these two numbers, and not enough for more.
 """
 
 import warnings
@@ -23,28 +23,29 @@ from sklearn.base import BaseEstimator
 from llmmix.laws.accuracy import bootstrap, regret_of, spearman, weighted
 from llmmix.laws.inputs import canonical_order, check_losses
 from llmmix.laws.law import Law
+from llmmix.laws.objective import Objective
 from llmmix.laws.simplex import same_mixture
-from llmmix.laws.wishes import Objective
 
 
 class TransferCalibrator(BaseEstimator):
     """observed = intercept + slope * predicted, by target, by least squares.
 
-    Plain least squares and not the median of slopes (Theil-Sen): with 2 to 16 runs there is little
-    to be robust with, and where no run diverged the median costs accuracy.
+    It uses plain least squares, not the median of slopes (Theil-Sen): 2 to 16 runs are too few for
+    robustness, and where no run diverged the median costs accuracy.
 
-    A single run, or runs predicted alike, tell an offset alone: the slope is taken as 1. So it is
-    where the slope comes out at 0 or below: a map that turns the law's ranking round says that the
-    law does not carry over, or that the runs are too few, and not what the others lose.
+    A single run, or runs with equal predictions, determine only an offset: the slope is then 1. So
+    it is where the fitted slope is 0 or below. Such a slope reverses the law's ranking, which means
+    that the law does not carry over or that the runs are too few; it would not predict other runs.
 
-    After `fit`: slope_, intercept_ (m,) and monotone_ (m,), False where the slope was not positive.
+    After `fit`: slope_ and intercept_ (m,), and monotone_ (m,), False where the fitted slope was
+    not positive.
     """
 
     def fit(self, predicted: ArrayLike, observed: ArrayLike) -> Self:
-        """Fit to runs at the size to predict.
+        """Fit to runs of the size that is to be predicted.
 
         Args:
-            predicted: (n, m) by the law, or (n,) of a single target.
+            predicted: (n, m) predictions of the law, or (n,) for a single target.
             observed: (n, m) losses; NaN where a run has none.
 
         Raises:
@@ -75,7 +76,7 @@ class TransferCalibrator(BaseEstimator):
         return self
 
     def predict(self, predicted: ArrayLike) -> np.ndarray:
-        """Losses on the scale of `observed`, shaped as what `fit` was given.
+        """Losses on the scale of `observed`, (n, m), or (n,) if `fit` was given (n,).
 
         Raises:
             ValueError: `fit` was not called, or had another number of targets.
@@ -101,41 +102,41 @@ Number = TypeVar("Number", np.ndarray, float)
 
 
 class Agreement(NamedTuple, Generic[Number]):
-    """What was predicted beside what was observed: by target (m,), or of the objective."""
+    """Scores of predictions against observations: by target (m,), or of the objective."""
 
     spearman: Number
-    spearman_low: Number  # the bounds of its 95 % interval
+    spearman_low: Number  # bounds of the 95 % interval
     spearman_high: Number
     kendall: Number
     mae: Number  # as predicted, at the small models' scale
-    mae_in_sample: Number  # each target calibrated to these very runs: what is left
+    mae_in_sample: Number  # after calibration to the same runs
 
 
 class Calibrated(NamedTuple):
-    """After calibration on some large runs, on the others: medians over draws."""
+    """Scores on large runs after calibration on some of the others: medians over draws."""
 
     mae: np.ndarray  # (m,)
-    mean_mae: float  # of the mean over targets
+    mean_mae: float  # mean over targets
     objective_mae: float
-    regret: float  # observed objective of the run predicted best less that of the best
-    overlap: float  # part of the best `top` runs that are among the `top` predicted best
+    regret: float  # observed objective of the run predicted best minus that of the best run
+    overlap: float  # fraction of the best `top` runs that are among the `top` predicted best
     top: int
-    not_monotone: float  # part of the fits, over targets and draws, whose slope was not positive
+    not_monotone: float  # fraction of fits, over targets and draws, with a slope not positive
 
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """A law of small models against runs of a large one.
+    """A law of small models judged on runs of large ones.
 
     Attributes:
         targets: The m names that both have.
-        runs: Large ones.
-        by_target: Agreement, each field (m,).
-        objective: Agreement on the weighted sum of the targets.
-        regret: Observed objective of the run predicted best less that of the best, uncalibrated.
-        overlap: Part of the best 10 (`top`) runs that are among those predicted best.
-        top: Runs that the overlap is of: fewer than 10 where there are fewer than 20.
-        calibrated: By number of runs calibrated on.
+        runs: Number of large runs.
+        by_target: Scores by target, each field (m,).
+        objective: Scores of the objective.
+        regret: Observed objective of the run predicted best minus that of the best run.
+        overlap: Fraction of the best `top` runs that are among the `top` predicted best.
+        top: Number of runs of the overlap: 10, or half of the runs where there are fewer than 20.
+        calibrated: Scores after calibration, by the number of runs calibrated on.
         notes: What was left out, and why.
     """
 
@@ -161,17 +162,18 @@ def judge_transfer(
     draws: int = 200,
     seed: int = 0,
 ) -> Transfer:
-    """A law fitted to small models judged on runs of large ones.
+    """Judge a law fitted to small models on runs of large ones.
 
     Args:
         law: A fitted law.
         mixtures: (n, k) of the large runs.
         losses: (n, m'), NaN where a run has none.
-        targets: Names of the columns of `losses`, matched with `law.targets_`. Default: a data
-            frame's own; else those of the law, of which there must be as many.
-        objective: As in `Law.propose`; what its other targets weigh is spread over those in common.
-        counts: Numbers of large runs to calibrate on. The others judge, so 2 must be left.
-        draws: How often those runs are chosen.
+        targets: Names of the columns of `losses`, matched with `law.targets_`. Default: the columns
+            of a data frame, else the targets of the law, of which there must be as many.
+        objective: As in `Law.propose`; the weight of targets that the large runs lack is spread
+            over those in common.
+        counts: Numbers of large runs to calibrate on; at least 2 others must be left to judge.
+        draws: Number of times that these runs are chosen.
         seed: Seed of the choices.
 
     Raises:
@@ -191,7 +193,7 @@ def judge_transfer(
     if len(observed) < 3:
         raise ValueError(f"`mixtures`: 3 large runs can be ranked, {len(observed)} cannot.")
     X = np.array(mixtures, dtype=np.float64)
-    order = canonical_order(X, observed)[0]  # the draws are of runs, however these came
+    order = canonical_order(X, observed)[0]  # draws that do not depend on the order of runs
     X, predicted, observed = X[order], predicted[order], observed[order]
     agreement = _agreement(predicted, observed, weights, same_mixture(X))
     whole = ~np.isnan(observed).any(1)
@@ -207,18 +209,18 @@ def judge_transfer(
 def calibrated_objective(
     law: Law, transfer: Transfer, mixtures: pd.DataFrame, losses: pd.DataFrame, objective: Objective
 ) -> tuple[TransferCalibrator, np.ndarray, np.ndarray]:
-    """A law calibrated to all large runs, with what it then says of their objective.
+    """Calibrate a law to all large runs, and predict their objective.
 
     Args:
         law: A fitted law.
-        transfer: As `judge_transfer` judged the law on these runs.
+        transfer: Result of `judge_transfer` for the law and these runs.
         mixtures: (n, k) of the large runs.
         losses: (n, m) with the names of the targets.
         objective: As in `Law.propose`.
 
     Returns:
-        The calibrator of the targets in common, the objective (n,) as predicted after it, and as
-        observed.
+        The calibrator of the targets in common, the predicted objective (n,) after calibration, and
+        the observed objective (n,).
     """
     columns = [law.targets_.index(target) for target in transfer.targets]
     weights = law.target_weights(objective)[columns]
@@ -231,7 +233,9 @@ def calibrated_objective(
 def _feasible(counts, runs: int, notes: list[str]) -> list[int]:
     feasible = [count for count in sorted(counts) if 1 <= count <= runs - 2]
     for count in sorted(set(counts) - set(feasible)):
-        notes.append(f"{count} of {runs} runs cannot calibrate: at least 1, and 2 must be left.")
+        notes.append(
+            f"{count} of {runs} runs cannot calibrate: it takes 1 or more, and 2 must be left."
+        )
     return feasible
 
 
@@ -279,7 +283,7 @@ def _agreement(
     predicted, observed, weights, mixture
 ) -> tuple[Agreement[np.ndarray], Agreement[float]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # slopes that are not positive: Spearman shows them
+        warnings.simplefilter("ignore")  # slopes that are not positive; Spearman shows them
         fitted = TransferCalibrator().fit(predicted, observed).predict(predicted)
         predicted, observed, fitted = (
             np.column_stack([losses, weighted(losses, weights)])
@@ -304,7 +308,7 @@ def _calibrated(predicted, observed, weights, count: int, draws: int, seed: int)
         rows = rng.permutation(len(observed))
         few, others = rows[:count], rows[count:]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # counted
+            warnings.simplefilter("ignore")  # `not_monotone` counts slopes that are not positive
             calibrator = TransferCalibrator().fit(predicted[few], observed[few])
         found, true = calibrator.predict(predicted[others]), observed[others]
         mae = np.abs(found - true).mean(0)
@@ -326,7 +330,7 @@ def _calibrated(predicted, observed, weights, count: int, draws: int, seed: int)
 
 
 def _best(observed: np.ndarray, predicted: np.ndarray, most: int = 10) -> tuple[float, float, int]:
-    """Regret of the run predicted best, overlap of the best `top`, and `top`: at most half."""
+    """Regret of the run predicted best, overlap of the best `top` runs, and `top`, at most half."""
     kept = ~np.isnan(observed)
     observed, predicted = observed[kept], predicted[kept]
     top = min(most, len(observed) // 2)

@@ -1,12 +1,12 @@
-"""Boosted trees, as RegMix (Liu et al., 2025) fits them to the losses of many small runs.
+"""`GradientBoostedLaw`: boosted trees, as RegMix (Liu et al., 2025) fits them to many small runs.
 
 RegMix uses LightGBM; scikit-learn's histogram-based booster is the same algorithm and needs no
-further package. Trees are piecewise constant: no gradient, and beyond the runs no trend.
+other package. Trees are piecewise constant: they have no gradient, and no trend beyond the runs.
 
-What the fit does not know is read off members that leave out a fifth of the runs each, with fewer
-and larger steps: a member's errors at the runs it left out give the noise, and how far the members
-lie apart (the jackknife over groups) the spread. Training residuals, which boosting drives towards
-zero, give nothing.
+The uncertainty comes from members that leave out a fifth of the runs each, with fewer and larger
+boosting steps. The errors of members at the runs they left out give the noise, and the differences
+between members (the jackknife over groups) the spread. Training residuals are of no use, since
+boosting drives them towards zero.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from joblib import Parallel, delayed
 from sklearn.ensemble import HistGradientBoostingRegressor
 from threadpoolctl import threadpool_limits
 
-from llmmix.laws.law import Law
+from llmmix.laws.law import Law, require_runs
 
 FOLDS = 5
-MEMBER_RATE = 0.2  # learning rate of a member, at least
-LEAST_LEAF, LEAF_SHARE = 2, 10  # runs in a leaf: a tenth of them, no fewer than two
-LEAST_NOISE = 0.25  # part of the squared error left out that is noise at least
+MEMBER_RATE = 0.2  # smallest learning rate of a member
+LEAST_LEAF, LEAF_SHARE = 2, 10  # a leaf needs a tenth of the runs, and two at least
+LEAST_NOISE = 0.25  # smallest fraction of the squared error at runs left out that is noise
 
 
 class GradientBoostedLaw(Law):
@@ -31,13 +31,13 @@ class GradientBoostedLaw(Law):
         n_estimators: Number of trees.
         learning_rate: Weight of each tree.
         max_leaf_nodes: Largest number of leaves of a tree.
-        min_samples_leaf: Smallest number of runs in a leaf. Below 10 times as many runs, a tenth of
-            them, at least 2, since with 32 runs no tree could otherwise split.
-        seed: Seed of the division into the groups that are left out.
-        n_jobs: Number of processes over which the targets are spread; -1: as many as there are
-            cores. Within a tree a second thread makes hundreds of runs slower, not faster.
+        min_samples_leaf: Smallest number of runs in a leaf. With fewer than 10 times as many runs,
+            it is a tenth of the runs, at least 2; otherwise no tree could split 32 runs.
+        seed: Seed of the groups of runs that are left out.
+        n_jobs: Number of processes over which the targets are spread; -1 for one a core. A second
+            thread within a tree makes hundreds of runs slower.
 
-    No early stopping: no test runs are looked at.
+    There is no early stopping, so no test runs are looked at.
 
     Source: Liu et al., RegMix: data mixture as regression for language model pre-training,
     ICLR 2025.
@@ -62,7 +62,7 @@ class GradientBoostedLaw(Law):
         self.n_jobs = n_jobs
 
     def _fit(self, X, Y):
-        self._require(Y)
+        require_runs(self, Y, 2 * LEAST_LEAF, f"splits runs into leaves of {LEAST_LEAF} at least")
         fold = self._folds(X)
         with threadpool_limits(1):
             jobs = (delayed(self._target)(X, y, fold) for y in Y.T)
@@ -72,29 +72,19 @@ class GradientBoostedLaw(Law):
         for f, member in enumerate(self._left):
             left_out[fold == f] = _values(member, X[fold == f])
         squares = np.nanmean((left_out - Y) ** 2, 0)
-        # Known in runs of one mixture alone: left out together, they leave no error
+        # A target with losses in one group alone has no error at runs left out
         squares = np.where(np.isnan(squares), np.nanvar(Y, 0), squares)
-        # The errors left out hold what the members do not know of the law, which is the spread's
+        # These errors include the members' own uncertainty, which the spread counts already
         unknown = np.mean(self._spread(X) ** 2, 0)
         return np.sqrt(np.maximum(squares - unknown, LEAST_NOISE * squares))
 
     def _target(self, X, y, fold) -> tuple:
-        """The trees of a target, and those without each group of runs."""
+        """The trees of a target, and the members without each group of runs."""
         rate = max(self.learning_rate, MEMBER_RATE)
         count = max(1, round(self.n_estimators * self.learning_rate / rate))
         groups = [fold != f for f in range(fold.max() + 1)]
         members = [self._boosted(X[kept], y[kept], count, rate) for kept in groups]
         return self._boosted(X, y, self.n_estimators, self.learning_rate), members
-
-    def _require(self, Y: np.ndarray) -> None:
-        runs = np.isfinite(Y).sum(0)
-        short = int(runs.argmin())
-        if runs[short] < 2 * LEAST_LEAF:
-            raise ValueError(
-                f"GradientBoostedLaw needs {2 * LEAST_LEAF} runs or more, two leaves of "
-                f"{LEAST_LEAF}; target {self.targets_[self._targets[short]]} has {runs[short]}. "
-                f"Add runs, or use EffectiveDataLaw, which does with few."
-            )
 
     def _folds(self, X: np.ndarray) -> np.ndarray:
         """(n,) group of each run; runs of the same mixture are left out together."""
@@ -123,7 +113,7 @@ class GradientBoostedLaw(Law):
         return _values(self._trees, X)
 
     def _deviations(self, X: np.ndarray) -> np.ndarray:
-        """(FOLDS, n, m) from the members' mean, with the jackknife's factor."""
+        """(FOLDS, n, m) deviations from the mean of the members, times the jackknife's factor."""
         values = np.array([_values(member, X) for member in self._left])
         return np.sqrt(1 - 1 / len(values)) * (values - np.nanmean(values, 0))
 
@@ -137,7 +127,7 @@ class GradientBoostedLaw(Law):
 
 
 def _values(members: Sequence, X: np.ndarray) -> np.ndarray:
-    """(n, m) of a regressor, or a number, for each target."""
+    """(n, m) predictions of a regressor, or a constant, for each target."""
     columns = [
         np.full(len(X), one) if isinstance(one, float) else one.predict(X) for one in members
     ]

@@ -1,5 +1,6 @@
-"""Which rows a trainer sees: domains mixed by weights that may move while it trains.
+"""Which rows a trainer sees: rows of several domains, in shares that may change during training.
 
+`attach_mixture` (attach.py) is the way in; a method such as Aioli (aioli.py) has a file of its own.
 Public names are imported on first use.
 """
 

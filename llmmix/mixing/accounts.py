@@ -1,4 +1,7 @@
-"""What a run says of its mixture: the rows that each step drew, and what measuring cost."""
+"""What a run reports of its mixture: the rows that each step drew, and the time spent measuring.
+
+llmmix/mixing/record.py writes the file; llmmix/mixing/steering.py counts the time.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ MANY_EPOCHS = 4  # repeats beyond this teach little: Muennighoff et al., arXiv:2
 
 
 class DrawAccount:
-    """Tells the record and the trainer's log what each step drew, and warns of many repeats.
+    """Reports what each step drew, to the record and the trainer's log; warns of many repeats.
 
     Args:
         sampler: Sampler that draws.
@@ -30,7 +33,7 @@ class DrawAccount:
         self.begin()
 
     def begin(self) -> None:
-        """Count from where the sampler is."""
+        """Start counting at the sampler's current position."""
         self._before, self._warned = self.drawn(), set[str]()
 
     def drawn(self) -> np.ndarray:
@@ -38,7 +41,7 @@ class DrawAccount:
         return np.array(list(self._sampler.counts.values()))
 
     def note(self, step: int) -> None:
-        """Say what a step drew."""
+        """Report the rows that a step drew."""
         drawn = self.drawn()
         counts = (drawn - self._before).tolist()
         self._before = drawn
@@ -49,15 +52,15 @@ class DrawAccount:
             if count > MANY_EPOCHS * size and name not in self._warned:
                 self._warned.add(name)
                 logger.warning(
-                    "Domain %r has been read more than %d times over (%d rows): what repeats "
-                    "beyond that teaches little. Give it less weight or more rows.",
+                    "Domain %r has been read more than %d times over (%d rows): further repeats "
+                    "teach little. Give it less weight or more rows.",
                     name,
                     MANY_EPOCHS,
                     size,
                 )
 
     def summary(self) -> str:
-        """The shares of the rows drawn, as a line."""
+        """One line with each domain's share of the rows drawn."""
         drawn = self.drawn()
         shares = listed(self._sampler.names, drawn / max(drawn.sum(), 1))
         return f"Share of the rows drawn: {shares}."
@@ -69,8 +72,8 @@ class Spent:
 
     Args:
         seconds: Time that measuring took.
-        measurements: How often was measured.
-        steps: Steps on mixtures that were chosen to learn from.
+        measurements: Number of measurements.
+        steps: Steps on mixtures that were chosen to estimate something.
         total: Seconds of the whole run.
     """
 
@@ -80,7 +83,7 @@ class Spent:
     total: float = 0.0
 
     def summary(self, steps: int) -> str:
-        """A line about a run of so many steps."""
+        """One line about the cost; `steps` is the number of steps of the run."""
         share = self.seconds / self.total
         return (
             f"Measuring for the mixture: {self.measurements} times, {self.seconds:.1f} s = "
@@ -90,5 +93,5 @@ class Spent:
 
 
 def listed(names: list[str], values: Iterable[float]) -> str:
-    """Names and numbers, as a line says them."""
+    """Names with their numbers, on one line: "code 0.2500, web 0.7500"."""
     return ", ".join(f"{name} {value:.4f}" for name, value in zip(names, values, strict=True))

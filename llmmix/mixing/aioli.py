@@ -1,23 +1,24 @@
-"""Aioli: estimate from the run itself what each domain does for each loss, and mix by it.
+"""Aioli: estimate during the run how much each domain lowers each loss, and mix accordingly.
 
-    L_i(t+1) = L_i(t) - sum_j A_ij p_j        the law: A_ij is the loss that i sheds on domain j
-    W A_i = G_i                               probes with mixtures W shed G_i: solve for A's rows
+    L_i(t+1) = L_i(t) - sum_j A_ij p_j        A_ij: how far a step on domain j lowers loss i
+    W A_i = G_i                               probes on mixtures W lower loss i by G_i: solve for A
     p_j ~ p0_j exp(eta * sum_i u_i A_ij)      exponentiated gradient: more of what helps more
 
     symbol   argument            symbol   argument
     f        one_hot_factor      eta      eta
     EMA      ema                 p0       prior_weights, `anchor`
 
-Two estimators. "one_hot", the paper's: every `update_steps` a few real training steps on each
-nearly one-hot mixture in turn, losses measured in between. "regression", ours: the mixture is
-always tilted a little, to each domain in turn, so that all steps tell, and recursive least squares
-with forgetting reads A off them; no step is spent on an estimate alone.
+There are two estimators of A. "one_hot" is the paper's: every `update_steps` it trains a few steps
+on each nearly one-hot mixture in turn and measures the losses in between. "regression" is ours: it
+tilts the mixture a little towards each domain in turn, all the time, and estimates A from every
+step by recursive least squares with forgetting. It spends no step on estimation alone.
 
-A's rows are targets and its columns domains, and it carries their names. Source: Chen et al.,
-"Aioli: A Unified Optimization Framework for Language Model Data Mixing" (arXiv:2411.05735) and its
-released code, whose variants are under `compat="official"`. The pure functions are in influence.py
-(probes, A and the update) and regression.py (least squares with forgetting), the options in
-aioli_config.py. Recipe: recipes/aioli.py.
+A's rows are targets and its columns domains; `InfluenceMatrix` carries their names.
+
+Source: Chen et al., "Aioli: A Unified Optimization Framework for Language Model Data Mixing"
+(arXiv:2411.05735), and its released code, which `compat="official"` reproduces. Pure functions:
+llmmix/mixing/influence.py (probes, A and the update) and llmmix/mixing/regression.py (least squares
+with forgetting). Options: llmmix/mixing/aioli_config.py. Recipe: recipes/aioli.py.
 """
 
 import functools
@@ -29,13 +30,8 @@ import numpy as np
 from llmmix.files import plain
 from llmmix.mixing.aioli_config import AioliConfig
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import (
-    Observation,
-    OnlineController,
-    Segment,
-    Weights,
-    check_weights,
-)
+from llmmix.mixing.checks import Weights, check_weights
+from llmmix.mixing.controllers import Observation, OnlineController, Segment
 from llmmix.mixing.draws import shuffles
 from llmmix.mixing.influence import (
     InfluenceMatrix,
@@ -50,19 +46,11 @@ from llmmix.mixing.regression import InfluenceRegression, advantage, tilted
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.weights import stratified, with_floor
 
-__all__ = [
-    "AioliCallback",
-    "AioliConfig",
-    "InfluenceMatrix",
-    "normalize_matrix",
-    "probe_mixtures",
-    "solve_mixing_matrix",
-    "update_weights",
-]
+__all__ = ["AioliCallback", "AioliConfig", "solve_mixing_matrix", "update_weights"]
 
 logger = logging.getLogger(__name__)
 
-# Measurements before the regression first moves: the fall that every loss begins with says little
+# Measurements before the regression first moves the weights: how losses fall at first says little
 BEFORE_MOVING = 7
 
 
@@ -73,7 +61,10 @@ class Aioli(OnlineController):
         config: Options of the method.
         names: Names of the m domains.
         targets: Names of the n validation targets, at least one.
-        weights: (m,) p0, unless the config names another.
+        weights: (m,) p0, unless `config.prior_weights` is set.
+
+    Raises:
+        ValueError: There is no target, or weights of the config do not fit the domains or targets.
     """
 
     method = "Aioli"
@@ -86,7 +77,7 @@ class Aioli(OnlineController):
             raise ValueError("Aioli needs at least one target with rows to measure a loss on.")
         given = weights if config.prior_weights is None else config.prior_weights
         super().__init__(config, names, targets, given, "prior_weights")
-        self.anchor = self.weights.copy()  # what updates tilt
+        self.anchor = self.weights.copy()  # the mixture that updates tilt
         official = config.compat == "official"
         if official or config.anchor == "uniform":
             self.anchor = stratified(len(names))
@@ -98,24 +89,24 @@ class Aioli(OnlineController):
         self.cycles = 0  # begun
 
     def first_step(self, total_steps: int) -> int:
-        """When measuring begins: while the rate warms up, losses tell nothing about domains."""
+        """Step at which measuring begins, once the learning rate has warmed up."""
         given = self.config.first_step
         if given is None:
             given = 0 if self.config.compat else total_steps // 10
         return min(max(given, self.config.prior_steps), total_steps)
 
     def update_steps(self, total_steps: int, share: int, least: int = 1) -> int:
-        """Steps between updates: as configured, else 1/`share` of the run but at least `least`."""
+        """Steps between updates: as configured, else 1 / `share` of the run, at least `least`."""
         return self.config.update_steps or max(least, total_steps // share)
 
     def drops(self, observation: Observation) -> np.ndarray | None:
-        """What the losses shed since they were last measured, None where that is not known."""
+        """(n,) fall of the losses since the last measurement; None where it is not known."""
         now = self.read(observation, "losses", len(self.targets))
         if not np.isfinite(now).all():
             self.skipped += 1
             bad = [t for t, loss in zip(self.targets, now, strict=True) if not np.isfinite(loss)]
             logger.warning(
-                "Step %d: the loss of %s is not finite; the last weights are kept.",
+                "Step %d: the loss of %s is not finite; the weights stay as they are.",
                 observation.step,
                 bad,
             )
@@ -131,33 +122,33 @@ class Aioli(OnlineController):
         return InfluenceMatrix(self.matrix, tuple(self.targets), tuple(self.names))
 
     def record(self) -> dict:
-        """The last estimate, rows targets and columns domains, and what was skipped."""
+        """The last estimate (rows targets, columns domains), and the number of skipped losses."""
         return {"matrix": plain(self.matrix), **super().record()}
 
     def _order(self) -> list[int]:
-        """Every domain once, in an order of this cycle's own."""
+        """Every domain once, in another order each cycle."""
         self.cycles += 1
         stream = f"probes {self.cycles}"
         return shuffles(self.config.order_seed, stream, len(self.names), 0, 0)[0].tolist()
 
 
 class OneHotAioli(Aioli):
-    """The paper's estimator: probes on nearly one-hot mixtures, which are real training steps."""
+    """The paper's estimator: probes, which are training steps on nearly one-hot mixtures."""
 
     kept = (*Aioli.kept, "pending", "probes", "cycle_end")
     arrays = (*Aioli.arrays, "past")
 
     def __init__(self, config: AioliConfig, names: list[str], targets: list[str], weights: Weights):
         super().__init__(config, names, targets, weights)
-        self.pending: list[int] = []  # domains of this cycle's probes, in turn
-        self.probes: list[list] = []  # shares, steps and drops of those that are over
+        self.pending: list[int] = []  # domain of each probe of this cycle
+        self.probes: list[list] = []  # shares, steps and drops of each finished probe
         self.past: np.ndarray | None = None  # the moving average of the matrices
         self.cycle_end = 0
         if len(names) > 1:
-            probe_mixtures(len(names), config.one_hot_factor)  # refuses a factor that tells nothing
+            probe_mixtures(len(names), config.one_hot_factor)  # refuses a bad factor
 
     def segments(self, step: int, total_steps: int) -> list[Segment]:
-        """A cycle in two parts: the losses and the probes; then what is left to the next one."""
+        """A cycle in two plans: the losses and the probes, then the steps to the next cycle."""
         if self.pending:
             self._update()
             return [Segment(self.weights, self.cycle_end - step)]
@@ -170,8 +161,9 @@ class OneHotAioli(Aioli):
         if m * rounds * length >= self.cycle_end - step:  # too short for a cycle
             if step == begin:
                 logger.warning(
-                    "The %d steps left do not hold %d steps of probes and any after them: the "
-                    "weights stay as they are. Lower `update_steps`, `probe_steps` or `rounds`.",
+                    "The %d steps left are too few for %d steps of probes and training after "
+                    "them: the weights stay as they are. Lower `update_steps`, `probe_steps` or "
+                    "`rounds`.",
                     total_steps - step,
                     m * rounds * length,
                 )
@@ -193,12 +185,12 @@ class OneHotAioli(Aioli):
             )
         if share > 0.3 and first:
             logger.warning(
-                "Probes take %.0f%% of the steps: the rest is what they serve.", 100 * share
+                "Probes take %.0f%% of the steps; only the rest trains on the weights.", 100 * share
             )
         return length
 
     def observe(self, observation: Observation) -> None:
-        """Note what a probe shed."""
+        """Note how far the losses fell during a probe."""
         drops = self.drops(observation)
         if observation.steps:
             self.probes.append([observation.shares.tolist(), observation.steps, plain(drops)])
@@ -230,18 +222,18 @@ class OneHotAioli(Aioli):
 
 
 class RegressionAioli(Aioli):
-    """Our estimator: every step tells, and none is spent on an estimate alone."""
+    """Our estimator: it learns from every step, and spends none on estimation alone."""
 
     kept = (*Aioli.kept, "turn")
 
     def __init__(self, config: AioliConfig, names: list[str], targets: list[str], weights: Weights):
         super().__init__(config, names, targets, weights)
         own = np.array([names.index(t) if t in names else -1 for t in targets])
-        self.turn: list[int] = []  # domains that the mixture is yet to be tilted to
+        self.turn: list[int] = []  # domains that the mixture is still to be tilted towards
         self.regression = InfluenceRegression(own, len(names), config.memory, config.transfer)
 
     def segments(self, step: int, total_steps: int) -> list[Segment]:
-        """One segment to the next measurement, tilted to the domain whose turn it is."""
+        """One segment up to the next measurement, tilted towards the domain whose turn it is."""
         begin = self.first_step(total_steps)
         if step < begin:
             return [Segment(self.weights, begin - step), Segment(self.weights, 0, "losses")]
@@ -254,7 +246,7 @@ class RegressionAioli(Aioli):
         return [*first, Segment(weights, steps, "losses")]
 
     def observe(self, observation: Observation) -> None:
-        """Take in what the segment shed, and move the weights."""
+        """Take in how far the losses fell during the segment, and move the weights."""
         drops = self.drops(observation)
         if drops is None or not observation.steps:
             return
@@ -269,11 +261,11 @@ class RegressionAioli(Aioli):
         self.weights = with_floor(moved, self.floor)
 
     def state_dict(self) -> dict:
-        """The state of every controller, and the sums of the regression."""
+        """The state that all controllers have, and the sums of the regression."""
         return {**super().state_dict(), "regression": self.regression.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
             ValueError: The state is of another method, or of other domains, targets or sizes.

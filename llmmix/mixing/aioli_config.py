@@ -1,18 +1,19 @@
-"""The options of Aioli, which llmmix/mixing/aioli.py describes; each flag names its estimator."""
+"""The options of Aioli (llmmix/mixing/aioli.py); each help line names its estimator."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmmix.mixing.controllers import check_weights, require, require_whole
+from llmmix.mixing.checks import check_weights, require, require_whole
 
 
 @dataclass
 class AioliConfig:
-    """Options of Aioli; what is None follows from the length of the run and the number of domains.
+    """Options of Aioli. Where one is None, the run's length and the number of domains decide it.
 
     Raises:
-        ValueError: An option is out of its range, or `compat` is set with another estimator.
+        ValueError: An option is out of its range, or `compat` is set with another estimator than
+            "one_hot".
     """
 
     estimator: str = field(
@@ -39,7 +40,7 @@ class AioliConfig:
         },
     )
     one_hot_factor: float = field(
-        default=0.75, metadata={"help": "Share f of the probed domain in its probe (one_hot)."}
+        default=0.75, metadata={"help": "Share f of the probed domain during its probe (one_hot)."}
     )
     eta: float | None = field(
         default=None,
@@ -71,18 +72,19 @@ class AioliConfig:
     transfer: float = field(
         default=0.1,
         metadata={
-            "help": "Prior standard deviation of what other domains do for a target, as a share "
-            "of what its own does (regression)."
+            "help": "Prior standard deviation of the effect of other domains on a target, as a "
+            "share of its own domain's effect (regression)."
         },
     )
     min_share: float = field(
-        default=0.25, metadata={"help": "Least share of a domain, as a fraction of an equal share."}
+        default=0.25,
+        metadata={"help": "Smallest share of a domain, as a fraction of an equal share."},
     )
     first_step: int | None = field(
         default=None,
         metadata={
-            "help": "Steps before the first measurement. Default: a tenth of the run (compat "
-            "official: none)."
+            "help": "Steps before the first measurement. Default: a tenth of the run, or 0 with "
+            "compat official."
         },
     )
     prior_weights: list[float] | None = field(
@@ -99,20 +101,16 @@ class AioliConfig:
     )
     anchor: str = field(
         default="prior",
-        metadata={
-            "help": "Mixture that updates tilt (one_hot): prior, or uniform as the published code."
-        },
+        metadata={"help": "Mixture that updates tilt (one_hot): prior, or uniform (as published)."},
     )
     target_weights: list[float] | None = field(
         default=None,
-        metadata={
-            "help": "Weight of each target's loss in what is minimized. Default: equal weights."
-        },
+        metadata={"help": "Weight of each target's loss in the objective. Default: equal weights."},
     )
     compat: str | None = field(
         default=None,
         metadata={
-            "help": "Set to official for the published code, without our corrections (one_hot)."
+            "help": "Set to official for the published code without our corrections (one_hot)."
         },
     )
     evidence: float = field(
@@ -122,7 +120,8 @@ class AioliConfig:
         },
     )
     order_seed: int = field(
-        default=0, metadata={"help": "Seed of the order in which domains take their turn."}
+        default=0,
+        metadata={"help": "Seed of the order in which domains are probed or tilted towards."},
     )
 
     def __post_init__(self) -> None:

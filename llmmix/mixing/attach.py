@@ -1,12 +1,13 @@
-"""`attach_mixture`: the rows that any trainer sees come from a `MixtureSampler`.
+"""`attach_mixture`: have any trainer's rows drawn by a `MixtureSampler`.
 
     trainer = SFTTrainer(model, args=config, train_dataset=label_domains(domains))
     attach_mixture(trainer, sampler, AioliCallback(sampler, aioli_config))
 
-Weights decided at a step govern the draws of the next one, under gradient accumulation, loader
-workers and several processes. The draws, the plan and the method's own state are part of every
-checkpoint, so a resumed run draws the rows that it would have drawn. What was drawn, measured and
-decided is written to OUTPUT_DIR/mixture.jsonl.
+Weights that are decided at a step apply from the next step on, also with gradient accumulation,
+loader workers and several processes. Every checkpoint holds the draws, the plan and the method's
+state, so a resumed run draws the same rows as one that was never stopped. What was drawn, measured
+and decided is written to OUTPUT_DIR/mixture.jsonl. The work is done by `MixtureCallback`
+(llmmix/mixing/callback.py).
 """
 
 from typing import Any
@@ -22,24 +23,24 @@ def attach_mixture(
 ) -> MixtureCallback:
     """Have a trainer's rows drawn by a sampler, whose weights a callback may move.
 
-    The trainer's `train_dataset` holds the rows of all domains, with their domain in the column
-    `domain` (`label_domains` makes both); without that column, the rows of the sampler's domains
-    one after the other. The number of rows that the trainer dropped is logged. An epoch is as many
-    draws as there are rows.
+    The trainer's `train_dataset` holds the rows of all domains, and its column `domain` names the
+    domain of each row (`label_domains` makes such a dataset). Without that column, the rows must be
+    those of the sampler's domains, one domain after the other. The number of rows that the trainer
+    dropped is logged. An epoch is as many draws as there are rows.
 
     Args:
-        trainer: TRL's, transformers' or ours, before `train()`.
+        trainer: A trainer of transformers, TRL or llmmix, before `train()`.
         sampler: Sampler of the domains of the trainer's rows.
-        callback: Made for this sampler, such as an `AioliCallback`; without one the weights stay
-            as the sampler has them.
+        callback: A callback made for this sampler, such as an `AioliCallback`. Default: a
+            `MixtureCallback`, which leaves the weights as they are.
 
     Returns:
-        The callback, which is now one of the trainer's.
+        The callback, now attached to the trainer.
 
     Raises:
-        ValueError: The trainer has a sampler or loader of its own, a mixture or a filter already,
-            or a setting under which the draws do not hold; `callback` was made for another
-            sampler; rows or targets as `MixtureCallback.bind` refuses them.
+        ValueError: The trainer has a sampler, loader, mixture or filter already, or a setting that
+            would change the draws; `callback` was made for another sampler; or
+            `MixtureCallback.bind` refuses the rows or targets.
     """
     callback = MixtureCallback(sampler) if callback is None else callback
     if callback.sampler is not sampler:
@@ -52,18 +53,21 @@ def attach_mixture(
 
 def _check_trainer(trainer: Trainer) -> None:
     args, kind = trainer.args, type(trainer).__name__
-    accelerator_config: Any = args.accelerator_config  # a dictionary has been parsed by now
+    accelerator_config: Any = args.accelerator_config  # transformers has parsed a dictionary
     if any(isinstance(other, MixtureCallback) for other in trainer.callback_handler.callbacks):
-        raise ValueError("The trainer has a mixture already: attach one, with one callback.")
+        raise ValueError("The trainer has a mixture already: attach only one.")
     own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
     own_sampler = type(trainer)._get_train_sampler is not Trainer._get_train_sampler
     if own_loader or (own_sampler and not hasattr(trainer, "mixture_strata")):
         raise ValueError(
             f"{kind} decides by itself which rows follow one another, and a mixture would undo "
-            "that. Mix the rows before, with `datasets.interleave_datasets`."
+            "that. Mix the rows beforehand, with `datasets.interleave_datasets`."
         )
     if "_get_train_sampler" in vars(trainer):
-        raise ValueError("The trainer's rows are filtered already (`attach_filter`): choose one.")
+        raise ValueError(
+            "The trainer's rows are filtered already (`attach_filter`): use a filter or a mixture, "
+            "not both."
+        )
     if args.restore_callback_states_from_checkpoint:
         raise ValueError(
             "A mixture restores its state by itself: leave `restore_callback_states_from_checkpoint"
@@ -76,12 +80,12 @@ def _check_trainer(trainer: Trainer) -> None:
         )
     if args.auto_find_batch_size or accelerator_config.split_batches:
         raise ValueError(
-            "`auto_find_batch_size` and `split_batches` change how many rows a step has, by which "
-            "a mixture counts. Set `per_device_train_batch_size` instead."
+            "`auto_find_batch_size` and `split_batches` change the number of rows of a step, which "
+            "a mixture must know. Set `per_device_train_batch_size` instead."
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise ValueError(
-            "Processes that share rows (tensor, context or sequence parallelism) are not told "
-            "apart from those that do not. Use data parallelism: DDP, FSDP or DeepSpeed."
+            "A mixture supports no tensor, context or sequence parallelism, where processes share "
+            "rows. Use data parallelism: DDP, FSDP or DeepSpeed."
         )

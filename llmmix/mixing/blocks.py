@@ -1,23 +1,22 @@
-"""Draws in blocks: made in one go, ahead of their use, from where the draws stand."""
+"""Blocks of draws: made together, ahead of their use, and forgotten when the plan changes.
+
+`MixtureSampler` (llmmix/mixing/sampler.py) makes the draws; here is how they are counted.
+"""
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-# (domains, rows, passes) of draws, each (n,), to the n indices that a trainer's rows have
-Locate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
 
 class Cursor(NamedTuple):
-    """Where the draws stand.
+    """A position in the sequence of draws, with all that the next draw depends on.
 
     Args:
         draws: Number of draws so far.
         counts: (k, strata) draws of each domain.
-        credit: (k,) draws that each domain is owed, as `choose_evenly` takes it.
+        credit: (k,) draws that each domain is owed (see `draws.choose_evenly`).
     """
 
     draws: int
@@ -26,26 +25,26 @@ class Cursor(NamedTuple):
 
     @classmethod
     def of_state(cls, state: dict, shape: tuple[int, ...]) -> "Cursor":
-        """The cursor that `state` was taken of; `shape` is that of its counts."""
+        """The cursor that `state` describes; `shape` is the shape of its counts."""
         counts = np.array(state["counts"], dtype=np.int64).reshape(shape)
         return cls(state["draws"], counts, np.array(state["credit"]))
 
     def state(self) -> dict:
-        """Its parts by name, as JSON has them."""
+        """The fields by name, as JSON values."""
         counts, credit = self.counts.tolist(), self.credit.tolist()
         return {"draws": self.draws, "counts": counts, "credit": credit}
 
 
 @dataclass(frozen=True)
 class Block:
-    """Draws made in one go, under one set of weights.
+    """Draws made together, under one set of weights.
 
     Args:
-        start: Where the draws stood before it.
+        start: Cursor before the first draw.
         domains: (n,) domain of each draw.
         rows: (n,) row within the domain.
-        passes: (n,) how often the domain had been passed through before.
-        credit: (n, k) credit after each draw, None where draws are independent.
+        passes: (n,) number of complete passes over the domain before the draw.
+        credit: (n, k) credit after each draw; None where draws are independent.
     """
 
     start: Cursor
@@ -55,7 +54,7 @@ class Block:
     credit: np.ndarray | None
 
     def cursor(self, used: int) -> Cursor:
-        """Where the draws stand after the first `used` of the block."""
+        """The cursor after the first `used` draws of the block."""
         if used == 0:
             return self.start
         strata = self.start.counts.shape[1]
@@ -70,7 +69,7 @@ class BlockQueue:
     """Blocks drawn ahead, in the order of their draws; the first may be used in part.
 
     Args:
-        start: Where the draws stand.
+        start: Cursor before the first block.
     """
 
     def __init__(self, start: Cursor):
@@ -80,23 +79,23 @@ class BlockQueue:
 
     @property
     def position(self) -> int:
-        """Draws used so far."""
+        """Number of draws used so far."""
         return self._start.draws + self._used
 
     def cursor(self) -> Cursor:
-        """Where the draws stand after those that were used."""
+        """The cursor after the draws that were used."""
         return self._blocks[0].cursor(self._used) if self._blocks else self._start
 
     def end(self) -> Cursor:
-        """Where the draws stand after all that were made."""
+        """The cursor after all draws that were made."""
         return self._blocks[-1].cursor(len(self._blocks[-1].rows)) if self._blocks else self._start
 
     def append(self, block: Block) -> None:
-        """Add a block, which begins at `end`."""
+        """Add a block, which must begin at `end`."""
         self._blocks.append(block)
 
     def use(self, count: int) -> None:
-        """Count the next draws as used."""
+        """Count the next `count` draws as used."""
         self._used += count
         while self._blocks and self._used >= len(self._blocks[0].rows):
             block = self._blocks.popleft()
@@ -104,6 +103,6 @@ class BlockQueue:
             self._used -= len(block.rows)
 
     def rewind(self) -> None:
-        """Forget the draws that were not used."""
+        """Forget the draws that were made and not used."""
         self._start, self._used = self.cursor(), 0
         self._blocks.clear()

@@ -1,7 +1,8 @@
-"""`MixtureCallback`: what keeps a sampler and what moves its weights in step with a trainer.
+"""`MixtureCallback`: connects a sampler, and the method that moves its weights, to a trainer.
 
-It has the trainer read a sampler's rows, its steps steered (llmmix/mixing/steering.py), all of it
-saved and restored with the trainer's checkpoints, and writes OUTPUT_DIR/mixture.jsonl.
+The trainer then reads the sampler's rows (llmmix/mixing/loader.py), the method is followed step by
+step (llmmix/mixing/steering.py), the trainer's checkpoints hold the state of both, and
+OUTPUT_DIR/mixture.jsonl records the run (llmmix/mixing/record.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -25,27 +26,27 @@ logger = get_logger(__name__)
 
 
 class MixtureCallback(ResumedCallback):
-    """Keeps a sampler and what moves its weights in step with a trainer.
+    """Connects a sampler, and the controller that moves its weights, to a trainer.
 
     Args:
         sampler: Sampler of the trainer's rows.
-        make_controller: (domains, targets, weights) to what decides the weights; without one they
+        make_controller: Makes the controller from (domains, targets, weights). None: the weights
             stay as they are.
-        targets: Validation rows by name, as the trainer prepared them; by default the trainer's
+        targets: Validation rows by name, as the trainer prepared them. Default: the trainer's
             `eval_dataset`, by name or by its column `domain`.
-        measured_rows: Maximum number of rows of each target that are measured, the same every
-            time; None for all.
-        measure: "nll" a token, the trainer's own "loss", or "auto".
+        measured_rows: Maximum number of rows of each target that are measured, the same rows every
+            time. None: all.
+        measure: "nll" for the loss per token, "loss" for the trainer's own, or "auto".
 
     Attributes:
-        controller: What decides the weights, once the callback is attached.
-        signals: What measures the model, None where a fixed mixture has no targets.
+        controller: The controller, once the callback is attached.
+        signals: Measures the model; None where a fixed mixture has no targets.
     """
 
-    measures_losses = True  # whether the controller cannot do without targets
+    measures_losses = True  # whether the controller needs targets
     trainer: Trainer
     loader: MixtureLoader
-    _steering: Steering  # of the run
+    _steering: Steering
 
     def __init__(
         self,
@@ -63,11 +64,11 @@ class MixtureCallback(ResumedCallback):
         self._begun = False
 
     def bind(self, trainer: Trainer) -> None:
-        """Take over a trainer's rows, which `attach_mixture` has found in order.
+        """Have a trainer, which `attach_mixture` has checked, read the sampler's rows.
 
         Raises:
-            ValueError: Targets are given to a method that measures none, or are missing or cannot
-                be measured; `locate_rows` or `mean_scored_tokens` refuses the rows.
+            ValueError: Targets are given to a method that measures none, are missing, or cannot
+                be measured; or `locate_rows` or `mean_scored_tokens` refuses the rows.
         """
         self.trainer, sampler = trainer, self.sampler
         locate = locate_rows(trainer, sampler)
@@ -88,12 +89,12 @@ class MixtureCallback(ResumedCallback):
             self.loader = MixtureLoader.of_trainer(trainer, sampler, own_loader(), locate)
             return self.loader
 
-        # Of this trainer alone, whose class stays as it is
+        # On the instance alone: other trainers of the class keep their loader
         trainer.get_train_dataloader = get_train_dataloader  # type: ignore[method-assign,assignment]
-        trainer.args.ignore_data_skip = True  # the sampler knows where it was; nothing is replayed
+        trainer.args.ignore_data_skip = True  # the sampler keeps its position
 
     def _bind_targets(self) -> Signals | None:
-        """Find the rows that losses are measured on, which a fixed mixture can do without."""
+        """Signals on the targets' rows; None for a fixed mixture that has none."""
         given = self.trainer.eval_dataset if self._targets is None else self._targets
         if self._targets is not None and not self.measures_losses:
             raise ValueError(f"`targets`: {type(self).__name__} measures no losses of targets.")
@@ -115,7 +116,7 @@ class MixtureCallback(ResumedCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin anew, or where the run that is resumed had come.
+        """Begin the run, or continue the one that is resumed.
 
         Raises:
             ValueError: The checkpoint holds no state of this callback.
@@ -124,7 +125,8 @@ class MixtureCallback(ResumedCallback):
         if state.global_step and not saved.get(name, {}).get("attributes"):
             raise ValueError(
                 f"`resume_from_checkpoint`: the checkpoint holds no state of {name}: it was "
-                "written without this mixture. Begin anew, or resume with what wrote it."
+                "written without this mixture. Begin a new run, or resume with the method that "
+                "wrote it."
             )
         super().on_train_begin(args, state, control, **kwargs)
         if not state.global_step:
@@ -132,7 +134,7 @@ class MixtureCallback(ResumedCallback):
             self._steering.extend(0)
 
     def begin(self) -> None:
-        """Forget what another run left."""
+        """Reset the state, as another run may have left some."""
         self.sampler.reset()
         if self.controller:
             self.controller.load_state_dict(self._fresh)
@@ -142,22 +144,22 @@ class MixtureCallback(ResumedCallback):
         self._begun = True
 
     def saved(self) -> dict:
-        """What a checkpoint keeps, nothing before a run has begun."""
+        """The state for a checkpoint; empty before a run has begun."""
         if not self._begun:
             return {}
         return {**self._steering.state_dict(), "record": self._record.lines}
 
     def resume(self, saved: dict, state: TrainerState) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
-            ValueError: The checkpoint is of another mixture, as `Steering.load_state_dict` says.
+            ValueError: The checkpoint is of another mixture (see `Steering.load_state_dict`).
         """
         header = self._header()
         self._steering.load_state_dict(saved, state.global_step)
         self._draws.begin()
         self._record.go_on(saved["record"], state.global_step, header)
-        self._steering.extend(state.global_step)  # a run that had ended goes on
+        self._steering.extend(state.global_step)  # a finished run may be given more steps
 
     def _header(self) -> dict:
         return {
@@ -178,16 +180,16 @@ class MixtureCallback(ResumedCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Note the step's learning rate; measure what is to be measured before its update."""
+        """Note the step's learning rate, and take a signal that is due before the update."""
         learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
         self._steering.before_update(state.global_step, learning_rate)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record what was drawn, and go on to what is due."""
+        """Record what was drawn, and follow the plan to the next step."""
         self._draws.note(state.global_step)
-        # A resumed run counts its first epoch from the checkpoint on; what it logs must not
+        # A resumed run would count its first epoch from the checkpoint; logs need the run's epoch
         whole, part = divmod(state.global_step - 1, self.loader.steps_an_epoch)
         state.epoch = whole + (part + 1) / self.loader.steps_an_epoch
         self._steering.after_step(state.global_step)
@@ -195,11 +197,11 @@ class MixtureCallback(ResumedCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop where the domains hold no further step."""
+        """Stop training where the domains have too few rows left for a step."""
         if self.loader.ended and state.global_step < state.max_steps:
             logger.warning(
-                "The domains hold no further step: training ends after %d of %d steps. Draws by "
-                "domain: %s.",
+                "The domains have too few rows left for a step: training ends after %d of %d "
+                "steps. Draws by domain: %s.",
                 state.global_step,
                 state.max_steps,
                 self.sampler.counts,
@@ -209,7 +211,7 @@ class MixtureCallback(ResumedCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say what was drawn, what the losses are now, and what the estimation cost."""
+        """Print the shares drawn, the validation losses, and what measuring cost."""
         lines = [self._draws.summary(), *self._steering.finish(state.global_step)]
         self.loader.close()
         if state.is_world_process_zero:

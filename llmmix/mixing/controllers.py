@@ -1,27 +1,26 @@
-"""What decides a mixture speaks to what draws it in segments: weights, for a number of steps.
+"""Controllers: the methods that decide a mixture, as arithmetic alone.
 
-A controller is arithmetic alone. It is asked for a plan, told what was measured when a segment of
-it ends, and asked again when the plan is used up. Nothing is drawn past a plan's end, so weights
-that are decided at a step govern the draws of the very next one. The same controller runs under a
-trainer (`llmmix.mixing.callback`) and under a simulated one, in milliseconds.
+A controller is asked for a plan, a list of segments: weights for a number of steps. When a segment
+ends it is told what was measured, and when the plan is used up it is asked again. Nothing is drawn
+past the end of a plan, so weights that are decided at a step apply from the next step on. The same
+controller runs under a trainer (llmmix/mixing/steering.py) and, in milliseconds, under a simulated
+one in the tests.
 
-`Controller` is what the trainer's side calls. `OnlineController` is the base of the methods: Aioli,
-Skill-It, DoReMi, DoGE and ODM, each in the file of its name. What is not finite teaches nothing: it
-is counted in `skipped`, and the last value stands.
+`Controller` is the interface that the trainer's side calls. `OnlineController` is the base class of
+Aioli, Skill-It, DoReMi, DoGE and ODM, each in the file of its name. Measurements that are not
+finite are counted in `skipped`, and the last values stay.
 """
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from llmmix.files import plain
+from llmmix.mixing.checks import Weights, check_weights, require
 
 logger = logging.getLogger(__name__)
-
-Weights = Mapping[str, float] | Sequence[float] | np.ndarray  # by name, or in the domains' order
 
 
 class Segment(NamedTuple):
@@ -30,9 +29,9 @@ class Segment(NamedTuple):
     Args:
         weights: (m,) on the simplex, in the order of the sampler's domains.
         steps: Optimizer steps; 0 only measures, before the next segment begins.
-        measure: What the controller is told when the segment ends, a key of `SIGNALS` or None.
-        estimates: Whether its mixture was chosen to learn from rather than to train on; the share
-            of such steps is logged.
+        measure: Key of `SIGNALS`: what is measured when the segment ends. None: nothing.
+        estimates: Whether the mixture was chosen to estimate something rather than to train on; the
+            number of such steps is logged.
     """
 
     weights: np.ndarray
@@ -73,10 +72,10 @@ class Observation(NamedTuple):
 class Controller(Protocol):
     """Decides the mixture of the steps to come."""
 
-    weights: np.ndarray  # (m,) what it would train on now
+    weights: np.ndarray  # (m,) the weights of the last decision
 
     def plan(self, step: int, total_steps: int) -> list[Segment]:
-        """Segments from `step` on, at least one step of `total_steps` in all, never past its end.
+        """Segments from `step` on: at least one step in all, and none past `total_steps`.
 
         Called when training begins and whenever the last plan is used up.
         """
@@ -85,107 +84,33 @@ class Controller(Protocol):
         """Take in what was measured at the end of a segment."""
 
     def state_dict(self) -> dict:
-        """All that decides the plans to come, as JSON has it."""
+        """The state that decides all later plans, as JSON values."""
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`."""
+        """Continue from a `state_dict`."""
 
     def record(self) -> dict:
-        """What is worth keeping of the last decision, beside the weights, as JSON has it."""
-
-
-def check_weights(weights: Weights, names: list[str], argument: str = "weights") -> np.ndarray:
-    """Weights of domains as a point of the simplex.
-
-    Args:
-        weights: (m,) in the order of `names`, or a mapping from each of them.
-        names: Names of the m domains.
-        argument: What an error calls the weights.
-
-    Returns:
-        (m,) float64, a copy that sums to one.
-
-    Raises:
-        ValueError: `weights` has another length or other names than the domains, or holds what is
-            no number, a negative, NaN or infinite value, or only zeros.
-    """
-    listed: Any = weights
-    if hasattr(listed, "keys"):
-        if unknown := set(listed.keys()) ^ set(names):
-            raise ValueError(
-                f"`{argument}` must name each of the domains {names} once; {sorted(unknown)} "
-                "is only on one side."
-            )
-        listed = [listed[name] for name in names]
-    try:
-        given = np.asarray(listed)
-    except ValueError:  # lists of several lengths
-        given = np.array(None)
-    if given.dtype.kind not in "biuf":
-        raise ValueError(f"`{argument}` must be numbers, one a domain, got {listed!r}.")
-    given = given.astype(np.float64)
-    if given.shape != (len(names),):
-        raise ValueError(
-            f"`{argument}` must have one value for each of the {len(names)} domains {names}, got "
-            f"{len(given.ravel())}."
-        )
-    shown = dict(zip(names, given.tolist(), strict=True))
-    if not np.isfinite(given).all() or (given < 0).any():
-        raise ValueError(f"`{argument}` must be finite and not negative, got {shown}.")
-    if not given.any():
-        raise ValueError(f"`{argument}` are all zero: give at least one domain a share.")
-    given = given / given.max()  # the sum of huge ones is infinite
-    return given / given.sum()
-
-
-def require(met: object, name: str, wanted: str, given: object) -> None:
-    """Refuse an argument of a method.
-
-    Raises:
-        ValueError: `met` is false; the message is "`name` must `wanted`, got `given`.".
-    """
-    if not met:
-        raise ValueError(f"`{name}` must {wanted}, got {given}.")
-
-
-def require_whole(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number from `least` on.
-
-    Raises:
-        ValueError: `value` is no int, or is below `least`.
-    """
-    met = isinstance(value, int) and value >= least
-    require(met, name, f"be a whole number from {least}", value)
-
-
-def require_same(names: list[str], targets: list[str], what: str) -> None:
-    """Refuse targets other than the domains.
-
-    Raises:
-        ValueError: `targets` are not `names` in some order.
-    """
-    same = sorted(names) == sorted(targets)
-    require(same, "targets", f"be the domains {names} where {what}", targets)
+        """What the run's record keeps of the last decision beside the weights, as JSON values."""
 
 
 class OnlineController(ABC):
-    """What moves a mixture while a model trains: its plans, its state, and what it skipped.
+    """A method that moves a mixture while a model trains: its plans and its state.
 
-    A method says what is measured (`measure`), when (`steps_to_update`) and what an observation
-    does to `weights` (`observe`); Aioli lays out its `segments` itself.
+    A subclass says what is measured (`measure`), when (`steps_to_update`) and how an observation
+    moves `weights` (`observe`). Aioli overrides `segments` instead of `steps_to_update`.
 
     Args:
         config: Options of the method.
         names: Names of the m domains.
         targets: Names of the n validation targets.
         weights: (m,) first weights.
-        argument: What an error calls `weights`.
+        argument: Name of `weights` in error messages.
     """
 
-    method: ClassVar[str]  # its name in warnings and errors
+    method: ClassVar[str]  # name in warnings and errors
     measure: str  # a key of `SIGNALS`
-    last_counts: ClassVar[bool] = False  # whether a measurement at the very end is of use
-    # The attributes that are its state: plain numbers and lists, and arrays (None: not known yet)
+    last_counts: ClassVar[bool] = False  # whether to measure at the end of the run
+    # Attributes that make up the state: numbers and lists, and arrays (None: not known yet)
     kept: ClassVar[tuple[str, ...]] = ("skipped",)
     arrays: ClassVar[tuple[str, ...]] = ("weights",)
 
@@ -199,14 +124,14 @@ class OnlineController(ABC):
     ):
         self.config, self.names, self.targets = config, list(names), list(targets)
         self.weights = check_weights(weights, self.names, argument)
-        self.skipped = 0  # measurements that were not finite, in part or as a whole
+        self.skipped = 0  # measurements that were not finite, wholly or in part
         if len(self.names) == 1:
             logger.warning(
                 "%s has nothing to mix: %r is the only domain.", self.method, self.names[0]
             )
 
     def plan(self, step: int, total_steps: int) -> list[Segment]:
-        """Segments from `step` on: all that is left if there is but one domain, none at the end."""
+        """Segments from `step` on: one for all steps left if there is a single domain."""
         left = total_steps - step
         if left <= 0:
             return []
@@ -215,14 +140,14 @@ class OnlineController(ABC):
         return self.segments(step, total_steps)
 
     def segments(self, step: int, total_steps: int) -> list[Segment]:
-        """The plan where there is something to mix; by default the steps to the next update."""
+        """The plan for two domains or more; by default one segment up to the next update."""
         left = total_steps - step
         steps = min(left, self.steps_to_update(step, total_steps))
         measure = self.measure if steps < left or self.last_counts else None
         return [Segment(self.weights.copy(), steps, measure)]
 
     def steps_to_update(self, step: int, total_steps: int) -> int:
-        """Steps to the next update, at least 1; by default to the next multiple of the interval."""
+        """Steps to the next update, at least 1; by default to the next multiple of `interval`."""
         return self.config.interval - step % self.config.interval
 
     @abstractmethod
@@ -244,12 +169,12 @@ class OnlineController(ABC):
         return {"skipped": self.skipped}
 
     def state_dict(self) -> dict:
-        """All that decides the plans to come, as JSON has it; minus infinity becomes None."""
+        """The state that decides all later plans, as JSON values; minus infinity becomes None."""
         kept = {name: getattr(self, name) for name in (*self.arrays, *self.kept)}
         return plain({"names": self.names, "targets": self.targets, **kept})
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
             ValueError: The state is of another method, or of other domains, targets or sizes.
@@ -266,7 +191,7 @@ class OnlineController(ABC):
         vars(self).update(loaded)
 
     def _array(self, name: str, value: list | None) -> np.ndarray | None:
-        """An array of a state: None within it is minus infinity, None alone is not known yet."""
+        """An array of a state; None is not known yet, and None inside a list is minus infinity."""
         if value is None:
             return None
         array = np.array(value, dtype=np.float64)  # None becomes NaN
@@ -275,25 +200,3 @@ class OnlineController(ABC):
             wanted = f"be of shape {now.shape}; resume with the options that the run began with"
             require(array.shape == now.shape, f"state[{name!r}]", wanted, array.shape)
         return np.where(np.isnan(array), -np.inf, array)
-
-
-class Fixed(OnlineController):
-    """Weights (m,) that stay; a callback without a controller does the same under a trainer."""
-
-    method = "Fixed"
-    kept = ()
-
-    def __init__(self, weights: Weights):
-        names = [str(j) for j in range(len(weights))]
-        super().__init__(None, names, [], weights)
-
-    def segments(self, step: int, total_steps: int) -> list[Segment]:
-        """All steps that are left."""
-        return [Segment(self.weights.copy(), total_steps - step)]
-
-    def observe(self, observation: Observation) -> None:
-        """Do nothing: no plan measures anything."""
-
-    def record(self) -> dict:
-        """Nothing is worth keeping."""
-        return {}

@@ -7,14 +7,15 @@
     m        names              <>, |g|  the signal `gradients`
     c        smoothing          mu       mu
 
-The answer is the average of the weights over the proxy's run (llmmix/mixing/proxies.py).
+The final model is trained on the average of these weights over the proxy's run
+(llmmix/mixing/proxies.py).
 
-Weak where: the targets are the domains themselves, and a domain's gradient is also compared with
-itself, on the same few rows, so that noise raises a score as use does. With the published bound of
-0 a domain that harms is no worse off than a useless one; scores scale with the learning rate, and
-weights freeze as it decays. Each gradient is clipped first; where norms still exceed `dw_max`, all
-scores sit at the bound and nothing moves: raise it. Each update costs m backward passes and holds m
-gradients.
+Where it is weak: the targets are the domains themselves, so a domain's gradient is also compared
+with itself on the same few rows, and noise raises its score as much as usefulness does. With the
+published bound of 0, a harmful domain scores no lower than a useless one. Scores scale with the
+learning rate, so the weights freeze as it decays. Each gradient is clipped first; where norms still
+exceed `dw_max`, all scores sit at the bound and nothing moves: raise it. Each update costs m
+backward passes and holds m gradients in memory.
 
 Source: Fan et al., "DoGE: Domain Reweighting with Generalization Estimation" (arXiv:2310.15393).
 Recipe: recipes/aioli.py.
@@ -27,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from llmmix.mixing.controllers import Observation, require, require_whole
+from llmmix.mixing.checks import require, require_whole
+from llmmix.mixing.controllers import Observation
 from llmmix.mixing.proxies import AveragedController, ProxyCallback
 from llmmix.mixing.sampler import MixtureSampler
 
@@ -41,18 +43,18 @@ def doge_scores(
 ) -> np.ndarray:
     """DoGE's score_j = lr sum_i <g_j, g_i> / (mean |g| + 1e-6), within [lr dw_min, lr dw_max].
 
-    With the published bound of 0 below, a domain that harms the targets scores as one that is
-    useless. The bounds shrink with the rate: as it decays the weights freeze.
+    With the published lower bound of 0, a domain that harms the targets scores like a useless one.
+    The bounds shrink with the learning rate: as it decays, the weights freeze.
 
     Args:
         products: (m, n) inner products of the domains' gradients with the targets'.
         norms: (m,) norms of the domains' gradients.
         learning_rate: Learning rate of the step.
-        dw_min: Least score, in learning rates.
-        dw_max: Largest score, in learning rates.
+        dw_min: Smallest score, as a multiple of the learning rate.
+        dw_max: Largest score, as a multiple of the learning rate.
 
     Returns:
-        (m,).
+        (m,) scores.
     """
     scores = learning_rate * products.sum(1) / (norms.mean() + 1e-6)
     return np.clip(scores, learning_rate * dw_min, learning_rate * dw_max)
@@ -60,7 +62,7 @@ def doge_scores(
 
 @dataclass
 class DoGEConfig:
-    """Options of `DoGE`; the defaults are those of its release, but for `max_grad_norm`.
+    """Options of `DoGE`. The defaults are those of its release, except `max_grad_norm`.
 
     Raises:
         ValueError: An option is out of its range.
@@ -68,16 +70,23 @@ class DoGEConfig:
 
     mu: float = field(
         default=0.05,
-        metadata={"help": "Temperature mu of a step; smaller is spikier (its scripts: 0.01)."},
+        metadata={
+            "help": "Temperature mu of an update; smaller is spikier (the release's scripts: 0.01)."
+        },
     )
     smoothing: float = field(
-        default=0.0, metadata={"help": "Share c that is spread evenly at each step."}
+        default=0.0,
+        metadata={"help": "Share c of the mixture that is spread evenly at each update."},
     )
-    dw_min: float = field(default=0.0, metadata={"help": "Least score, in learning rates."})
-    dw_max: float = field(default=5.0, metadata={"help": "Largest score, in learning rates."})
+    dw_min: float = field(
+        default=0.0, metadata={"help": "Smallest score, as a multiple of the learning rate."}
+    )
+    dw_max: float = field(
+        default=5.0, metadata={"help": "Largest score, as a multiple of the learning rate."}
+    )
     max_grad_norm: float = field(
         default=1.0,
-        metadata={"help": "Norm to which each gradient is clipped (the release: 5)."},
+        metadata={"help": "Norm to which each gradient is clipped (in the release: 5)."},
     )
     interval: int = field(default=1, metadata={"help": "Steps between updates."})
 
@@ -89,19 +98,19 @@ class DoGEConfig:
 
 
 class DoGE(AveragedController):
-    """A proxy's weights rise where a domain's gradient agrees with the targets'.
+    """Raises a proxy's weight of each domain whose gradient agrees with those of the targets.
 
-    `average` is what the final model is trained on. The learning rate of a score is the mean over
-    the steps since the last update.
+    The final model is trained on `average`. Scores take the mean learning rate of the steps since
+    the last update.
 
     Args:
         config: Options of the method.
         names: Names of the m domains.
-        targets: Not needed: what the gradients are compared with is the measurement's choice.
+        targets: Not used: the measurement decides which gradients are compared.
         weights: (m,) first weights.
 
     Attributes:
-        average: (m,) the answer.
+        average: (m,) mean of the weights over the steps.
     """
 
     method = "DoGE"
@@ -109,7 +118,7 @@ class DoGE(AveragedController):
     config: DoGEConfig
 
     def observe(self, observation: Observation) -> None:
-        """Raise the weights by the scores; they stand if a signal is not finite or all are zero."""
+        """Raise the weights by the scores; keep them if a signal is not finite or all are zero."""
         products = np.asarray(observation.signal["products"], dtype=np.float64)
         products = self.read(observation, "products", len(self.names), *products.shape[-1:])
         norms = self.read(observation, "norms", len(self.names))
@@ -119,7 +128,7 @@ class DoGE(AveragedController):
         gains = None
         if finite and products.any():
             config = self.config
-            # As if each gradient had been clipped before
+            # The same as clipping each gradient beforehand
             kept = np.minimum(1.0, config.max_grad_norm / np.maximum(norms, 1e-12))
             if products.shape[1] == len(kept):
                 products = products * kept[None]
@@ -131,8 +140,8 @@ class DoGE(AveragedController):
 class DoGECallback(ProxyCallback):
     """Moves a sampler's weights by DoGE while a trainer runs a proxy.
 
-    The targets are the domains themselves: gradients are of training rows, as many of each domain
-    as a step has, drawn anew for each update. Parameters must be whole on every process.
+    The targets are the domains themselves. Gradients are taken on training rows, as many of each
+    domain as a step has rows, drawn anew for each update. Every process must hold all parameters.
 
     Args:
         sampler: Sampler of the trainer's rows; its weights are the first ones.
@@ -140,7 +149,7 @@ class DoGECallback(ProxyCallback):
         options: Keyword arguments of `MixtureCallback`.
 
     Attributes:
-        average: The answer, by domain; printed when training ends.
+        average: Mean of the weights over the steps, by domain; printed when training ends.
     """
 
     def __init__(self, sampler: MixtureSampler, config: DoGEConfig | None = None, **options: Any):

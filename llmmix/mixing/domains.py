@@ -1,4 +1,7 @@
-"""What a run on several domains is told, and the rows of those domains, ready for a trainer."""
+"""`MixtureConfig`, the options of a run on several domains, and loading the domains' rows.
+
+The recipes call it: recipes/mixture.py, recipes/mixture_sweep.py and recipes/aioli.py.
+"""
 
 import logging
 from dataclasses import dataclass, field
@@ -9,15 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from llmmix.data import load_splits
-from llmmix.mixing.controllers import check_weights
+from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
-from llmmix.mixing.sampler import METHODS, UNITS, MixtureSampler
+from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
 from llmmix.mixing.tokens import tokenize_rows
 from llmmix.trainers import check_sft_dataset, default_to_cpu
 
 logger = logging.getLogger(__name__)
 
-# Columns of which a row has one set or another
+# Sets of columns, one of which a row has; the text column is the last possibility
 FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("input_ids",))
 
 
@@ -26,12 +29,14 @@ class MixtureConfig(SFTConfig):
     """TRL's `SFTConfig` with the domains of a mixture.
 
     Args:
-        domains: NAME=ROWS of each domain: a file, a folder, a hub id (ID@CONFIG) or a built-in.
-        weights: Share of each domain, in the order of `domains`; equal by default.
-        weight_unit: What weights are shares of: "examples", or the "tokens" that are scored.
-        draws: "multinomial", every draw on its own, or "even", evenly spaced draws of each domain.
-        max_epochs: Passes over a domain after which it has no rows left; 1 by default, unless
-            `exhausted` is "reshuffle", which knows no limit.
+        domains: NAME=ROWS for each domain; ROWS is a file, a folder, a hub id (ID@CONFIG) or a
+            built-in set.
+        weights: Share of each domain, in the order of `domains`. Default: equal shares.
+        weight_unit: Unit of the shares: "examples" (rows), or "tokens" (scored tokens).
+        draws: "multinomial" makes every draw independently; "even" spaces the draws of each domain
+            evenly.
+        max_epochs: Passes over a domain after which it has no rows left. Default: 1, or no limit
+            where `exhausted` is "reshuffle".
         exhausted: When a domain has no rows left: "reshuffle" begins another pass, "stop" ends
             training, "spill" gives its share to the other domains.
         validation_rows: Rows set aside from each domain that has no validation split of its own.
@@ -41,8 +46,8 @@ class MixtureConfig(SFTConfig):
     domains: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "NAME=ROWS of each domain: a file, a folder, a hub id (ID@CONFIG) or a "
-            "built-in."
+            "help": "NAME=ROWS for each domain; ROWS is a file, a folder, a hub id (ID@CONFIG) or "
+            "a built-in set."
         },
     )
     weights: list[float] = field(
@@ -53,15 +58,13 @@ class MixtureConfig(SFTConfig):
     )
     weight_unit: str = field(
         default="examples",
-        metadata={
-            "help": f"What the weights are shares of: {' or '.join(UNITS)} (that are scored)."
-        },
+        metadata={"help": f"Unit of the shares: {' or '.join(UNITS)} (rows, or scored tokens)."},
     )
     draws: str = field(
         default="multinomial",
         metadata={
-            "help": f"How rows are drawn: {' or '.join(METHODS)}. Multinomial makes every draw on "
-            "its own; even spaces the draws of each domain evenly."
+            "help": f"How rows are drawn: {' or '.join(DRAWS)}. Multinomial makes every draw "
+            "independently; even spaces the draws of each domain evenly."
         },
     )
     max_epochs: float | None = field(
@@ -74,14 +77,16 @@ class MixtureConfig(SFTConfig):
     exhausted: str = field(
         default="reshuffle",
         metadata={
-            "help": f"What happens when a domain has no rows left: {' or '.join(EXHAUSTED)}. They "
-            "begin another pass, end training, or give its share to the other domains."
+            "help": f"What happens when a domain has no rows left: {', '.join(EXHAUSTED)}. "
+            "Reshuffle begins another pass, stop ends training, and spill gives the domain's share "
+            "to the other domains."
         },
     )
     validation_rows: int = field(
         default=64,
         metadata={
-            "help": "Rows set aside for validation from each domain without a validation split."
+            "help": "Number of rows set aside for validation from each domain without a validation "
+            "split."
         },
     )
     measured_rows: int = field(
@@ -96,7 +101,7 @@ class MixtureConfig(SFTConfig):
         super().__post_init__()
 
     def sampler(self, domains: dict[str, Dataset], weights: Any = None) -> MixtureSampler:
-        """A sampler of rows by domain; `weights` replaces the configured ones.
+        """A sampler over the rows of `domains`; `weights` replaces the configured weights.
 
         Raises:
             ValueError: `MixtureSampler` refuses the options or the weights.
@@ -116,7 +121,7 @@ class MixtureConfig(SFTConfig):
 def load_domains(
     args: MixtureConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Training and validation rows by domain, checked, of one format or tokenized.
+    """Training and validation rows by domain, checked; tokenized where formats differ.
 
     Args:
         args: Configuration with the `domains` to load.
@@ -127,8 +132,8 @@ def load_domains(
 
     Raises:
         ValueError: `domains` is empty, has an entry that is not NAME=ROWS, or names one twice; a
-            domain has no rows, rows of two formats, or too few to set validation rows aside;
-            `weights` do not fit the domains.
+            domain has no rows, rows of two formats, or too few rows to set some aside for
+            validation; or `weights` do not fit the domains.
     """
     sources = _sources(args.domains)
     if args.weights:
@@ -165,13 +170,13 @@ def _sources(domains: list[str]) -> dict[str, str]:
         if not (name and equals and source):
             raise ValueError(f"`domains`: {given!r} is not NAME=ROWS, such as code=code.jsonl.")
         if name in found:
-            raise ValueError(f"`domains`: {name!r} is named twice; join its rows or rename one.")
+            raise ValueError(f"`domains`: {name!r} is named twice; rename one, or join their rows.")
         found[name] = source
     return found
 
 
 def _split(splits: DatasetDict, name: str, args: MixtureConfig) -> tuple[Dataset, Dataset]:
-    """Training rows, and validation rows that are none of them."""
+    """Training rows, and validation rows, none of which is among them."""
     train = splits["train"] if "train" in splits else splits[next(iter(splits))]
     for other in ("validation", "valid"):
         if other in splits and splits[other] is not train:
@@ -181,16 +186,16 @@ def _split(splits: DatasetDict, name: str, args: MixtureConfig) -> tuple[Dataset
     if len(train) <= args.validation_rows or args.validation_rows < 1:
         raise ValueError(
             f"`validation_rows={args.validation_rows}`: {name!r} has {len(train)} rows and no "
-            "validation split to measure its loss on. Set aside fewer, at least one."
+            "validation split to measure its loss on. Set fewer rows aside, at least one."
         )
     parts = train.train_test_split(test_size=args.validation_rows, seed=0)
     return parts["train"], parts["test"]
 
 
 def _check_one_format(rows: Dataset, name: str, text_field: str) -> None:
-    """Refuse a domain some of whose rows have one format and some another.
+    """Refuse a domain whose rows have several formats.
 
-    Files of such rows load with all columns, empty where a row has none.
+    A file of such rows loads with the columns of all formats, empty where a row lacks one.
     """
     there = [c for c in (*FORMATS, (text_field,)) if set(c) <= set(rows.column_names)]
     if len(there) < 2:
@@ -199,15 +204,15 @@ def _check_one_format(rows: Dataset, name: str, text_field: str) -> None:
     if any(0 < count < len(rows) for count in filled.values()):
         told = ", ".join(f"{count} with {'/'.join(c)}" for c, count in filled.items())
         raise ValueError(
-            f"`domains`: {name!r} has rows of two formats ({told}, of {len(rows)}). Make a domain "
-            "of each."
+            f"`domains`: {name!r} has rows of two formats ({told}, of {len(rows)}). Make a "
+            "domain of each format."
         )
 
 
 def _tokenized(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: MixtureConfig, name: str
 ) -> Dataset:
-    """Token ids and labels: domains of several formats then fit."""
+    """Token ids and labels of a domain, with which domains of several formats fit together."""
     made = tokenize_rows(rows, tokenizer, args, name)
     if dropped := len(rows) - len(made):
         logger.warning(

@@ -1,4 +1,4 @@
-"""DoReMi: more of the domains where a proxy's loss exceeds that of a reference.
+"""DoReMi: more of the domains where a proxy's loss exceeds the loss of a reference model.
 
     w_t ~ w_(t-1) exp(eta lambda),      then (1 - c) w_t + c / m
 
@@ -6,13 +6,14 @@
     m        names              lambda   the signal `excess` (m,)
     c        smoothing          eta      eta
 
-The answer is the average of the weights over the proxy's run (llmmix/mixing/proxies.py).
+The final model is trained on the average of these weights over the proxy's run
+(llmmix/mixing/proxies.py).
 
-Weak where: it goes for the worst excess over the reference, not for the mean loss, so a domain
-that only the reference could learn draws weight without end. All rests on the reference, which is
-to be trained on like rows first; with the model that the proxy starts from there is next to no
-excess. At eta = 1 and with few rows a batch the weights follow its noise, and smoothing alone
-bounds them. Each update costs a forward of the proxy and one of the reference.
+Where it is weak: it lowers the worst excess over the reference, not the mean loss, so the weight of
+a domain that only the reference could learn grows without end. It depends on the reference, which
+must be trained on similar rows first; with the model that the proxy starts from there is hardly any
+excess. At eta = 1 and with few rows a batch, the weights follow the noise of the batch, and only
+smoothing bounds them. Each update costs a forward pass of the proxy and one of the reference.
 
 Source: Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining"
 (arXiv:2305.10429). Recipe: recipes/aioli.py.
@@ -28,7 +29,8 @@ import numpy as np
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
-from llmmix.mixing.controllers import Observation, Weights, require, require_whole
+from llmmix.mixing.checks import Weights, require, require_whole
+from llmmix.mixing.controllers import Observation
 from llmmix.mixing.proxies import AveragedController, ProxyCallback
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.models import resolve_checkpoint
@@ -36,16 +38,19 @@ from llmmix.models import resolve_checkpoint
 
 @dataclass
 class DoReMiConfig:
-    """Options of `DoReMi`; the defaults are the paper's.
+    """Options of `DoReMi`; the defaults are those of the paper.
 
     Raises:
         ValueError: An option is out of its range.
     """
 
-    eta: float = field(default=1.0, metadata={"help": "Size eta of a step by the excess loss."})
+    eta: float = field(default=1.0, metadata={"help": "Size eta of an update."})
     smoothing: float = field(
         default=1e-3,
-        metadata={"help": "Share c that is spread evenly at each step (the release: 1e-4)."},
+        metadata={
+            "help": "Share c of the mixture that is spread evenly at each update (in the release: "
+            "1e-4)."
+        },
     )
     interval: int = field(default=1, metadata={"help": "Steps between updates."})
 
@@ -56,22 +61,22 @@ class DoReMiConfig:
 
 
 class DoReMi(AveragedController):
-    """A proxy's weights rise where its loss exceeds a reference's.
+    """Raises a proxy's weight of each domain where its loss exceeds the reference's.
 
-    `average` is what the final model is trained on. The paper draws domains evenly and weighs their
-    losses; here they are drawn by the weights and weigh the same, which is the same gradient in
-    expectation where rows of all domains are equally long. A domain that is absent from the batch,
-    or whose excess is not finite, keeps its last lambda; before its first that is 0, for the
-    release's ln(vocabulary) is not known here.
+    The final model is trained on `average`. The paper draws domains evenly and weighs their losses;
+    here they are drawn by the weights and their losses count alike, which is the same gradient in
+    expectation if rows of all domains are equally long. A domain that is absent from the batch, or
+    whose excess is not finite, keeps its last lambda. The first lambda is 0, where the release has
+    ln(vocabulary), which is not known here.
 
     Args:
         config: Options of the method.
         names: Names of the m domains.
-        targets: Not needed.
+        targets: Not used.
         weights: (m,) first weights.
 
     Attributes:
-        average: (m,) the answer.
+        average: (m,) mean of the weights over the steps.
     """
 
     method = "DoReMi"
@@ -86,7 +91,7 @@ class DoReMi(AveragedController):
         self.excess = np.zeros(len(self.names))
 
     def observe(self, observation: Observation) -> None:
-        """Raise the weights by the excess; they stand if it is known of no domain."""
+        """Raise the weights by the excess; keep them if no domain's excess is known."""
         excess = self.read(observation, "excess", len(self.names))
         known = np.isfinite(excess)
         self.skipped += bool(np.isinf(excess).any() or not known.any())
@@ -101,13 +106,13 @@ class DoReMiCallback(ProxyCallback):
     Args:
         sampler: Sampler of the trainer's rows; its weights are the first ones.
         config: Options of DoReMi.
-        reference: What the proxy's losses are compared with: a model of the same tokens, which is
-            frozen, put in eval mode and moved to the trainer's device, or the checkpoint of one
-            (safetensors), loaded in the precision of the proxy.
+        reference: Model with the proxy's vocabulary, whose losses are compared with the proxy's. A
+            model is frozen, put in eval mode and moved to the trainer's device; a checkpoint
+            (safetensors) is loaded in the proxy's precision.
         options: Keyword arguments of `MixtureCallback`.
 
     Attributes:
-        average: The answer, by domain; printed when training ends.
+        average: Mean of the weights over the steps, by domain; printed when training ends.
 
     Raises:
         TypeError: `reference` is neither a model nor the name of a checkpoint.
@@ -131,16 +136,16 @@ class DoReMiCallback(ProxyCallback):
         self._reference = reference
 
     def bind(self, trainer: Trainer) -> None:
-        """Take over a trainer's rows, and have its losses compared with the reference's.
+        """Bind the trainer, and compare its losses with the reference's.
 
         Raises:
-            ValueError: The reference has another vocabulary or fewer positions than a row may have,
-                is spread over processes, or is the model to be trained.
+            ValueError: The reference has another vocabulary, has fewer positions than `max_length`,
+                is spread over processes, or shares weights with the model that is trained.
         """
         reference = _load(self._reference, trainer)
         _check_reference(reference, trainer)
         super().bind(trainer)
-        if self.signals is not None:  # it is None only without a controller
+        if self.signals is not None:  # always so, with a controller
             self.signals.reference = reference.requires_grad_(False).eval().to(trainer.args.device)
 
 
@@ -158,26 +163,27 @@ def _check_reference(reference: nn.Module, trainer: Trainer) -> None:
     trained = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) in trained for parameter in reference.parameters()):
         raise ValueError(
-            "`reference` shares weights with the model that is trained: it would be frozen with it "
-            "and there would be no excess. Give a copy made before, or the name of its checkpoint."
+            "`reference` shares weights with the model that is trained: freezing one would freeze "
+            "the other, and there would be no excess. Give a copy made beforehand, or the name of "
+            "its checkpoint."
         )
     if any(hasattr(parameter, "ds_id") for parameter in reference.parameters()):
         raise ValueError(
             "`reference` is spread over processes by DeepSpeed ZeRO-3: load it before the training "
-            "arguments are made, and give the model."
+            "arguments are made, and pass the model."
         )
     config: Any = reference.config
     theirs, ours = config.get_text_config(), model.config.get_text_config()
     if theirs.vocab_size != ours.vocab_size:
         raise ValueError(
             f"`reference` has a vocabulary of {theirs.vocab_size} tokens, and the model that is "
-            f"trained one of {ours.vocab_size}: their losses do not compare. Give a reference of "
-            "the same tokenizer."
+            f"trained one of {ours.vocab_size}: their losses cannot be compared. Give a reference "
+            "with the same tokenizer."
         )
     positions = getattr(theirs, "max_position_embeddings", None)
     length = getattr(trainer.args, "max_length", None)
     own = getattr(ours, "max_position_embeddings", None)
-    enough = own is None or positions is None or positions >= own  # the model's own limit holds too
+    enough = own is None or positions is None or positions >= own  # the trained model's limit holds
     if positions is not None and length is not None and positions < length and not enough:
         raise ValueError(
             f"`reference` has {positions} positions, and a row may have `max_length={length}` "

@@ -1,7 +1,7 @@
-"""The arithmetic of drawing: random numbers by their place in a stream, and what follows from them.
+"""The arithmetic of drawing: random numbers by their place in a stream, and draws from them.
 
-Everything here is a function of a key and a place, so that draw i of a run is the same whatever
-came between, on however many processes.
+Every function depends on its arguments alone, so that draw i of a run is the same after a restart
+and on any number of processes.
 """
 
 import zlib
@@ -13,14 +13,14 @@ import numpy as np
 def uniforms(seed: int, stream: str, start: int, count: int) -> np.ndarray:
     """The numbers `start` to `start + count` of a random stream in [0, 1).
 
-    A counter-based generator (Philox 4x64: Salmon et al., SC 2011) gives any part of a stream at
-    the price of that part.
+    A counter-based generator (Philox 4x64: Salmon et al., SC 2011) can start anywhere in a stream
+    at no cost.
 
     Args:
         seed: Seed of the run, from 0 on.
-        stream: Its name: streams of other names are independent.
+        stream: Name of the stream; streams with different names are independent.
         start: Place of the first number.
-        count: How many.
+        count: Number of numbers.
 
     Returns:
         (count,) float64.
@@ -31,7 +31,7 @@ def uniforms(seed: int, stream: str, start: int, count: int) -> np.ndarray:
 
 
 def shuffles(seed: int, stream: str, size: int, first: int, last: int) -> np.ndarray:
-    """The orders in which the passes `first` to `last` visit `size` rows.
+    """The orders in which passes `first` to `last` (inclusive) visit `size` rows.
 
     Returns:
         (last - first + 1, size) permutations, one a pass.
@@ -41,14 +41,14 @@ def shuffles(seed: int, stream: str, size: int, first: int, last: int) -> np.nda
 
 
 def choose(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The domain of each draw, independently: the one in whose part of [0, 1) its number falls.
+    """The domain of each draw, independently: each domain owns a part of [0, 1) as its weight.
 
     Args:
         weights: (k,) on the simplex.
         numbers: (n,) in [0, 1).
 
     Returns:
-        (n,) int64; a domain of weight 0 is never among them.
+        (n,) int64 domains, none of weight 0.
     """
     edges = np.cumsum(weights)
     edges[np.flatnonzero(weights)[-1] :] = 1.0  # the sum may fall short of 1 by a rounding
@@ -58,16 +58,16 @@ def choose(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 def choose_evenly(
     weights: np.ndarray, credit: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The domain of each draw, evenly spaced: the one that is owed most is next.
+    """The domain of each draw, evenly spaced: the next is the one with the largest credit.
 
         credit <- credit + weights;  j = argmax credit;  credit_j <- credit_j - 1
 
-    Weights may change at any draw: what is owed stays within (-1, 1 + ln k) of nothing.
+    Weights may change at any draw: each credit stays between -1 and 1 + ln k.
 
     Args:
         weights: (k,) on the simplex.
         credit: (k,) draws that each domain is owed.
-        count: n.
+        count: Number n of draws.
 
     Returns:
         (n,) domains, and (n, k) credit after each draw.
@@ -85,12 +85,12 @@ def choose_evenly(
 def shares_of_rows(
     weights: np.ndarray, names: list[str], tokens_per_row: Mapping[str, float] | None
 ) -> np.ndarray:
-    """Shares of the rows that give each domain its share of the tokens.
+    """Shares of the rows with which each domain gets its share of the tokens.
 
     Args:
         weights: (k,) shares of the tokens, on the simplex.
         names: Names of the domains.
-        tokens_per_row: Mean scored tokens a row of each domain.
+        tokens_per_row: Mean number of scored tokens of a row, by domain.
 
     Returns:
         (k,) on the simplex.

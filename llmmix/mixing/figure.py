@@ -1,4 +1,4 @@
-"""The picture of a mixture run: its shares, its losses and what the domains were found to do."""
+"""Figures of mixture runs: shares, losses and the estimated effect of each domain."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from llmmix.mixing.record import read_record
 def draw_mixture(folder: str | Path) -> bytes:
     """A PNG of a run's record: shares, losses by target, gains by domain and the mean matrix.
 
-    What a run lacks, such as a matrix under fixed shares, has no panel.
+    A panel is left out where the run has nothing for it, such as a matrix under fixed shares.
 
     Args:
         folder: Folder with the `mixture.jsonl` of a run.
@@ -97,12 +97,12 @@ def _matrix(axis, header, entries, measured, found) -> None:
 def draw_paths(
     path: str | Path, domains: Sequence[str], paths: Mapping[str, Sequence], steps: int
 ) -> Path:
-    """A PNG of shares over a run, a panel a method: the mean over repeats within their range.
+    """A PNG of shares over a run, one panel a method: the mean over runs, and their range.
 
     Args:
         path: Path of the PNG.
         domains: Names of the domains.
-        paths: By method, its runs; each a list of (step, weights from that step on).
+        paths: Runs by method; each run is a list of (step, weights from that step on).
         steps: Steps of a run.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The arithmetic of Aioli: from what probes shed to a matrix, and from a matrix to weights.
+"""The arithmetic of Aioli: from the losses of probes to a matrix, and from a matrix to weights.
 
-A's rows are targets and its columns domains, everywhere. Skill-It's published graph has them the
-other way round (llmmix/mixing/skillit.py).
+Rows of the matrix A are targets and columns domains, everywhere. Skill-It's published graph has
+them the other way round (llmmix/mixing/skillit.py). The controllers are in llmmix/mixing/aioli.py.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from llmmix.mixing.weights import log_of
 
 @dataclass(frozen=True)
 class InfluenceMatrix:
-    """What each domain does for each target, with the names of both axes.
+    """How far each domain lowers each target's loss, with the names of both axes.
 
     Args:
-        values: (n, m) loss that a target (row) sheds if all rows are a domain's (column).
+        values: (n, m) fall of a target's loss (row) if all training rows are of a domain (column).
         targets: n names.
         domains: m names.
 
@@ -38,20 +38,20 @@ class InfluenceMatrix:
             )
 
     def of(self, target: str, domain: str) -> float:
-        """The loss that `target` sheds on `domain`.
+        """How far the loss of `target` falls on `domain`.
 
         Raises:
-            ValueError: `target` or `domain` is no name of the matrix.
+            ValueError: `target` or `domain` is not a name of the matrix.
         """
         return float(self.values[self.targets.index(target), self.domains.index(domain)])
 
 
 def probe_mixtures(count: int, one_hot_factor: float) -> np.ndarray:
-    """(k, k) nearly one-hot mixtures: row j has the factor on j and shares out the rest.
+    """(k, k) nearly one-hot mixtures: row j has the factor on domain j, the others share the rest.
 
     Raises:
-        ValueError: `one_hot_factor` is outside (1/k, 1], or so near to 1/k that the mixtures do not
-            tell the domains apart.
+        ValueError: `one_hot_factor` is outside (1/k, 1], or so close to 1/k that the mixtures do
+            not tell the domains apart.
     """
     rest = (1 - one_hot_factor) / (count - 1) if count > 1 else 0.0
     if not 0 < one_hot_factor <= 1 or one_hot_factor - rest < 0.05:
@@ -63,10 +63,10 @@ def probe_mixtures(count: int, one_hot_factor: float) -> np.ndarray:
 
 
 def solve_mixing_matrix(gains: np.ndarray, one_hot_factor: float) -> np.ndarray:
-    """The matrix A of the law from what the probes shed: W A_i = G_i for every target i.
+    """The matrix A from the gains of the probes: solve W A_i = G_i for every target i.
 
     Args:
-        gains: (n, k) loss that target i shed on the probe of domain j; (k, k) in the paper.
+        gains: (n, k) fall of target i's loss during the probe of domain j; (k, k) in the paper.
         one_hot_factor: Share of the probed domain in its probe.
 
     Returns:
@@ -82,14 +82,14 @@ def solve_mixing_matrix(gains: np.ndarray, one_hot_factor: float) -> np.ndarray:
 def published_matrix(
     probed: Sequence[int], drops: np.ndarray, rounds: int, domains: int, one_hot_factor: float
 ) -> np.ndarray:
-    """A as published: drops averaged over the rounds, and solved with the mixtures as planned.
+    """A as published: drops averaged over the rounds, and solved with the planned mixtures.
 
     Args:
         probed: The domain of each probe.
-        drops: (probes, n) loss that each target shed on it.
+        drops: (probes, n) fall of each target's loss during each probe.
         rounds: Probes of each domain.
         domains: Number m of domains.
-        one_hot_factor: Share of the probed domain in its probe; at 1 nothing is to be solved.
+        one_hot_factor: Share of the probed domain in its probe; at 1 there is nothing to solve.
 
     Returns:
         (n, m).
@@ -103,16 +103,16 @@ def published_matrix(
 def least_squares_matrix(
     shares: np.ndarray, drops: np.ndarray, target_weights: np.ndarray, evidence: float
 ) -> np.ndarray | None:
-    """A by least squares, with the shares as drawn and the drift over the probes taken out.
+    """A by least squares on the shares as drawn, with a linear drift over the probes taken out.
 
     Args:
-        shares: (probes, m) of the rows drawn in each probe.
-        drops: (probes, n) loss that each target shed a step.
+        shares: (probes, m) share of each domain among the rows drawn in each probe.
+        drops: (probes, n) fall of each target's loss, per step.
         target_weights: (n,) u.
         evidence: Standard errors by which the gains of the best and the worst domain must differ.
 
     Returns:
-        (n, m), or None where the gains differ by less.
+        (n, m), or None where they differ by less.
     """
     probes, m = shares.shape
     drift = np.arange(probes) - (probes - 1) / 2
@@ -130,14 +130,13 @@ def least_squares_matrix(
 
 
 def normalize_matrix(matrix: np.ndarray) -> np.ndarray:
-    """Shift by the smallest entry where it is negative, then scale to a sum of 1.
+    """Shift up by the smallest entry if it is negative, then scale to a sum of 1.
 
-    A matrix with nothing to scale (all entries equal or zero after the shift) does not tell the
-    domains apart: every entry is then the same.
+    A matrix that is zero after the shift does not tell the domains apart: all entries become equal.
     """
     shifted = matrix - min(matrix.min(), 0.0)
     total = shifted.sum()
-    if total <= 1e-12 * np.abs(matrix).sum():  # nothing, or what rounding left
+    if total <= 1e-12 * np.abs(matrix).sum():  # zero, up to rounding
         return np.full(matrix.shape, 1 / matrix.size)
     return shifted / total
 
@@ -153,10 +152,10 @@ def update_weights(
     """One step of exponentiated gradient: p_j ~ weights_j exp(eta sum_i u_i A_ij).
 
     Args:
-        weights: (k,) on the simplex, not changed.
+        weights: (k,) on the simplex; not changed in place.
         matrix: (n, k), rows targets, columns domains.
         eta: Size of the step.
-        normalize: Whether `normalize_matrix` is applied first.
+        normalize: Whether to apply `normalize_matrix` first.
         target_weights: (n,) u; ones by default.
 
     Returns:

@@ -1,12 +1,13 @@
-"""What a trainer reads in place of its own loader: micro-batches, drawn when they are due.
+"""`MixtureLoader`: replaces a trainer's own loader by one whose micro-batches a sampler draws.
 
-Draw i of a step goes to micro-batch i // (batch * processes), process i // batch modulo processes:
-the layout of accelerate, so that two processes see the rows that two accumulated micro-batches of
-one process see. Each process makes all draws, which are cheap, and reads its own rows.
+Draw i of a step goes to micro-batch i // (batch * processes) and to process i // batch modulo
+processes. This is the layout of accelerate: two processes see the rows that two accumulated
+micro-batches of one process see. Each process makes all draws, which are cheap, and reads its own
+rows.
 
-A `DataLoader` of torch reads rows ahead when it has workers. Here it reads no further than the
-mixture is decided, and forgets what it read when the mixture is decided anew. Without workers
-nothing is read ahead, not even the one micro-batch that accelerate's loader does.
+A torch `DataLoader` with workers reads rows ahead. Here it reads no further than the plan reaches,
+and forgets what it read when there is a new plan. Without workers it reads nothing ahead, not even
+the one micro-batch that accelerate's loader does.
 """
 
 from collections.abc import Iterator
@@ -16,29 +17,28 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from llmmix.mixing.blocks import Locate
 from llmmix.mixing.draws import uniforms
+from llmmix.mixing.rows import Locate
 from llmmix.mixing.sampler import MixtureSampler
 
 
 class MixtureLoader:
-    """Micro-batches of one process.
+    """The micro-batches of one process.
 
     Args:
         sampler: Sampler that draws the rows.
-        loader: The trainer's own loader, whose dataset, collator and workers serve here.
-        locate: (domains, rows, passes), each (n,), to the n indices that the dataset takes.
+        loader: The trainer's own loader, whose dataset, collator and worker settings are used.
+        locate: Maps (domains, rows, passes), each (n,), to n indices of the dataset.
         batch_size: Rows of a micro-batch.
         accumulation: Micro-batches of a step on one process.
         process: (rank, number of processes).
-        steps_an_epoch: Steps of an epoch where domains have no length; else an epoch is as many
-            draws as there are rows.
+        steps_an_epoch: Steps of an epoch. Default: as many draws as there are rows, in whole steps.
 
     Attributes:
         draws_a_step: Draws of a step, on all processes.
-        keep: Whether to keep the batches of a step, for what is measured on them.
-        kept: Domains (rows of the process,) and batch of each micro-batch of the step.
-        ended: Whether the domains hold no further step.
+        keep: Whether to keep the batches of a step, to measure on them.
+        kept: For each micro-batch of the step, the domain of each of its rows, and the batch.
+        ended: Whether the domains have too few rows left for a step.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MixtureLoader:
         self._skip = 0  # micro-batches of the next epoch that a resumed run has seen
         self.ended = self.keep = False
         self.kept: list[tuple[np.ndarray, dict]] = []
-        self._domains: list[np.ndarray] = []  # of the micro-batches read and not yet given
+        self._domains: list[np.ndarray] = []  # by micro-batch, of those read ahead
         workers = loader.num_workers
         self._loader: DataLoader | None = DataLoader(
             loader.dataset,
@@ -71,15 +71,15 @@ class MixtureLoader:
             worker_init_fn=loader.worker_init_fn,
             prefetch_factor=loader.prefetch_factor,
             multiprocessing_context=loader.multiprocessing_context,
-            persistent_workers=workers > 0,  # a plan may be a few steps long
-            generator=torch.Generator(),  # its own, or each beginning would move the model's
+            persistent_workers=workers > 0,  # a plan may last only a few steps
+            generator=torch.Generator(),  # else each start would advance the global one
         )
 
     @classmethod
     def of_trainer(
         cls, trainer: Trainer, sampler: MixtureSampler, loader: DataLoader, locate: Locate
     ) -> "MixtureLoader":
-        """What a trainer reads of a sampler's rows, in place of its own loader."""
+        """The loader of a trainer's process, with the sizes that the trainer's arguments say."""
         args = trainer.args
         return cls(
             sampler,
@@ -92,7 +92,7 @@ class MixtureLoader:
         )
 
     class _MicroBatches:
-        """The indices of the process's micro-batches, until nothing more is decided."""
+        """Batch sampler of the process's micro-batches, up to the end of the plan."""
 
         def __init__(self, owner: "MixtureLoader"):
             self._owner = owner
@@ -101,13 +101,13 @@ class MixtureLoader:
             return self._owner.indices()
 
     def go_on(self, step: int, total_steps: int) -> None:
-        """Skip what a run that is resumed at a step has seen of its epoch."""
+        """Skip the part of its epoch that a run resumed at `step` has trained on."""
         self._skip = step % self.steps_an_epoch * self._accumulation
         if step >= total_steps:
             self._skip = len(self)  # nothing is left of the run
 
     def rows_to_learn_from(self, domain: int, step: int) -> list[dict]:
-        """Rows of a domain to take its gradient on at a step, as many as a step has.
+        """Rows of a domain to take its gradient on, as many as a step has.
 
         They are drawn with replacement, and are the same on every process.
 
@@ -115,7 +115,10 @@ class MixtureLoader:
             ValueError: A domain has no length.
         """
         if self.sampler.passes.endless:
-            raise ValueError("Gradients by domain are taken on any of its rows: streams have none.")
+            raise ValueError(
+                "Gradients by domain are taken on rows drawn at random, which a stream does not "
+                "allow: give domains with a length."
+            )
         name, size = self.sampler.names[domain], int(self.sampler.sizes[domain])
         count = self.draws_a_step
         numbers = uniforms(self.sampler.seed, f"gradients {name} {step}", 0, count)
@@ -124,15 +127,15 @@ class MixtureLoader:
         return [self.dataset[index] for index in where.tolist()]
 
     def close(self) -> None:
-        """End the workers; left to the garbage collector, each waits five seconds for its end."""
+        """Stop the workers now: the garbage collector would wait five seconds for each."""
         self._loader = None
 
     def __len__(self) -> int:
-        """Micro-batches an epoch: as many draws as there are rows, in whole steps."""
+        """Number of micro-batches of an epoch."""
         return self.steps_an_epoch * self._accumulation
 
     def indices(self) -> Iterator[list[int]]:
-        """The indices of one micro-batch after the other."""
+        """The indices of each micro-batch of this process, up to the end of the plan."""
         rank, processes = self._process
         while (step := self._draw_step()) is not None:
             domains, indices = (
@@ -143,7 +146,7 @@ class MixtureLoader:
             yield from indices.tolist()
 
     def _draw_step(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Domains and indices of the draws of a step, or None where there are not as many."""
+        """Domains and indices of the draws of a step; None where too few are left."""
         parts, missing = [], self.draws_a_step
         while missing:
             block = self.sampler.take(missing)

@@ -1,4 +1,7 @@
-"""What every measurement of a model shares: its forward pass, and its split over processes."""
+"""What all measurements of a model share: the forward pass, and the split over processes.
+
+Used by llmmix/mixing/targets.py and llmmix/mixing/signals.py.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from llmmix.head import attach_head
 
 
 class MeasuredModel:
-    """A trainer's model as it is measured: where it is, and which process measures which part.
+    """A trainer's model to be measured: its device, and which process measures which rows.
 
     Args:
         trainer: The trainer of the model.
@@ -26,14 +29,18 @@ class MeasuredModel:
         """The model, unwrapped.
 
         Raises:
-            ValueError: The trainer has none.
+            ValueError: The trainer has no model.
         """
         if self._trainer.model is None:
             raise ValueError("The trainer has no model to measure.")
         return self._trainer.model
 
     def share(self, groups: list[list[int]]) -> list[tuple[list[int], float]]:
-        """This process's groups, each with 1; as many on every process, made up with 0."""
+        """This process's groups, each with the factor 1.
+
+        Processes that have fewer repeat the first group with the factor 0, since all must make the
+        same number of forward passes.
+        """
         rank, ranks = self._trainer.args.process_index, self._trainer.args.world_size
         mine = [(group, 1.0) for group in groups[rank::ranks]]
         return mine + [(groups[0], 0.0)] * (-(-len(groups) // ranks) - len(mine))
@@ -54,8 +61,8 @@ class MeasuredModel:
 
 @contextmanager
 def fused_head(model: nn.Module) -> Iterator[None]:
-    """Our head for the time being; what answered before answers afterwards."""
-    unwrap = getattr(model, "get_base_model", None)  # of adapters
+    """Attach the fused head for the duration, and put back the forward that was there before."""
+    unwrap = getattr(model, "get_base_model", None)  # a model with adapters has it
     base = model if unwrap is None else unwrap()
     before = base.__dict__.get("forward")
     attach_head(base)
@@ -69,7 +76,7 @@ def fused_head(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def metrics_kept(trainer: Trainer) -> Iterator[None]:
-    """TRL's trainers note metrics in each call of the loss: a measurement's are forgotten."""
+    """Forget the metrics that TRL's trainers note in each call of the loss while measuring."""
     if not hasattr(trainer, "_metrics"):
         yield
         return
@@ -81,6 +88,6 @@ def metrics_kept(trainer: Trainer) -> Iterator[None]:
 
 
 def token_logps(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
-    """(B, T-1) log-probabilities of the labels and where they count, under `fused_head`."""
+    """(B, T-1) log-probabilities of the labels, and the mask of scored ones; needs `fused_head`."""
     output = model(**batch, fused_lm_head=True)
     return output.log_probs, output.label_mask

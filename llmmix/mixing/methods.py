@@ -1,4 +1,7 @@
-"""The methods that move a mixture by name, for a command line: their configs from NAME=VALUE."""
+"""Mixing methods by the name that a command line gives, and their configs from NAME=VALUE.
+
+recipes/aioli.py calls it. Aioli's own config is parsed with the other flags.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +23,12 @@ CONFIGS: dict[str, Any] = {
 
 
 def config_of(method: str, given: Sequence[str]) -> Any:
-    """The config of a method other than aioli, from NAME=VALUE; None for one without options.
+    """The config of a method from NAME=VALUE options; None for a method that takes none.
 
     Raises:
-        ValueError: The method is unknown, an option is not NAME=VALUE, or the method takes none.
+        ValueError: The method is unknown, an option is not NAME=VALUE or has a bad value, or the
+            method takes no options.
+        TypeError: The method has no option of that name.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")

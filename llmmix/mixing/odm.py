@@ -1,4 +1,4 @@
-"""ODM, and EXP3, another bandit: more of the domains whose losses are high.
+"""ODM and EXP3, two bandits: more of the domains whose losses are high.
 
     ODM    R <- a R + (1 - a) r / pi,   E_t = min(1 / m, sqrt(ln m / (m t)))
            pi = (1 - m E_t) softmax(E_(t-1) R) + E_t
@@ -8,11 +8,11 @@
     m       names                       r       the signal `train` or `losses` (m,)
     a       decay                       pi      weights
 
-Weak where losses differ for what they are, not for what can be learnt: a reward is a level, not a
-fall, and noise that no model predicts is rewarded most. Where all domains are always seen and
-rewards are divided by pi, EXP3 settles where pi is proportional to them (3, 2.5, 2 -> .4, .333,
-.267), not on the best arm. ODM multiplies R by its exploration rate: as that decays, its weights
-return to even ones. Rewards of a batch are as noisy as its few rows of a domain.
+Where it is weak: a reward is the level of a loss, not its fall, so a domain of noise, which no
+model can predict, is rewarded most. Where all domains are always seen and rewards are divided by
+pi, EXP3 settles where pi is proportional to the rewards (3, 2.5, 2 -> .4, .333, .267), not on the
+best arm. ODM multiplies R by its exploration rate, so its weights return to equal ones as that
+decays. Rewards from a batch are noisy, since it has few rows of each domain.
 
 Source: Albalak et al., "Efficient Online Data Mixing For Language Model Pre-Training"
 (arXiv:2312.02406). Recipe: recipes/aioli.py.
@@ -26,31 +26,25 @@ from typing import Any
 import numpy as np
 
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import (
-    Observation,
-    OnlineController,
-    Weights,
-    require,
-    require_same,
-    require_whole,
-)
+from llmmix.mixing.checks import Weights, require, require_same, require_whole
+from llmmix.mixing.controllers import Observation, OnlineController
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.weights import log_normalize, log_of
 
 
 def exploration(step: int, m: int) -> float:
-    """ODM's E_t = min(1 / m, sqrt(ln m / (m t))) after t = `step` steps, warm-up among them."""
+    """ODM's E_t = min(1 / m, sqrt(ln m / (m t))) after t = `step` steps, warm-up included."""
     return min(1 / m, math.sqrt(math.log(m) / (m * step)))
 
 
 def explore(scores: np.ndarray, share: float) -> np.ndarray:
-    """A bandit's pi = (1 - share) softmax(scores) + share / m, (m,)."""
+    """(m,) the weights pi = (1 - share) softmax(scores) + share / m."""
     return (1 - share) * np.exp(log_normalize(scores)) + share / len(scores)
 
 
 @dataclass
 class ODMConfig:
-    """Options of `ODM`. The published plugin is `exp3` on `losses`, `full_information` False.
+    """Options of `ODM`. The published plugin is exp3 on losses with `full_information=False`.
 
     Raises:
         ValueError: An option is out of its range.
@@ -69,19 +63,22 @@ class ODMConfig:
     full_information: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether rewards are left undivided by pi. Default: yes for the reward losses, "
-            "which are known of all domains."
+            "help": "Whether the rewards of all domains are known, so that they are not divided by "
+            "pi. Default: true for the reward losses, else false."
         },
     )
     interval: int | None = field(
         default=None,
-        metadata={"help": "Steps between updates. Default: 1, a hundredth of the run for losses."},
+        metadata={
+            "help": "Steps between updates. Default: 1, or a hundredth of the run for the reward "
+            "losses."
+        },
     )
     warmup_share: float = field(
-        default=0.01, metadata={"help": "Share of the run that is trained on the first weights."}
+        default=0.01, metadata={"help": "Share of the run that trains on the first weights."}
     )
     decay: float = field(
-        default=0.9, metadata={"help": "Share a that a running reward keeps of its past (odm)."}
+        default=0.9, metadata={"help": "Weight a of the past in the running rewards (odm)."}
     )
     eta: float = field(default=0.3, metadata={"help": "Size of an update (exp3)."})
     gamma: float = field(
@@ -102,14 +99,14 @@ class ODMConfig:
 class ODM(OnlineController):
     """Draws more of the domains whose losses are high, as arms of a bandit.
 
-    ODM draws one domain a batch and rewards that; here a batch holds several, and each that it
-    holds is rewarded by its mean loss.
+    The paper draws one domain a batch and rewards it. Here a batch holds several domains, and each
+    of them is rewarded by its mean loss.
 
     Args:
         config: Options of the method.
-        names: Names of the m domains, each of which is an arm, whatever its first weight.
-        targets: The domains, in any order, for `reward="losses"`; else not needed.
-        weights: (m,) first weights, for the warm-up.
+        names: Names of the m domains. Each is an arm, also one with a first weight of 0.
+        targets: The domains in any order, for `reward="losses"`; else not used.
+        weights: (m,) weights of the warm-up.
     """
 
     method = "ODM"
@@ -127,19 +124,19 @@ class ODM(OnlineController):
         self.rate = 1 / m  # E_(t-1)
 
     def steps_to_update(self, step: int, total_steps: int) -> int:
-        """The rest of the warm-up; then steps to the next multiple of the interval after it."""
+        """The rest of the warm-up; after it, steps to the next multiple of the interval."""
         warmup = round(self.config.warmup_share * total_steps)
         seldom = max(1, total_steps // 100) if self.measure == "losses" else 1
         every = self.config.interval or seldom
         return warmup - step if step < warmup else every - (step - warmup) % every
 
     def observe(self, observation: Observation) -> None:
-        """Reward the arms that were seen; one whose reward is not finite keeps what it has."""
+        """Reward the arms that were seen; one whose reward is not finite keeps its score."""
         rewards = self.read(observation, self.measure, len(self.names))
         broken = np.isinf(rewards)
         if self.measure == "losses":
             rewards = rewards[[self.targets.index(name) for name in self.names]]
-            broken = ~np.isfinite(rewards)  # nothing is absent from a validation set
+            broken = ~np.isfinite(rewards)  # every domain is measured: a NaN is no absence
         m, config = len(self.names), self.config
         full = config.full_information
         full = self.measure == "losses" if full is None else full
@@ -165,7 +162,7 @@ class ODMCallback(MixtureCallback):
     """Moves a sampler's weights by ODM, or by EXP3, while a trainer runs.
 
     Args:
-        sampler: Sampler of the trainer's rows; its weights are those of the warm-up.
+        sampler: Sampler of the trainer's rows; its weights apply during the warm-up.
         config: Options of ODM.
         options: Keyword arguments of `MixtureCallback`.
     """

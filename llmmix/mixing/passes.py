@@ -1,4 +1,7 @@
-"""The rows of domains: pass after pass, each in another order, and where the passes end."""
+"""Which row of its domain a draw gets, pass after pass, and what happens when rows run out.
+
+`MixtureSampler` (llmmix/mixing/sampler.py) decides the domain of a draw.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,20 +15,20 @@ EXHAUSTED = ("reshuffle", "stop", "spill")
 
 
 class Passes:
-    """The rows that draws of a domain come to.
+    """The row of each draw of a domain.
 
-        row of a domain's draw = the next of its shuffled pass, from the stream (seed, domain)
+        row = the next one of the domain's shuffled pass, from the random stream (seed, domain)
 
     Args:
         names: Names of the domains.
-        sizes: By name, the rows of each stratum: draw i comes from stratum i modulo their number.
-            None is without end: such a domain is read in its own order.
+        sizes: Number of rows of each stratum, by domain; draw i comes from stratum i modulo the
+            number of strata. None: a domain without a length, which is read in its own order.
         seed: Seed of the orders.
 
     Attributes:
-        strata: (k, strata) rows of each stratum, `ENDLESS` where there is no end.
+        strata: (k, strata) rows of each stratum, `ENDLESS` for a domain without a length.
         sizes: (k,) rows of each domain.
-        endless: Whether a domain has no length.
+        endless: Whether any domain has no length.
 
     Raises:
         ValueError: A domain or one of its strata has no rows.
@@ -42,11 +45,11 @@ class Passes:
         self.sizes: np.ndarray = self.strata.sum(1)
         self.endless = bool((self.strata == ENDLESS).any())
         self._names, self._seed = names, seed
-        # By domain and stratum, the last pass that was shuffled, and its order
+        # (domain, stratum) -> the last pass that was shuffled, and its order
         self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def first_rows(self) -> np.ndarray:
-        """(k,) index of each domain's first row, the domains one after the other.
+        """(k,) index of each domain's first row if the domains stand one after the other.
 
         Raises:
             ValueError: A domain has no length.
@@ -56,11 +59,11 @@ class Passes:
         return np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
 
     def rows(self, domains: np.ndarray, cursor: Cursor) -> tuple[np.ndarray, np.ndarray]:
-        """The row of each draw, and the pass over its stratum that it belongs to.
+        """The row of each draw, and the number of its pass over the stratum.
 
         Args:
             domains: (n,) domain of each draw.
-            cursor: Where the draws stand before them.
+            cursor: Cursor before the first of them.
 
         Returns:
             (n,) rows within the domain and (n,) passes, from 0 on.
@@ -77,12 +80,13 @@ class Passes:
                 rows[own] = places
                 continue
             passes[own], places = np.divmod(places, self.strata[j, s])
-            first, orders = self._shuffled(j, s, passes[own[0]], passes[own[-1]])
+            first = passes[own[0]]
+            orders = self._orders_of(j, s, first, passes[own[-1]])
             rows[own] = before[j, s] + orders[passes[own] - first, places]
         return rows, passes
 
-    def _shuffled(self, j: int, s: int, first: int, last: int) -> tuple[int, np.ndarray]:
-        """The orders of some passes over a stratum, the last of which is kept."""
+    def _orders_of(self, j: int, s: int, first: int, last: int) -> np.ndarray:
+        """(passes, rows) orders of passes `first` to `last` over a stratum; keeps the last one."""
         stream = f"rows of {self._names[j]}, {s}"
         size = int(self.strata[j, s])
         known, orders = self._orders.get((j, s), (-1, np.empty((0, size), np.int64)))
@@ -92,20 +96,20 @@ class Passes:
             new = shuffles(self._seed, stream, size, first + 1, last)
             orders = np.concatenate([orders, new])
         self._orders[j, s] = (last, orders[-1:])
-        return first, orders
+        return orders
 
 
 class Limits:
-    """How many draws each domain allows, and what happens when one has no rows left.
+    """How many draws each domain allows, and what happens when a domain has no rows left.
 
     Args:
         names: Names of the domains.
-        exhausted: One of `EXHAUSTED`, as `MixtureSampler` describes them.
-        max_epochs: Passes over a domain, one number or by name.
+        exhausted: One of `EXHAUSTED`; `MixtureSampler` describes them.
+        max_epochs: Maximum number of passes over a domain, one number or by name.
 
     Raises:
-        ValueError: `max_epochs` is not positive, no number, names an unknown domain, or is given
-            though `exhausted` is "reshuffle".
+        ValueError: `max_epochs` is not a positive number, names an unknown domain, or is given
+            although `exhausted` is "reshuffle".
     """
 
     def __init__(
@@ -113,14 +117,14 @@ class Limits:
     ):
         self.exhausted = exhausted
         self.max_epochs = _check_max_epochs(names, exhausted, max_epochs)
-        self.capacity = self.max_epochs  # (k,) draws that each domain allows, once bound
+        self.capacity = self.max_epochs  # (k,) draws that each domain allows, after `bind`
 
     def bind(self, sizes: np.ndarray) -> None:
-        """Count the draws that domains of so many rows (k,) allow."""
+        """Set the numbers of rows (k,) from which the allowed draws follow."""
         self.capacity = np.floor(self.max_epochs * sizes)
 
     def open_shares(self, shares: np.ndarray, drawn: np.ndarray) -> np.ndarray | None:
-        """The shares of the domains that have rows left, None where none with a share has.
+        """The shares of the domains that have rows left; None if no domain with a share has any.
 
         Args:
             shares: (k,) on the simplex.
@@ -132,13 +136,14 @@ class Limits:
         return shares / shares.sum() if shares.any() else None
 
     def draws_before_end(self, domains: np.ndarray, drawn: np.ndarray) -> int:
-        """How many of the draws come before the first that its domain has no row for.
+        """Number of draws before the first one for which its domain has no row left.
 
-        With "spill", before the first that its domain's last row has changed the shares of.
+        With "spill": before the first one that comes after a domain's last row, from which on the
+        shares differ.
 
         Args:
             domains: (n,) domain of each draw.
-            drawn: (k,) draws of each domain before them.
+            drawn: (k,) draws of each domain before these.
         """
         left = self.capacity - drawn
         count, spill = len(domains), self.exhausted == "spill"
@@ -154,18 +159,18 @@ class Limits:
 def _check_max_epochs(
     names: list[str], exhausted: str, given: float | Mapping[str, float] | None
 ) -> np.ndarray:
-    """(k,) passes that each domain allows, infinite where it has no limit."""
+    """(k,) passes that each domain allows; infinite for no limit."""
     if exhausted == "reshuffle":
         if given is not None:
             raise ValueError(
-                f"`max_epochs={given}` needs `exhausted` 'stop' or 'spill': 'reshuffle' begins "
-                "another pass, however many there were."
+                f"`max_epochs={given}` needs `exhausted` 'stop' or 'spill': 'reshuffle' always "
+                "begins another pass."
             )
         return np.full(len(names), np.inf)
     values: object = 1.0 if given is None else given
     if isinstance(given, Mapping):
         if unknown := set(given) - set(names):
-            raise ValueError(f"`max_epochs` names {sorted(unknown)}, no domain.")
+            raise ValueError(f"`max_epochs`: no domain {sorted(unknown)}; there are {names}.")
         values = [given.get(name, np.inf) for name in names]
     try:
         allowed = np.broadcast_to(np.asarray(values, float), len(names))

@@ -1,4 +1,7 @@
-"""The segments that a controller asked for and that have not ended, step by step."""
+"""The plan of a controller, counted step by step.
+
+`Steering` (llmmix/mixing/steering.py) follows it; llmmix/mixing/controllers.py defines a segment.
+"""
 
 from collections import deque
 
@@ -6,20 +9,20 @@ import numpy as np
 
 from llmmix.mixing.controllers import SIGNALS, Controller, Observation, Segment
 
-BEFORE_UPDATE = ("train", "excess")  # signals of the batch of a step
+BEFORE_UPDATE = ("train", "excess")  # signals that are measured on the batch of a step
 
 Signal = dict[str, np.ndarray]
 
 
 class Plan:
-    """What is due, and what is known of the segment that the run is in.
+    """The segments that have not ended, and the progress of the current one.
 
     Args:
-        domains: m.
+        domains: Number m of domains.
 
     Attributes:
-        segments: Segments that have not ended, the one that the run is in first.
-        early: Its signal, where that is taken before its last update.
+        segments: Segments that have not ended, the current one first.
+        early: Signal of the current segment, if it was taken before the last update.
     """
 
     def __init__(self, domains: int):
@@ -27,32 +30,32 @@ class Plan:
         self.begin_segment(np.zeros(domains))
 
     def begin_segment(self, drawn: np.ndarray) -> None:
-        """Count steps anew, from where so many rows (m,) of each domain were drawn."""
+        """Start counting for the next segment; `drawn` (m,) are the rows drawn so far."""
         self.early: Signal | None = None
         self._steps, self._learning_rate, self._drawn = 0, 0.0, drawn
 
     @property
     def measures_batches(self) -> bool:
-        """Whether a segment is measured on the batch of a step."""
+        """Whether any segment is measured on the batch of a step."""
         return any(segment.measure in BEFORE_UPDATE for segment in self.segments)
 
     def due_before_update(self) -> str | None:
-        """The signal to take before the update of the step that is being made, if any."""
+        """The signal that must be taken before the update of the current step, if any."""
         segment = self.segments[0]
         last = self._steps + 1 == segment.steps
         return segment.measure if last and segment.measure in BEFORE_UPDATE else None
 
     def note_learning_rate(self, rate: float) -> None:
-        """Add the learning rate of the step that is being made."""
+        """Add the learning rate of the current step."""
         self._learning_rate += rate
 
     def step(self) -> bool:
-        """Count a step; says whether its mixture was chosen to learn from."""
+        """Count a step, and return whether its segment has `estimates` set."""
         self._steps += 1
         return self.segments[0].estimates
 
     def ended(self) -> bool:
-        """Whether the segment that the run is in has no step left."""
+        """Whether the current segment has no step left."""
         return bool(self.segments) and self._steps >= self.segments[0].steps
 
     def observation(self, step: int, drawn: np.ndarray, signal: Signal) -> Observation:
@@ -60,7 +63,7 @@ class Plan:
 
         Args:
             step: Steps taken since training began.
-            drawn: (m,) rows drawn of each domain since then.
+            drawn: (m,) rows drawn of each domain since training began.
             signal: What was measured.
         """
         own = drawn - self._drawn
@@ -69,18 +72,18 @@ class Plan:
         return Observation(step, steps, shares, self._learning_rate, signal)
 
     def left(self) -> list[Segment]:
-        """The segments with the steps that are left of each."""
+        """The segments that have not ended, with the steps that remain of each."""
         first, *others = self.segments
         return [Segment(first.weights, first.steps - self._steps), *others]
 
     def state_dict(self) -> dict:
-        """The plan and where it stands, as JSON has it."""
+        """The plan and its progress, as JSON values."""
         segments = [[s.weights.tolist(), s.steps, s.measure, s.estimates] for s in self.segments]
         here = [self._steps, self._learning_rate, self._drawn.tolist()]
         return {"segments": segments, "segment": here}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`."""
+        """Continue from a `state_dict`."""
         self.segments = deque(
             Segment(np.array(weights), *rest) for weights, *rest in state["segments"]
         )
@@ -93,8 +96,8 @@ def ask_for_segments(controller: Controller, step: int, total_steps: int) -> lis
     """A controller's next plan, checked.
 
     Raises:
-        ValueError: A segment asks for a signal that is not known, the plan has no step, or it goes
-            past the end.
+        ValueError: A segment asks for an unknown signal, or the plan has no step or goes past
+            `total_steps`.
     """
     segments, name = controller.plan(step, total_steps), type(controller).__name__
     for segment in segments:
@@ -107,6 +110,6 @@ def ask_for_segments(controller: Controller, step: int, total_steps: int) -> lis
     if not 0 < steps <= total_steps - step:
         raise ValueError(
             f"{name}.plan gave {steps} steps at step {step} of {total_steps}; it must give at "
-            "least one, and none past the end."
+            "least one, and none past the end of the run."
         )
     return segments

@@ -1,10 +1,10 @@
-"""What DoReMi and DoGE share: the average of the weights that a small proxy is trained on.
+"""What DoReMi and DoGE share: the average of the weights on which a small proxy is trained.
 
     w_t ~ w_(t-1) exp(gains),   then (1 - c) w_t + c / m,   c the option `smoothing`
 
-Both suppose that what is right for the proxy is right for the final model, and that the average
-over a run is worth more than where it ends; the papers show it for pretraining from scratch. The
-methods: llmmix/mixing/doremi.py and llmmix/mixing/doge.py.
+Both assume that the right weights for the proxy are right for the final model, and that the average
+over a run is better than the last weights; the papers show it for pretraining from scratch. The
+methods are in llmmix/mixing/doremi.py and llmmix/mixing/doge.py.
 """
 
 import math
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from llmmix.mixing.accounts import listed
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import OnlineController, Weights
+from llmmix.mixing.checks import Weights
+from llmmix.mixing.controllers import OnlineController
 from llmmix.mixing.weights import log_normalize, log_of
 
 
 def reweigh(log_weights: np.ndarray, gains: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
-    """The step of DoReMi and DoGE in logarithms: w ~ w exp(gains), then (1 - c) w + c / m, (m,)."""
+    """(m,) logarithms after an update: w ~ w exp(gains), then (1 - c) w + c / m."""
     log_weights = log_normalize(log_weights + gains)
     if smoothing == 0:
         return log_weights
@@ -29,16 +31,16 @@ def reweigh(log_weights: np.ndarray, gains: np.ndarray, smoothing: float = 0.0) 
 
 
 class AveragedController(OnlineController):
-    """A controller whose answer is the mean of the weights over the steps, not the last ones.
+    """A controller whose result is the mean of the weights over the steps, not the last ones.
 
     Args:
         config: Options of the method, `smoothing` and `interval` among them.
         names: Names of the m domains.
-        targets: Not needed.
+        targets: Not used.
         weights: (m,) first weights.
 
     Attributes:
-        average: (m,) the answer.
+        average: (m,) mean of the weights over the steps.
     """
 
     last_counts = True
@@ -51,7 +53,7 @@ class AveragedController(OnlineController):
         self.averaged_steps = 0
 
     def update(self, gains: np.ndarray | None, steps: int) -> None:
-        """Take a step, or keep the weights if there are no gains; average in either case."""
+        """Move the weights by the gains, if there are any, and add `steps` steps to the average."""
         if gains is not None:
             self.log_weights = reweigh(self.log_weights, gains, self.config.smoothing)
             self.weights = np.exp(self.log_weights)
@@ -64,14 +66,14 @@ class AveragedController(OnlineController):
 
 
 class ProxyCallback(MixtureCallback):
-    """Prints the average of the weights when training ends."""
+    """A callback that prints the average of the weights when training ends."""
 
     measures_losses = False
     controller: AveragedController | None
 
     @property
     def average(self) -> dict[str, float]:
-        """The mean of the weights over the steps so far, by domain: the method's answer.
+        """The mean of the weights over the steps so far, by domain: the method's result.
 
         Raises:
             ValueError: The callback is not attached to a trainer yet.
@@ -87,8 +89,8 @@ class ProxyCallback(MixtureCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Say the answer, after what every mixture says."""
+        """Print the average after the summary that every mixture prints."""
         super().on_train_end(args, state, control, **kwargs)
         if state.is_world_process_zero:
-            shares = ", ".join(f"{name} {share:.4f}" for name, share in self.average.items())
+            shares = listed(self.sampler.names, self.average.values())
             print(f"Average of the weights, to train the final model on: {shares}.", flush=True)

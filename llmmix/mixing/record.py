@@ -1,10 +1,13 @@
-"""OUTPUT_DIR/mixture.jsonl: what was drawn, measured and decided, a line each.
+"""OUTPUT_DIR/mixture.jsonl: what a mixture run drew, measured and decided, one JSON object a line.
 
 {"domains": [...], "targets": [...], "method": ..., "draws_a_step": ...}   first
 {"step": s, "counts": [...]}                   rows drawn of each domain in step s
 {"step": s, "measured": {"losses": [...]}}     what the controller was told after step s
 {"step": s, "weights": [...], ...}             what it decided from step s + 1 on, and why
+{"step": s, "final": [...]}                    validation losses at the end
 {"step": s, "spent": {...}}                    last: what measuring cost
+
+llmmix/laws/trajectory.py reads the file by itself, since the laws import nothing of the mixing.
 """
 
 import json
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.files import plain
+from llmmix.files import plain, read_json_lines
 
 NAME = "mixture.jsonl"
 
@@ -22,7 +25,7 @@ class MixtureRecord:
 
     Args:
         folder: Output folder of the run.
-        writes: Whether this process writes it; the others only count its lines.
+        writes: Whether this process writes the file; the others only count its lines.
 
     Attributes:
         lines: Number of lines so far.
@@ -33,7 +36,7 @@ class MixtureRecord:
         self.lines = 0
 
     def start(self, header: dict) -> None:
-        """Begin the file anew."""
+        """Begin a new file."""
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text("")
@@ -41,27 +44,27 @@ class MixtureRecord:
         self.write(header)
 
     def write(self, entry: dict) -> None:
-        """Append a line; what is not finite, such as the loss of a domain not drawn, is null."""
+        """Append a line; a number that is not finite, as of a domain not drawn, becomes null."""
         self.lines += 1
         if self._writes:
             with self._path.open("a") as file:
                 file.write(json.dumps(plain(entry), allow_nan=False) + "\n")
 
     def go_on(self, lines: int, step: int, header: dict) -> None:
-        """Forget what was written after a checkpoint.
+        """Drop the lines that were written after a checkpoint.
 
-        Where the run is resumed in another folder, the header alone is known.
+        A run that is resumed in another folder begins a new file with the header.
 
         Args:
             lines: Number of lines when the checkpoint was written.
             step: Step of the checkpoint.
-            header: First line, if there is no record yet.
+            header: First line of a new file.
         """
         if not self._path.exists():
             self.start(header)
             return
         kept = self._path.read_text().splitlines(keepends=True)[:lines]
-        # The lines of a second attempt, in a folder that the run did not begin in, are fewer
+        # In a folder that the run did not begin in there are fewer lines: go by the step as well
         kept = [line for line in kept if json.loads(line).get("step", 0) <= step]
         if self._writes:
             self._path.write_text("".join(kept))
@@ -69,7 +72,7 @@ class MixtureRecord:
 
 
 def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
-    """The first line of a run's record, and the others.
+    """The first line of a run's record, and its other lines.
 
     Raises:
         FileNotFoundError: `folder` holds no record.
@@ -77,7 +80,7 @@ def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
     path = Path(folder) / NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {NAME}: it is not the folder of a mixture run.")
-    header, *entries = (json.loads(line) for line in path.read_text().splitlines())
+    header, *entries = read_json_lines(path)
     return header, entries
 
 

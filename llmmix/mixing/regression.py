@@ -2,12 +2,14 @@
 
     drop_i(r) = sum_j A_ij x_j(r) + noise_i      x_j(r): steps' worth of domain j in segment r
 
-Each segment of training is an observation: the mixture that was drawn, and what each loss shed.
-A loss falls little from one measurement to the next beside its jitter, so a matrix without more
-knowledge is lost in noise. The knowledge put in is a prior: a target sheds its loss on its own
-domain, and on another one `transfer` times as much, give or take. Where the draws say otherwise for
-long enough, they win. Losses fall like powers of time, so what counts as old grows with it: a
-segment counts half once `memory` times the steps so far have passed since.
+Each segment of training is an observation: the mixture that was drawn, and how far each loss fell.
+Between two measurements a loss falls little compared with its jitter, so that the draws alone would
+give a noisy matrix. A prior helps: a target's loss falls on its own domain, and on others by about
+`transfer` times as much. Draws that say otherwise for long enough outweigh it. Losses fall like
+powers of time, so the memory grows with the run: a segment counts half once `memory` times the
+steps so far have passed since.
+
+llmmix/mixing/aioli.py uses it for `estimator="regression"`.
 """
 
 import numpy as np
@@ -16,14 +18,14 @@ VAGUE = 10.0  # prior deviation of a target's own domain, in units of the typica
 
 
 class InfluenceRegression:
-    """Recursive least squares for A, its prior and its error.
+    """Recursive least squares for A, with a prior and the covariance of the estimate.
 
     Args:
-        own: (n,) the domain that is each target's own, -1 for a target without one.
+        own: (n,) index of each target's own domain; -1 for a target without one.
         domains: Number m of domains.
         memory: Share of the steps so far after which a segment counts half.
-        transfer: Prior standard deviation of what another domain does for a target, as a share of
-            what the domains do for their own. Large: all is read off the draws.
+        transfer: Prior standard deviation of the effect of another domain on a target, as a share
+            of the domains' effects on their own targets. Large: the draws alone decide.
     """
 
     def __init__(self, own: np.ndarray, domains: int, memory: float, transfer: float):
@@ -56,8 +58,8 @@ class InfluenceRegression:
         """Posterior mean (n, m) of A, loss a step, and covariance (n, m, m) of its rows."""
         n, m = len(self.own), len(self.xx)
         spread = np.maximum(self.xx.diagonal(), 1e-12)
-        # What each target would shed a step if its own domain did it all: the scale of the prior,
-        # and what the noise is left over from
+        # Fall a step of each target if its own domain explained all of it: the scale of the prior;
+        # what it does not explain is the noise
         own = np.where(self.own < 0, 0, self.own)
         alone = np.where(
             self.own < 0,
@@ -81,7 +83,7 @@ class InfluenceRegression:
         return mean, covariance
 
     def state_dict(self) -> dict:
-        """The sums so far, as JSON has them."""
+        """The sums so far, as JSON values."""
         return {
             "xx": self.xx.tolist(),
             "xy": self.xy.tolist(),
@@ -91,13 +93,13 @@ class InfluenceRegression:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`."""
+        """Continue from a `state_dict`."""
         self.xx, self.xy, self.yy = (np.array(state[name]) for name in ("xx", "xy", "yy"))
         self.count, self.seen = state["count"], state["seen"]
 
 
 def tilted(weights: np.ndarray, domain: int, tilt: float) -> np.ndarray:
-    """Weights (m,) with the mass `tilt` on one domain; over a turn of all, the weights again."""
+    """(m,) weights with the mass `tilt` moved to one domain; averaged over domains: `weights`."""
     base = np.clip(weights - tilt / len(weights), 0.0, None)
     base *= (1 - tilt) / max(base.sum(), 1e-300)
     base[domain] += tilt
@@ -107,21 +109,22 @@ def tilted(weights: np.ndarray, domain: int, tilt: float) -> np.ndarray:
 def advantage(
     weights: np.ndarray, gains: np.ndarray, covariance: np.ndarray, limit: float = 2.0
 ) -> np.ndarray:
-    """How much more each domain helps than the mixture does, as far as the estimate can be trusted.
+    """How much more each domain helps than the mixture does, shrunk where that is uncertain.
 
-    The excess over the mixture's gain, relative to it, times t^2 / (1 + t^2) with t the excess in
-    units of its own standard error: a step of the weights along it is short where the data are.
+        (excess / gain of the mixture) t^2 / (1 + t^2),      t = excess / its standard error
+
+    The excess is the domain's gain less that of the mixture.
 
     Args:
         weights: (m,) the mixture.
-        gains: (m,) what each domain sheds a step.
+        gains: (m,) fall of the objective a step on each domain.
         covariance: (m, m) covariance of the gains.
         limit: Bound of the relative excess, on both sides.
 
     Returns:
-        (m,).
+        (m,) advantages.
     """
-    contrast = np.eye(len(gains)) - weights  # row j: domain j less the mixture
+    contrast = np.eye(len(gains)) - weights  # row j: domain j minus the mixture
     excess = contrast @ gains
     error = np.sqrt(np.einsum("ij,jk,ik->i", contrast, covariance, contrast).clip(min=1e-300))
     scale = max(weights @ gains, np.abs(gains).mean(), 1e-300)

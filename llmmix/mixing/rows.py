@@ -1,6 +1,6 @@
-"""The tie between rows and domains: labelling them, and finding them again in a trainer's rows."""
+"""Which domain a row belongs to: labelling rows, and finding the domains in a trainer's rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,18 @@ from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
-from llmmix.mixing.blocks import Locate
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.streams import StreamedRows
 
 logger = get_logger(__name__)
 
 COLUMN = "domain"
+# Maps (domains, rows, passes) of draws, each (n,), to n indices of a trainer's rows
+Locate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def label_domains(domains: Mapping[str, Dataset]) -> Dataset:
-    """The rows of all domains, one domain after the other, each with its domain's name.
+    """The rows of all domains, one domain after the other, each with the name of its domain.
 
     Args:
         domains: Rows by name, with the same columns.
@@ -50,9 +51,9 @@ def label_domains(domains: Mapping[str, Dataset]) -> Dataset:
 
 
 def domain_column(dataset: Any) -> np.ndarray | None:
-    """(rows,) names of the domains of a trainer's rows, None where it does not say.
+    """(rows,) name of the domain of each of a trainer's rows; None where the rows do not say.
 
-    Rows to forget, which are no `Dataset`, keep theirs as an attribute.
+    The rows to forget of an unlearning trainer are no `Dataset` and have them as an attribute.
     """
     if isinstance(dataset, Dataset):
         return np.array(dataset[COLUMN][:]) if COLUMN in dataset.column_names else None
@@ -61,22 +62,22 @@ def domain_column(dataset: Any) -> np.ndarray | None:
 
 
 def by_target(dataset: Any, domains: list[str]) -> dict[str, Any]:
-    """Validation rows by target: as they are given by name, or told apart by their column.
+    """Validation rows by target: a mapping as given, or a dataset split by its column `domain`.
 
     Raises:
-        ValueError: `dataset` is empty or missing, or its rows do not say which target they are of.
+        ValueError: `dataset` is empty or missing, or its rows do not name their target.
     """
     if isinstance(dataset, Mapping) and dataset:
         return dict(dataset)
     if not dataset and not isinstance(dataset, Dataset):
         raise ValueError(
             "`eval_dataset` is missing: give the trainer validation rows of each target, by name "
-            f"({{name: rows}}, of {domains}) or with a column `{COLUMN}`."
+            f"({{name: rows}}, such as {domains}) or with a column `{COLUMN}`."
         )
     names = domain_column(dataset) if isinstance(dataset, Dataset) else None
     if names is None:
         raise ValueError(
-            f"`eval_dataset` does not say which target its rows are of: give it by name, or with a "
+            f"`eval_dataset` does not name the target of its rows: give rows by name, or with a "
             f"column `{COLUMN}`."
         )
     there = [name for name in domains if name in set(names)]
@@ -85,22 +86,21 @@ def by_target(dataset: Any, domains: list[str]) -> dict[str, Any]:
 
 
 def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Locate:
-    """Find the sampler's domains in a trainer's rows, and tell it how many each has left.
+    """Find the sampler's domains in a trainer's rows, and tell the sampler how many rows are left.
 
     Returns:
-        (domains, rows, passes), each (n,), to (n,) indices into the trainer's rows.
+        A function from (domains, rows, passes), each (n,), to (n,) indices of the trainer's rows.
 
     Raises:
-        ValueError: The rows are a stream, do not tell their domain, are of a domain that the
-            sampler does not know, or lack one that it does; `StreamedRows` are of other streams
-            than the sampler's, or read by workers.
+        ValueError: The rows are a stream, do not name their domain, or have other domains than the
+            sampler; or `StreamedRows` have other streams than the sampler, or workers read them.
     """
     dataset: Any = trainer.train_dataset
     if isinstance(dataset, StreamedRows):
         return _locate_streamed(trainer, dataset, sampler)
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            "`train_dataset` is a stream: mix streams by `llmmix.mixing.StreamedRows`."
+            "`train_dataset` is a stream: mix streams with `llmmix.mixing.StreamedRows`."
         )
     names = domain_column(dataset)
     if names is None:
@@ -120,7 +120,7 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Locate:
     sampler.bind({name: [len(part) for part in own] for name, own in parts.items()})
     where = np.concatenate([part for name in sampler.names for part in parts[name]])
     first = sampler.passes.first_rows()
-    # Rows to forget are told the pass, from which their templates follow
+    # Rows to forget choose their template by the number of the pass
     a_pass = getattr(dataset, "pass_length", 0)
 
     def locate(domains: np.ndarray, rows: np.ndarray, passes: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ def locate_rows(trainer: Trainer, sampler: MixtureSampler) -> Locate:
 def _by_stratum(
     trainer: Trainer, names: np.ndarray, domains: list[str]
 ) -> dict[str, list[np.ndarray]]:
-    """Indices of the rows of each domain, apart by the strata that the trainer has of its rows."""
+    """Indices of the rows of each domain, by the trainer's `mixture_strata` if it has them."""
     given = getattr(trainer, "mixture_strata", None)
     strata = np.zeros(len(names), dtype=int) if given is None else np.asarray(given)
     numbers = range(int(strata.max()) + 1)
@@ -145,8 +145,8 @@ def _by_stratum(
 def _locate_streamed(trainer: Trainer, dataset: StreamedRows, sampler: MixtureSampler) -> Locate:
     if list(dataset.domains) != sampler.names:
         raise ValueError(
-            f"`sampler`: it draws from {sampler.names}, the streams are {list(dataset.domains)}. "
-            "Make it of `streams.domains`."
+            f"`sampler` draws from {sampler.names}, and the streams are {list(dataset.domains)}. "
+            "Make it with `MixtureSampler(streams.domains)`."
         )
     if workers := trainer.args.dataloader_num_workers:
         raise ValueError(
@@ -157,7 +157,7 @@ def _locate_streamed(trainer: Trainer, dataset: StreamedRows, sampler: MixtureSa
 
 
 def _in_order(trainer: Trainer, sampler: MixtureSampler) -> np.ndarray:
-    """The domain of each row where the rows are the sampler's domains, one after the other."""
+    """(rows,) domain of each row, if the rows are the sampler's domains one after the other."""
     dataset: Any = trainer.train_dataset
     args, cut = trainer.args, None
     if getattr(args, "packing", False):
@@ -168,18 +168,18 @@ def _in_order(trainer: Trainer, sampler: MixtureSampler) -> np.ndarray:
         cut = f"there are {len(dataset)} rows, and the sampler's domains have {sampler.sizes.sum()}"
     if cut:
         raise ValueError(
-            f"`train_dataset`: which domain a row is of cannot be told: {cut}. Give the rows a "
-            f"column `{COLUMN}` (`label_domains`), and pack each domain by itself beforehand."
+            f"`train_dataset`: the domain of a row is unknown: {cut}. Give the rows a column "
+            f"`{COLUMN}` (`label_domains`), and pack each domain by itself beforehand."
         )
     return np.repeat(sampler.names, sampler.sizes)
 
 
 def mean_scored_tokens(dataset: Any, domains: list[str]) -> dict[str, float]:
-    """Mean number of scored tokens a row of each domain.
+    """Mean number of scored tokens of a row, by domain.
 
     Raises:
-        ValueError: The rows have no `labels` or `input_ids`, or no column `domain`; or a domain has
-            no scored token.
+        ValueError: The rows have neither `labels` nor `input_ids`, have no column `domain`, or a
+            domain has no scored token.
     """
     columns = dataset.column_names if isinstance(dataset, Dataset) else []
     column = next((name for name in ("labels", "input_ids") if name in columns), None)

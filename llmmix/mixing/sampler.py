@@ -1,17 +1,17 @@
-"""MixtureSampler: rows of named domains in shares that may change at any draw.
+"""`MixtureSampler`: draws rows of named domains, in shares that may change at any draw.
 
-    domain of draw i ~ weights decided for i, from number i of the stream (seed)
+    domain of draw i ~ weights decided for i, from number i of the random stream (seed)
     its row          = the next of that domain's shuffled pass, from the stream (seed, domain)
 
-So draw i depends on the seed, on i, on the weights decided for it and on the draws before it, and
-on nothing else: not on the number of processes, loader workers or restarts. What a trainer does
-with it is in llmmix/mixing/callback.py.
+Draw i depends on the seed, on i, on the weights decided for it and on the draws before it. It does
+not depend on the number of processes, loader workers or restarts.
 
-Which weights govern which draws is in llmmix/mixing/schedule.py, which rows they come to in
-llmmix/mixing/passes.py, the draws made ahead in llmmix/mixing/blocks.py.
+A weight is the share of a domain among the rows drawn. With `unit="tokens"` it is the share among
+the scored tokens, as the mean number of scored tokens of each domain's rows gives it.
 
-A weight means one thing: the share of the rows drawn. With `unit="tokens"` it means the share of
-the tokens that are scored, by each domain's mean per row.
+Neighbours: which weights apply to which draws, llmmix/mixing/schedule.py; which rows are drawn,
+llmmix/mixing/passes.py; draws made ahead, llmmix/mixing/blocks.py; the random numbers,
+llmmix/mixing/draws.py; how a trainer uses it, llmmix/mixing/callback.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -21,14 +21,14 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from llmmix.mixing.blocks import Block, BlockQueue, Cursor
-from llmmix.mixing.controllers import check_weights
+from llmmix.mixing.checks import check_weights
 from llmmix.mixing.draws import choose, choose_evenly, shares_of_rows, uniforms
 from llmmix.mixing.passes import EXHAUSTED, Limits, Passes
 from llmmix.mixing.schedule import Schedule
 
-CHUNK = 1024  # draws made at once when they are asked for one by one
+CHUNK = 1024  # draws made together where the sampler is iterated
 UNITS = ("examples", "tokens")
-METHODS = ("multinomial", "even")
+DRAWS = ("multinomial", "even")
 STATE_VERSION = 1
 
 
@@ -36,29 +36,30 @@ class MixtureSampler(Sampler[int]):
     """Draws rows of domains without end, as indices into the domains one after the other.
 
     Args:
-        domains: Rows by name, of which only the number counts: sized datasets, sequences. One
-            without a length, such as a stream, is drawn in its own order and never ends.
-        weights: (k,) in the order of `domains` or by name, scaled to sum to one; equal by default.
-            A domain of weight 0 is never drawn.
-        seed: Seed of the draws, from 0 on.
-        unit: What a weight is a share of: "examples", or the "tokens" that are scored.
-        tokens_per_row: Mean scored tokens a row of each domain by name, for `unit="tokens"`;
-            `attach_mixture` counts them where they are left out.
-        method: "multinomial", every draw on its own, or "even", which spaces the draws of a domain
-            evenly, so that any stretch of a run has its share to within two rows.
-        max_epochs: Passes over a domain, one number or by name, at which `exhausted` sets in; 1
-            unless `exhausted` is "reshuffle", which knows no limit.
-        exhausted: When a domain has no rows left: "reshuffle" begins its next pass in another
-            order, "stop" ends the draws when it is to be drawn again, "spill" gives its share to
-            the other domains in proportion to theirs.
+        domains: Rows by name: sized datasets or sequences, of which only the length is used. A
+            domain without a length, such as a stream, is drawn in its own order and never ends.
+        weights: (k,) in the order of `domains` or by name, scaled to sum to one. Default: equal. A
+            domain of weight 0 is never drawn.
+        seed: Seed of the draws, 0 or more.
+        unit: Unit of the shares: "examples" (rows), or "tokens" (scored tokens).
+        tokens_per_row: Mean number of scored tokens of a row, by domain, for `unit="tokens"`.
+            Default: `attach_mixture` counts them.
+        method: "multinomial" makes every draw independently; "even" spaces the draws of a domain
+            evenly, so that its number in any stretch of a run is right to within two rows.
+        max_epochs: Passes over a domain after which it has no rows left, one number or by name.
+            Default: 1, or no limit where `exhausted` is "reshuffle".
+        exhausted: What happens when a domain has no rows left: "reshuffle" begins another pass in
+            another order, "stop" ends the draws at the next draw of the domain, and "spill" gives
+            its share to the other domains in proportion to their shares.
 
     Attributes:
-        version: Number of the plan: whoever drew ahead of it draws again when it rises.
+        version: Number of the plan. Whoever has drawn ahead must draw again when it rises.
 
     Raises:
-        ValueError: `domains` is no mapping, is empty or has a domain without rows; `unit`, `method`
-            or `exhausted` is none of its choices; `seed` is out of its range; `tokens_per_row` or
-            `max_epochs` is not positive or not by domain; `weights` as `check_weights` refuses it.
+        ValueError: `domains` is not a mapping, is empty or has a domain without rows; `unit`,
+            `method` or `exhausted` is none of its choices; `seed` is out of range; `tokens_per_row`
+            or `max_epochs` is not positive or has other names than the domains; or `check_weights`
+            refuses `weights`.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class MixtureSampler(Sampler[int]):
         self.bind({name: [_length(rows)] for name, rows in domains.items()})
 
     def bind(self, sizes: Mapping[str, Sequence[int | None]]) -> None:
-        """Set how many rows each domain has, by stratum as `Passes` takes them, and begin anew.
+        """Set the number of rows of each domain, by stratum (see `Passes`), and start from draw 0.
 
         Raises:
             ValueError: A domain or one of its strata has no rows.
@@ -94,7 +95,7 @@ class MixtureSampler(Sampler[int]):
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew, with the weights given at first."""
+        """Start from draw 0, with the initial weights."""
         counts = np.zeros_like(self.passes.strata)
         self._queue = BlockQueue(Cursor(0, counts, np.zeros(len(self.names))))
         self.set_weights(self._initial)
@@ -106,30 +107,30 @@ class MixtureSampler(Sampler[int]):
 
     @property
     def capacity(self) -> dict[str, float]:
-        """Draws that each domain allows, infinite where it has no limit."""
+        """Number of draws that each domain allows; infinite for no limit."""
         return dict(zip(self.names, self._limits.capacity.tolist(), strict=True))
 
-    # What is decided
+    # The plan
 
     def set_weights(self, weights: Any) -> None:
-        """Let weights, as those of the constructor, govern every draw that was not used yet.
+        """Apply weights, given as to the constructor, to every draw that was not used yet.
 
         Raises:
-            ValueError: `weights` as `check_weights` refuses it.
+            ValueError: `check_weights` refuses `weights`.
         """
         weights = check_weights(weights, self.names)
         if self.position == 0:
-            self._initial = weights  # a run begins with them
+            self._initial = weights  # `reset` returns to them
         self.set_plan([(weights, None)])
 
     def set_plan(self, segments: Sequence[tuple[Any, int | None]]) -> None:
-        """Decide the draws to come, as far as they are known; nothing is drawn past the last.
+        """Decide the weights of the coming draws; nothing is drawn past the last segment.
 
         Args:
-            segments: (weights, number of draws), of which the last number may be None: without end.
+            segments: (weights, number of draws) each; the last number may be None, for no end.
 
         Raises:
-            ValueError: `segments` as `Schedule.of_segments` refuses it.
+            ValueError: `Schedule.of_segments` refuses `segments`.
         """
         schedule = Schedule.of_segments(segments, self.names, self.position)
         self.rewind()
@@ -138,28 +139,28 @@ class MixtureSampler(Sampler[int]):
 
     @property
     def weights(self) -> np.ndarray:
-        """(k,) the weights decided for the next draw, or of the last one decided."""
+        """(k,) weights of the next draw; at the end of the plan, those of the last draw."""
         return self._schedule.at(self.position)[0].copy()
 
     @property
     def position(self) -> int:
-        """Draws used so far."""
+        """Number of draws used so far."""
         return self._queue.position
 
     @property
     def remaining(self) -> float:
-        """Draws that are decided and not used yet."""
+        """Number of draws that the plan still holds."""
         return self._schedule.end - self.position
 
     @property
     def counts(self) -> dict[str, int]:
-        """Draws used of each domain."""
+        """Number of draws used, by domain."""
         return dict(zip(self.names, self._queue.cursor().counts.sum(1).tolist(), strict=True))
 
     # Drawing
 
     def __iter__(self) -> Iterator[int]:
-        """Go on from the first draw not used yet."""
+        """Indices of the rows, from the first draw that was not used yet."""
         self.rewind()
         first = self.passes.first_rows()
         while block := self.take(CHUNK):
@@ -167,19 +168,19 @@ class MixtureSampler(Sampler[int]):
             for index in (first[block.domains] + block.rows).tolist():
                 self.use(1)
                 yield index
-                if self.version != version:  # the plan was changed by whoever reads
+                if self.version != version:  # the consumer changed the plan
                     break
 
     def take(self, count: int) -> Block | None:
-        """Draw ahead: up to `count` draws after those drawn before, under one set of weights.
+        """Draw ahead: up to `count` draws after the last one made, under one set of weights.
 
-        They count as drawn once `use` says so; a new plan forgets those that do not.
+        Draws count once `use` is called. A new plan forgets those that were not used.
 
         Returns:
-            None at the end of what is decided, or of what the domains hold.
+            The draws; None at the end of the plan, or where the domains have no rows left.
 
         Raises:
-            ValueError: `unit` is "tokens" and `tokens_per_row` is unknown.
+            ValueError: `unit` is "tokens" and `tokens_per_row` is None.
         """
         cursor = self._queue.end()
         weights, end = self._schedule.at(cursor.draws)
@@ -203,23 +204,23 @@ class MixtureSampler(Sampler[int]):
         return block
 
     def use(self, count: int) -> None:
-        """Count the next draws, made by `take`, as used."""
+        """Count the next `count` draws that `take` made as used."""
         self._queue.use(count)
 
     def rewind(self) -> None:
-        """Forget what was drawn ahead and not used."""
+        """Forget the draws that were made and not used."""
         self._queue.rewind()
 
     # State
 
     def state_dict(self) -> dict:
-        """All that decides the draws to come, as JSON has it."""
+        """The state that decides all later draws, as JSON values."""
         settings = _settings(self, self._limits.max_epochs)
         cursor, plan = self._queue.cursor().state(), self._schedule.state()
         return {"version": STATE_VERSION, "settings": settings, **cursor, "plan": plan}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`, whatever was drawn since.
+        """Continue from a `state_dict`; draws made since are forgotten.
 
         Raises:
             ValueError: The state is of other domains or settings, or of another version.
@@ -243,7 +244,7 @@ def _check_domains(domains: Mapping[str, Sized]) -> list[str]:
 def _check_options(unit: str, method: str, exhausted: str, seed: int) -> None:
     for argument, value, choices in (
         ("unit", unit, UNITS),
-        ("method", method, METHODS),
+        ("method", method, DRAWS),
         ("exhausted", exhausted, EXHAUSTED),
     ):
         if value not in choices:
@@ -273,7 +274,7 @@ def _length(rows: Sized) -> int | None:
 
 
 def _settings(sampler: MixtureSampler, max_epochs: np.ndarray) -> dict:
-    """What must be the same when a state is loaded."""
+    """The settings that must be the same when a state is loaded."""
     strata = zip(sampler.names, sampler.passes.strata.tolist(), strict=True)
     return {
         # A list, since a trainer's state sorts the keys of a mapping
@@ -290,13 +291,13 @@ def _settings(sampler: MixtureSampler, max_epochs: np.ndarray) -> dict:
 def _check_state(state: dict, ours: dict) -> None:
     if state.get("version") != STATE_VERSION:
         raise ValueError(
-            f"The mixture's state has version {state.get('version')!r}, this release reads "
-            f"{STATE_VERSION}: go on with the release that wrote it."
+            f"The mixture's state has version {state.get('version')!r}, and this release reads "
+            f"{STATE_VERSION}: continue with the release that wrote it."
         )
     for name, value in ours.items():
         theirs = state["settings"].get(name)
         if theirs != value:
             raise ValueError(
-                f"The mixture to resume has `{name}` {theirs}, this one has {value}: give it "
-                "the same, or begin anew."
+                f"The mixture to resume has `{name}` {theirs}, and this one {value}: use the same "
+                "value, or begin a new run."
             )

@@ -1,8 +1,8 @@
-"""What a controller is told about the model: losses by domain, excess over a reference, gradients.
+"""Measures what a controller is told: losses by domain, excess over a reference, gradients.
 
-Losses are sums of negative log-likelihoods over scored tokens divided by their number, in nats, in
-eval mode, on the same rows every time (llmmix/mixing/targets.py), so that two measurements differ
-by the model alone. Every process measures its part, and all go on with the same numbers.
+A loss is the mean negative log-likelihood of scored tokens, in nats and in eval mode. Validation
+losses (llmmix/mixing/targets.py) are taken on the same rows every time, so that two measurements
+differ by the model alone. Every process measures its part, and all get the same numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,22 +23,22 @@ StepBatches = list[tuple[np.ndarray, dict]]  # (rows,) domains, and the micro-ba
 
 
 class Signals:
-    """Measures a trainer's model; `SIGNALS` of llmmix/mixing/controllers.py says what.
+    """Measures a trainer's model; llmmix/mixing/controllers.py lists the `SIGNALS`.
 
     Args:
-        trainer: The trainer whose model, collator and precision it takes.
+        trainer: Trainer whose model, collator and precision are used.
         targets: Validation rows by name, as the trainer prepared them.
-        rows: Maximum number of rows of each target, evenly spaced; None for all.
-        measure: "nll" a token, or the trainer's own "loss" a batch of one target, for rows that
-            are no sequences with labels (preferences, rows to forget); "auto" decides by that.
+        rows: Maximum number of rows of each target, evenly spaced. None: all.
+        measure: "nll" is the loss per token; "loss" is the trainer's own, for rows without labels
+            (preferences, rows to forget); "auto" is "nll" where rows have labels.
 
     Attributes:
         targets: Names of the targets.
         measure: "nll" or "loss".
-        reference: The model that "excess" compares with.
+        reference: Model with which the signal "excess" compares; None until it is set.
 
     Raises:
-        ValueError: The trainer is `padding_free`; a target has no rows or no scored token; or
+        ValueError: The trainer is `padding_free`, a target has no rows or no scored token, or
             `measure` is unknown.
     """
 
@@ -52,8 +52,8 @@ class Signals:
     ):
         if getattr(trainer, "padding_free", False):
             raise ValueError(
-                "`padding_free` makes one row of a batch, and the losses of domains are then not "
-                "told apart. Set it (and `packing`) to False."
+                "`padding_free` joins a batch into one row, which mixes the losses of its domains. "
+                "Set it (and `packing`) to False."
             )
         self.trainer, self._measured = trainer, MeasuredModel(trainer)
         self._losses = TargetLosses(trainer, targets, rows, measure)
@@ -71,13 +71,13 @@ class Signals:
 
         Args:
             name: A key of `SIGNALS`.
-            kept: Domains (rows,) and batch of each micro-batch of the step.
-            domains: m.
-            loader: For "gradients", rows of each domain: domain -> rows.
+            kept: For each micro-batch of the step, the domains (rows,) and the batch.
+            domains: Number m of domains.
+            loader: For "gradients": returns rows of a domain by its index.
 
         Raises:
-            ValueError: `name` is unknown; "excess" is asked for without a reference, or
-                "gradients" without rows or of a model that is spread over processes.
+            ValueError: `name` is unknown; or it is "excess" and there is no reference; or it is
+                "gradients" and there is no `loader`, or the model is spread over processes.
         """
         model = self._measured.module
         own_loss = name == "losses" and self.measure == "loss"
@@ -99,7 +99,7 @@ class Signals:
             return self._by_domain(kept, domains, self._excess)
         raise ValueError(f"`name` must be a key of `SIGNALS`, got {name!r}.")
 
-    # On the batch of a step
+    # Signals of the batch of a step
 
     def _excess(self, batch: dict, logps: Tensor) -> Tensor:
         if self.reference is None:
@@ -110,7 +110,7 @@ class Signals:
     def _by_domain(
         self, kept: StepBatches, domains: int, measure: Callable[[dict, Tensor], Tensor]
     ) -> Tensor:
-        """(m,) means of a measure of tokens, NaN where the step has none of a domain."""
+        """(m,) mean over each domain's tokens of a value a token; NaN where the step has none."""
         sums = self._measured.zeros(2, domains)
         for drawn, batch in kept:
             batch = self._measured.to_device(batch)
@@ -127,7 +127,7 @@ class Signals:
     def _gradients(
         self, loader: Callable[[int], list[dict]] | None, domains: int
     ) -> dict[str, Tensor]:
-        """Every process takes the same rows: nothing is to be exchanged."""
+        """Products and norms; every process takes the same rows, so nothing is exchanged."""
         if loader is None:
             raise ValueError("`loader` is None: the signal 'gradients' needs rows of each domain.")
         kind = self.trainer.accelerator.distributed_type
@@ -144,7 +144,7 @@ class Signals:
         return {"products": products, "norms": products.diagonal().sqrt()}
 
     def _gradient(self, parameters: list[nn.Parameter], rows: list[dict]) -> list[Tensor]:
-        """Gradient of the mean loss of rows, a micro-batch at a time."""
+        """Gradient of the mean loss of rows, computed a micro-batch at a time."""
         size = self.trainer.args.per_device_train_batch_size
         tokens: int | Tensor = 0
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]

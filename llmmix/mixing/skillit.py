@@ -1,14 +1,14 @@
 """Skill-It: more of the sources that help the targets whose losses are high.
 
-    w_t ~ w_0 exp(eta S L),     L the sum of the last `window` losses, or 1 at first
+    w_t ~ w_0 exp(eta S L),     L the sum of the last `window` losses, and 1 at first
 
     symbol  name                        symbol  name
     m, n    names, targets              S       graph (m, n), row = SOURCE
     w_0     the sampler's weights       L       the signal `losses` (n,)
 
-Weak where: the graph costs a run a source beforehand and stays as it was then, and without one a
-domain is taken to help itself alone; high losses draw weight whether or not they can fall; and
-since losses are summed, the tilt grows with `window` and with the level of the losses.
+Where it is weak: the graph costs a run on each source beforehand and does not change afterwards;
+without a graph a domain is assumed to help only itself. High losses attract weight whether or not
+they can fall. Losses are summed, so the tilt grows with `window` and with the level of the losses.
 
 Source: Chen et al., "Skill-it! A Data-Driven Skills Framework" (arXiv:2307.14430). Recipe:
 recipes/aioli.py.
@@ -23,14 +23,8 @@ from typing import Any
 import numpy as np
 
 from llmmix.mixing.callback import MixtureCallback
-from llmmix.mixing.controllers import (
-    Observation,
-    OnlineController,
-    Weights,
-    require,
-    require_same,
-    require_whole,
-)
+from llmmix.mixing.checks import Weights, require, require_same, require_whole
+from llmmix.mixing.controllers import Observation, OnlineController
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.weights import log_normalize, log_of
 
@@ -43,20 +37,19 @@ def skillit_graph(
 ) -> np.ndarray:
     """Skill-It's graph of relative drops, S_ij = (start_j - end_ij) / start_j, row = SOURCE.
 
-    Run i trains on source i alone; all begin at one checkpoint. Aioli's matrix A has row = TARGET
-    (A is S transposed, times the losses), and where m = n nothing but care tells the two apart.
-    What harms is negative. Take validation losses: with test losses the graph has seen the test.
+    Run i trains on source i alone, and all runs begin at the same checkpoint. A negative entry is
+    harm. Aioli's matrix A has row = TARGET (A is S transposed, times the losses): where m = n the
+    shapes do not show a mix-up. Use validation losses, or the graph will have seen the test set.
 
     Args:
-        start_losses: (n,) losses of the targets before any run, positive.
+        start_losses: (n,) positive losses of the targets before any run.
         end_losses: (m, n) losses of the targets after each run.
 
     Returns:
         (m, n).
 
     Raises:
-        ValueError: The shapes do not fit, a loss at the start is not positive, or a loss is not
-            finite.
+        ValueError: The shapes do not fit, a start loss is not positive, or a loss is not finite.
     """
     start, end = (np.asarray(x, dtype=np.float64) for x in (start_losses, end_losses))
     shaped = start.ndim == 1 and end.ndim == 2 and end.shape[1:] == start.shape
@@ -67,13 +60,13 @@ def skillit_graph(
 
 
 def influence_graph(graph: Graph | None, names: list[str], targets: list[str]) -> np.ndarray:
-    """A graph by its named axes, (m, n), row = SOURCE.
+    """(m, n) a graph as an array, row = SOURCE.
 
     Args:
         graph: `{source: {target: influence}}`, an array in the order of `names` and `targets`, or
             None for the identity.
         names: Names of the m sources.
-        targets: Names of the n targets; for the identity the same names.
+        targets: Names of the n targets; for the identity they must be the sources.
 
     Raises:
         ValueError: `graph` has other names or another shape, or a value that is not finite, or
@@ -98,13 +91,15 @@ def influence_graph(graph: Graph | None, names: list[str], targets: list[str]) -
 
 @dataclass
 class SkillItConfig:
-    """Options of `SkillIt`; losses are summed, so the tilt grows with `window` until it is full.
+    """Options of `SkillIt`. Losses are summed: the tilt grows until `window` measurements are in.
 
     Raises:
         ValueError: An option is out of its range.
     """
 
-    eta: float = field(default=0.2, metadata={"help": "Size eta of the tilt by the losses."})
+    eta: float = field(
+        default=0.2, metadata={"help": "Size eta of the tilt towards sources that help."}
+    )
     window: int = field(
         default=3, metadata={"help": "Number of measurements whose losses are summed."}
     )
@@ -115,7 +110,7 @@ class SkillItConfig:
         default=None,
         metadata={
             "help": "Influence of sources on targets, {source: {target: influence}} or an (m, n) "
-            "array. Default: each domain helps itself alone."
+            "array. Default: each domain helps only itself."
         },
     )
 
@@ -132,7 +127,7 @@ class SkillIt(OnlineController):
         config: Options of the method.
         names: Names of the m domains.
         targets: Names of the n targets, at least one.
-        weights: (m,) first weights w_0, which every update tilts anew.
+        weights: (m,) first weights w_0, which every update tilts.
     """
 
     method = "SkillIt"
@@ -154,12 +149,12 @@ class SkillIt(OnlineController):
         self.weights = np.exp(log_normalize(self._first + gains))
 
     def steps_to_update(self, step: int, total_steps: int) -> int:
-        """Steps to the next multiple of `update_steps`, by default a tenth of the run."""
+        """Steps to the next multiple of `update_steps`, by default of a tenth of the run."""
         every = self.config.update_steps or max(1, total_steps // 10)
         return every - step % every
 
     def observe(self, observation: Observation) -> None:
-        """Tilt by the last losses; all of them stand if one is not finite."""
+        """Tilt by the last losses; skip the measurement if one is not finite."""
         losses = self.read(observation, "losses", len(self.targets))
         if not np.isfinite(losses).all():
             self.skipped += 1

@@ -1,7 +1,8 @@
-"""A controller's plan, followed step by step: the weights that are due, and what it is told.
+"""`Steering`: follows a controller's plan step by step while a trainer runs.
 
-Segments become the sampler's plan in draws. When one ends, what it asks for is measured and the
-controller is told; when all have ended, it is asked again.
+The segments of a plan (llmmix/mixing/plan.py) become the sampler's plan in draws. When a segment
+ends, its signal is measured and the controller is told; when all have ended, the controller is
+asked for the next plan. `MixtureCallback` (llmmix/mixing/callback.py) calls it.
 """
 
 import functools
@@ -19,12 +20,12 @@ from llmmix.mixing.signals import Signals
 
 
 class Steering:
-    """One run of a mixture under a controller, or of one that stands still.
+    """One run of a mixture, under a controller or with fixed weights.
 
     Args:
-        controller: What decides the weights; None leaves them as they are.
-        sampler: Sampler whose weights they are.
-        signals: What measures the model, None where nothing is measured.
+        controller: Decides the weights. None: they stay as they are.
+        sampler: Sampler whose weights are moved.
+        signals: Measures the model. None: nothing is measured.
         loader: Loader of the run.
         draws: Account of what was drawn.
         record: Record of the run.
@@ -49,11 +50,11 @@ class Steering:
 
     @property
     def method(self) -> str:
-        """Name of the controller."""
+        """Class name of the controller, or "Fixed"."""
         return type(self._controller).__name__ if self._controller else "Fixed"
 
     def extend(self, step: int) -> None:
-        """Where the plan is used up, ask for the next one and follow it.
+        """Ask for the next plan and begin it, if the last one is used up.
 
         Raises:
             ValueError: `ask_for_segments` refuses the plan.
@@ -74,36 +75,36 @@ class Steering:
         self._version = self._sampler.version
 
     def _write_decision(self, step: int) -> None:
-        """Record what the controller has decided, and why."""
+        """Record the weights that the controller has decided, and its reasons."""
         if self._controller:
             weights = self._controller.weights.tolist()
             self._record.write({"step": step, "weights": weights, **self._controller.record()})
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Note a step's learning rate; measure what is to be measured before its update."""
+        """Note a step's learning rate, and take a signal that is due before its update."""
         if self._plan.segments:
             self._plan.note_learning_rate(learning_rate)
             if measure := self._plan.due_before_update():
                 self._plan.early = self._measure(measure, step)
 
     def after_step(self, step: int) -> None:
-        """Count a step, and go on to what is due.
+        """Count a step, and finish the segments that end with it.
 
         Raises:
-            ValueError: The sampler's weights were set by another.
+            ValueError: Someone else has set the sampler's weights.
         """
         if not self._plan.segments:
             return
         if self._sampler.version != self._version:
             raise ValueError(
                 f"The sampler's weights were set by another than {self.method}, which is in the "
-                "middle of a plan. Attach one of the two."
+                "middle of a plan. Let only one of the two set them."
             )
         self._spent.steps += self._plan.step()
         self._finish_segments(step)
 
     def _finish_segments(self, step: int) -> None:
-        """Tell the controller of the segments that have ended, and plan on when all have."""
+        """Tell the controller of the segments that have ended; get the next plan after the last."""
         while self._controller and self._plan.ended():
             segment = self._plan.segments[0]
             if segment.measure is not None:
@@ -116,13 +117,15 @@ class Steering:
         self.extend(step)
 
     def _measure(self, name: str, step: int) -> Signal:
-        """A signal of the model as it is, its cost counted.
+        """A signal of the model, whose cost is counted.
 
         Raises:
-            ValueError: There is nothing to measure on.
+            ValueError: Nothing can be measured in this run.
         """
         if self._signals is None:
-            raise ValueError(f"The signal {name!r} is asked for, and nothing can be measured.")
+            raise ValueError(
+                f"The controller asks for the signal {name!r}, and this run measures nothing."
+            )
         begun = time.perf_counter()
         rows = functools.partial(self._loader.rows_to_learn_from, step=step)
         signal = self._signals.take(name, self._loader.kept, len(self._sampler.names), rows)
@@ -134,8 +137,8 @@ class Steering:
         return replace(self._spent, total=self._spent.total + time.perf_counter() - self._begun)
 
     def finish(self, step: int) -> list[str]:
-        """Record what a run that has ended came to; the lines that say it."""
-        spent, lines = self._spent_so_far(), []  # before the last measurement
+        """Record the end of a run, and return the lines of its summary."""
+        spent, lines = self._spent_so_far(), []  # without the last measurement
         if self._signals and self._signals.targets:
             losses = self._measure("losses", step)["losses"]
             self._record.write({"step": step, "final": losses})
@@ -148,7 +151,7 @@ class Steering:
         return lines
 
     def state_dict(self) -> dict:
-        """All that decides the steps to come, as JSON has it."""
+        """The state that decides all later steps, as JSON values."""
         return {
             "sampler": self._sampler.state_dict(),
             "controller": self._controller.state_dict() if self._controller else None,
@@ -159,16 +162,16 @@ class Steering:
         }
 
     def load_state_dict(self, state: dict, step: int) -> None:
-        """Go on from `state_dict`, which was taken after a step.
+        """Continue from a `state_dict` that was taken after `step`.
 
         Raises:
-            ValueError: The state is of another method, or as the sampler or the controller
-                refuses it.
+            ValueError: The state is of another method, or the sampler or the controller refuses
+                it.
         """
         if state["method"] != self.method:
             raise ValueError(
                 f"`resume_from_checkpoint`: the mixture was moved by {state['method']}, and now by "
-                f"{self.method}. Begin anew, or resume with what wrote it."
+                f"{self.method}. Begin a new run, or resume with the method that wrote it."
             )
         self._sampler.load_state_dict(state["sampler"])
         if self._controller:
@@ -179,5 +182,5 @@ class Steering:
         self._loader.keep = self._plan.measures_batches
         self._loader.go_on(step, self._total_steps)
         if self._plan.segments and state["draws_a_step"] != self._loader.draws_a_step:
-            # Segments are in steps, and the plan that was saved is in draws
+            # The saved plan counts draws, of which a step now has another number
             self._set_plan(self._plan.left())

@@ -1,4 +1,4 @@
-"""The validation rows of each target, and the mean loss on them."""
+"""The validation rows of each target, and the mean loss on them (for llmmix/mixing/signals.py)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import Trainer
 from llmmix.data import batches_of_tokens
 from llmmix.mixing.measuring import MeasuredModel, metrics_kept, token_logps
 
-BATCH_TOKENS = 8192  # padded, of a forward pass that measures
+BATCH_TOKENS = 8192  # tokens of a forward pass, padding included
 MEASURES = ("auto", "nll", "loss")
 
 
@@ -20,14 +20,15 @@ class TargetLosses:
 
         loss of a target = sum of -log p over its scored tokens / their number
 
-    Rows of all targets share few forward passes. With `measure="loss"` it is the mean over rows of
-    the trainer's own loss, a batch of one target at a time.
+    Forward passes mix rows of several targets. With `measure="loss"` the loss is the mean over rows
+    of the trainer's own, computed on batches of one target each.
 
     Args:
-        trainer: The trainer whose model, collator and loss it takes.
+        trainer: Trainer whose model, collator and loss are used.
         targets: Validation rows by name, as the trainer prepared them.
-        rows: Maximum number of rows of each target, evenly spaced; None for all.
-        measure: "nll" a token, the trainer's own "loss", or "auto": "nll" where rows have labels.
+        rows: Maximum number of rows of each target, evenly spaced. None: all.
+        measure: "nll" for the loss per token, "loss" for the trainer's own, or "auto": "nll" where
+            rows have labels.
 
     Attributes:
         names: Names of the targets.
@@ -50,7 +51,7 @@ class TargetLosses:
             if not len(given):
                 raise ValueError(
                     f"`eval_dataset`: the target {name!r} has no rows to measure its loss on. Give "
-                    "it some, or leave it out of the targets."
+                    "it some, or leave the target out."
                 )
             loader = trainer.get_eval_dataloader(given)
             dataset: Any = loader.dataset
@@ -84,7 +85,7 @@ class TargetLosses:
         return self._measured.to_device(self._collate([self._rows[i][1] for i in group]))
 
     def _token_losses(self) -> Tensor:
-        """(2, n) sums of losses and numbers of tokens, of this process."""
+        """(2, n) sums of losses and numbers of tokens on this process."""
         lengths = [len(row["input_ids"]) for _, row in self._rows]
         sums = self._measured.zeros(2, len(self.names))
         for group, counts in self._measured.share(batches_of_tokens(lengths, BATCH_TOKENS)):
@@ -95,7 +96,7 @@ class TargetLosses:
         return sums
 
     def _trainer_losses(self) -> Tensor:
-        """(2, n) sums of losses and numbers of rows, of this process."""
+        """(2, n) sums of losses and numbers of rows on this process."""
         size = self._trainer.args.per_device_eval_batch_size
         groups = []
         for number in range(len(self.names)):

@@ -1,12 +1,13 @@
-"""Rows of any format that `SFTTrainer` takes, as token ids and labels.
+"""Tokenizes rows of any format that `SFTTrainer` takes, so that domains of several formats fit.
 
-Domains whose rows have different columns fit into one dataset once they are tokenized. The rows
-are those that `SFTTrainer` would make of a domain by itself, without packing: tests compare them.
+The result is the same as `SFTTrainer` makes of a domain by itself, without packing; tests compare
+them. llmmix/mixing/domains.py calls it.
 
-    text                          every token is scored, the end-of-text token too
-    messages                      every token of the chat template is scored
-    prompt, completion            the completion is scored, and the end-of-text token after text
-    input_ids, labels             as they are; without labels every token is scored
+    columns                scored tokens
+    text                   all, and the end-of-text token
+    messages               all tokens of the chat template
+    prompt, completion     the completion; for text also the end-of-text token
+    input_ids, labels      as the labels say; without labels, all
 """
 
 import json
@@ -28,7 +29,7 @@ def tokenize_rows(
 ) -> Dataset:
     """Token ids and labels of a domain's rows, cut to `max_length`.
 
-    Rows that `max_length` leaves no scored token are dropped.
+    Rows in which `max_length` leaves no scored token are dropped.
 
     Args:
         rows: Rows of one format.
@@ -45,8 +46,8 @@ def tokenize_rows(
     """
     if args.assistant_only_loss or args.packing:
         raise ValueError(
-            "Domains of several formats are tokenized one by one, which knows neither "
-            "`assistant_only_loss` nor `packing`. Give all domains one format."
+            "Domains of several formats are tokenized one by one, without `assistant_only_loss` "
+            "and without `packing`. Set both to False, or give all domains the same format."
         )
     first = maybe_convert_to_chatml(rows[0])
     options = {
@@ -95,7 +96,7 @@ def _tokenize_row(
         return {"input_ids": ids[cut], "labels": row.get("labels", ids)[cut]}
     row = maybe_convert_to_chatml(dict(row))
     options = _template_options(row)
-    # A chat template ends messages by itself
+    # Chat templates add their own end of turn
     end = None if conversational else tokenizer.eos_token
     if "prompt" in row:
         prompt, completion = row["prompt"], _ended(row["completion"], end)
@@ -129,13 +130,13 @@ def _encode(
 
 
 def _length_of_prompt(prompt: list[int], whole: list[int]) -> int:
-    """How many tokens are the prompt's: the completion begins where it and the whole diverge."""
+    """Number of tokens of the prompt: the completion begins where prompt and whole row differ."""
     length = common_prefix_length(prompt, whole)
     if length < len(prompt):
         logger.warning_once(
-            "The tokens of a prompt by itself are not those that prompt and completion begin with: "
-            "the end of the prompt that differs is left out. End prompts where a token ends, or "
-            "use a chat template that renders them the same either way."
+            "A prompt tokenized alone differs from the start of prompt and completion tokenized "
+            "together: the tokens that differ are scored as part of the completion. End prompts "
+            "where a token ends, or use a chat template that renders them the same either way."
         )
     return length
 

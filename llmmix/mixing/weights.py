@@ -1,7 +1,7 @@
-"""Weights of domains, points of the simplex: two that stay, their logarithms, and a floor.
+"""Weights of domains as points of the simplex: fixed choices, logarithms, and a floor.
 
-The methods keep weights as logarithms and normalize them at each update: the published EXP3 plugin
-multiplies plain ones, which overflow within a thousand updates.
+The methods keep logarithms of weights and normalize them at each update. The published EXP3 plugin
+multiplies plain weights, which overflow within a thousand updates.
 """
 
 import math
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmmix.mixing.controllers import check_weights, require
+from llmmix.mixing.checks import check_weights, require
 
 
 def stratified(m: int) -> np.ndarray:
-    """The same share for each of `m` domains, (m,).
+    """(m,) the same share for each of `m` domains.
 
     Raises:
         ValueError: `m` is below 1.
@@ -23,7 +23,7 @@ def stratified(m: int) -> np.ndarray:
 
 
 def proportional(sizes: Sequence[float] | np.ndarray, alpha: float = 1.0) -> np.ndarray:
-    """Shares w_j ~ size_j ** alpha, (m,), of domains of (m,) rows or tokens; none of an empty one.
+    """(m,) shares w_j ~ size_j ** alpha of domains with (m,) rows or tokens; 0 for an empty one.
 
     Raises:
         ValueError: A size or `alpha` is negative or not finite, or all sizes are zero.
@@ -34,14 +34,14 @@ def proportional(sizes: Sequence[float] | np.ndarray, alpha: float = 1.0) -> np.
 
 
 def log_of(weights: np.ndarray) -> np.ndarray:
-    """Logarithms of weights; a share of zero has minus infinity, and keeps it."""
+    """Logarithms of weights; minus infinity for a share of zero."""
     with np.errstate(divide="ignore"):
         return np.log(weights)
 
 
 def log_normalize(logs: np.ndarray) -> np.ndarray:
-    """Logarithms of weights that sum to one."""
-    with np.errstate(over="ignore"):  # further apart than a number holds: -inf, a share of zero
+    """Logarithms of weights, shifted so that the weights sum to one."""
+    with np.errstate(over="ignore"):  # a difference too large for a float is -inf, a share of 0
         logs = logs - logs.max()
     return logs - np.log(np.exp(logs).sum())
 

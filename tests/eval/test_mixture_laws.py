@@ -213,7 +213,7 @@ def test_what_an_online_run_believed_is_assessed(tmp_path, capsys):
         ({"tokens": 1e9}, "A limit on epochs takes"),
     ],
 )
-def test_bad_wishes_are_refused(run, options, message):
+def test_bad_requests_are_refused(run, options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
 

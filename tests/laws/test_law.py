@@ -274,7 +274,7 @@ def test_the_sampled_search_is_regmixs(fitted):
         ({"tokens": 1e9}, "A limit on epochs takes"),
     ],
 )
-def test_wishes_that_cannot_be_met_are_refused(fitted, options, message):
+def test_requests_that_cannot_be_met_are_refused(fitted, options, message):
     with pytest.raises(ValueError, match=message):
         fitted.best_mixture(**options)
 

@@ -78,7 +78,7 @@ def test_draws_lost_from_the_record_cost_their_interval_alone(tmp_path):
     entries = [e for e in run(intervals=5) if not ("counts" in e and e["step"] == 6)]
     t = read_trajectory(write(tmp_path, entries), first_step=0)
     assert t.start.tolist() == [0, 8, 12, 16]
-    assert "Of 1 intervals" in t.notes[0]
+    assert "1 intervals are left out" in t.notes[0]
 
 
 @pytest.mark.parametrize("decay", [(0.0, 0.0), None])

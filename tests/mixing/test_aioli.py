@@ -408,7 +408,7 @@ def test_a_broken_probe_keeps_the_weights(value, when, caplog):
     assert run.controller.record()["skipped"] == len(when)
     said = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
     assert len(said) == len(when)
-    assert all("['domain 0']" in s and "the last weights are kept" in s for s in said)
+    assert all("['domain 0']" in s and "the weights stay as they are" in s for s in said)
     assert said[0].startswith(f"Step {30 + when[0] - 7}:")
     sound = trained(ONE, 200, **options)
     history = np.array(run.history)
@@ -428,7 +428,7 @@ def test_a_broken_measurement_of_the_regression(value, caplog):
         run = trained(ONE, 200, broken={24: value}, **options)
     assert run.controller.skipped == 1
     assert [r.getMessage() for r in caplog.records] == [
-        "Step 140: the loss of ['domain 0'] is not finite; the last weights are kept."
+        "Step 140: the loss of ['domain 0'] is not finite; the weights stay as they are."
     ]
     sound = trained(ONE, 200, **options)
     history = np.array(run.history)  # [k] after step k + 1

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from llmmix.mixing.controllers import SIGNALS, Fixed, Observation, Segment
+from llmmix.mixing.controllers import SIGNALS, Observation, OnlineController, Segment
 from llmmix.mixing.doge import DoGE, DoGEConfig
 from llmmix.mixing.doremi import DoReMi, DoReMiConfig
 from llmmix.mixing.odm import ODM, ODMConfig
@@ -74,6 +74,25 @@ class Simulated:
         if name == "excess":
             noisy = np.maximum(noisy - self.reference, 0)
         return {name: np.where(drawn > 0, noisy, np.nan)}
+
+
+class Fixed(OnlineController):
+    """Weights (m,) that stay."""
+
+    method = "Fixed"
+    kept = ()
+
+    def __init__(self, weights):
+        super().__init__(None, [str(j) for j in range(len(weights))], [], weights)
+
+    def segments(self, step, total_steps):
+        return [Segment(self.weights.copy(), total_steps - step)]
+
+    def observe(self, observation):
+        pass
+
+    def record(self):
+        return {}
 
 
 METHODS = {

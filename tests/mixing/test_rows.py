@@ -142,7 +142,7 @@ def masked(rows: Dataset) -> Dataset:
             {"a": domain_rows()["a"], "b": masked(domain_rows()["b"])},
             r"no row of \['b'\] has a scor",
         ),
-        (domain_rows()["a"], "`eval_dataset` does not say which target"),
+        (domain_rows()["a"], "`eval_dataset` does not name the target"),
         ({}, "`eval_dataset`|target"),
     ],
 )

@@ -285,7 +285,7 @@ def test_domains_that_are_none_are_refused(domains, match):
         ({"max_epochs": -1.0, "exhausted": "spill"}, "`max_epochs` must be positive"),
         ({"max_epochs": float("nan"), "exhausted": "stop"}, "`max_epochs` must be positive"),
         ({"max_epochs": {"a": 0}, "exhausted": "stop"}, "`max_epochs` must be positive"),
-        ({"max_epochs": {"z": 1}, "exhausted": "stop"}, r"`max_epochs` names \['z'\]"),
+        ({"max_epochs": {"z": 1}, "exhausted": "stop"}, r"`max_epochs`: no domain \['z'\]"),
         ({"max_epochs": [1, 2], "exhausted": "stop"}, "`max_epochs`"),
         ({"max_epochs": "one", "exhausted": "stop"}, "`max_epochs`"),
     ],

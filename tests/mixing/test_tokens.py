@@ -109,7 +109,7 @@ def test_what_a_prompt_alone_ends_with_is_left_out(talking, checkpoint, tmp_path
 
 @pytest.mark.parametrize("given", [{"assistant_only_loss": True}, {"packing": True}])
 def test_what_asks_for_all_rows_at_once_is_refused(given, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="`assistant_only_loss` nor `packing`"):
+    with pytest.raises(ValueError, match="without `assistant_only_loss` and without `packing`"):
         tokenize_rows(rows_of("text", ""), tokenizer, settings(tmp_path, **given), "a")
 
 

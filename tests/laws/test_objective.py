@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from llmmix.laws.wishes import bounds_of
+from llmmix.laws.objective import bounds_of
 
 
 def test_bounds_by_number_array_and_name():
@@ -53,7 +53,7 @@ def test_a_run_too_long_is_refused_with_the_one_that_is_not():
         ({"upper": [1, np.nan, 1]}, r"`upper` must lie in \[0, 1\], got \{1: nan\}"),
         ({"upper": 1.5}, r"`upper` must lie in \[0, 1\]"),
         ({"lower": [0.1, 0.1]}, r"`lower` must be one number or 3, got shape \(2,\)"),
-        ({"upper": {"z": 1}, "names": list("abc")}, r"`upper` names \['z'\], which are not among"),
+        ({"upper": {"z": 1}, "names": list("abc")}, "`upper`: no domain z; there are"),
         ({"upper": {"a": 1}}, "`upper` is given by name: pass `names`"),
         ({"names": ["a", "b"]}, "`names` must be 3 different names"),
         ({"names": ["a", "b", "b"]}, "`names` must be 3 different names"),

@@ -1,4 +1,7 @@
-"""What a user asks of a mixture, checked: weights of the targets, bounds on shares, a prior."""
+"""What a search is asked for, checked: weights of the targets, bounds on shares, a prior.
+
+`MixtureProposer` (llmmix/laws/optimum.py) passes it to the searches in llmmix/laws/search.py.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,15 +19,15 @@ Objective = str | ArrayLike | Mapping[str, float] | None
 def shares_of(
     what: str, given: Shares, k: int, default: float, most: float, names: Sequence[str] | None
 ) -> np.ndarray:
-    """(k,) out of None, a scalar, k numbers or numbers by name.
+    """(k,) numbers from None, one number, k numbers or numbers by name.
 
     Args:
-        what: The argument's name, for the messages.
-        given: The argument's value.
+        what: Name of the argument, for error messages.
+        given: Value of the argument.
         k: Number of domains.
         default: Value of a domain for which nothing is given.
-        most: The largest value that is allowed.
-        names: k names of domains, if there are any.
+        most: Largest value that is allowed.
+        names: k names of the domains, if they have names.
 
     Raises:
         ValueError: `given` has another length, an unknown name, or a number outside [0, most].
@@ -33,10 +36,7 @@ def shares_of(
     if isinstance(given, dict):
         if names is None:
             raise ValueError(f"`{what}` is given by name: pass `names`, or give {k} numbers.")
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(f"`{what}` names {unknown}, which are not among {list(names)}.")
-        given = [given.get(name, default) for name in names]
+        given = _in_order(what, "domain", given, names, default)
     vector = np.asarray(default if given is None else given, dtype=np.float64)
     if vector.shape not in ((), (k,)):
         raise ValueError(f"`{what}` must be one number or {k}, got shape {vector.shape}.")
@@ -48,8 +48,22 @@ def shares_of(
     return vector
 
 
+def _in_order(
+    argument: str, kind: str, given: dict[str, float], names: Sequence, default: float
+) -> list[float]:
+    """Numbers by name in the order of all names; `default` for those left out.
+
+    Raises:
+        ValueError: `given` has a name that is not among `names`.
+    """
+    known = [str(name) for name in names]
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"`{argument}`: no {kind} {listed(unknown)}; there are {list(names)}.")
+    return [given.get(name, default) for name in known]
+
+
 def _supply(k: int, available, tokens, max_epochs, names) -> np.ndarray | None:
-    """(k,) tokens there are, None without a limit on epochs."""
+    """(k,) tokens that each domain has; None without a limit on epochs."""
     plan = {"available": available, "tokens": tokens, "max_epochs": max_epochs}
     missing = [f"`{name}`" for name, one in plan.items() if one is None]
     if len(missing) == 3:
@@ -75,16 +89,16 @@ def bounds_of(
     max_epochs: float | None = None,
     names: list[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds on shares: given ones, and p_j <= max_epochs * available_j / tokens.
+    """Bounds on shares: those given, and p_j <= max_epochs * available_j / tokens.
 
     Args:
         k: Number of domains.
-        lower: Smallest shares: a number, k numbers, or by name (those left out: 0).
-        upper: Largest shares, likewise (those left out: 1).
-        available: Tokens each domain has, likewise; inf for no limit (those left out).
-        tokens: Tokens of the run that is planned.
-        max_epochs: How often a token may be seen in that run.
-        names: k names of domains, for the messages and for bounds by name.
+        lower: Smallest shares: one number, k numbers, or by name (default of a name: 0).
+        upper: Largest shares, likewise (default of a name: 1).
+        available: Number of tokens that each domain has, likewise (default of a name: inf).
+        tokens: Number of tokens of the planned run.
+        max_epochs: Largest number of passes of the planned run over a domain.
+        names: k names of the domains, for error messages and for bounds by name.
 
     Returns:
         lower and upper, (k,) each.
@@ -105,7 +119,7 @@ def bounds_of(
         why = "." if high[j] == given[j] else f", the cap of {max_epochs:g} epochs."
         raise ValueError(
             f"`lower` of {_name(j, names)} is {low[j]:g}, above its upper bound {high[j]:g}{why} "
-            "Lower the one or raise the other."
+            "Lower the first or raise the second."
         )
     if low.sum() > 1 + 1e-9:
         raise ValueError(f"`lower` must sum to at most 1, got {low.sum():.6g}: lower some.")
@@ -121,14 +135,18 @@ def _name(j: int, names: Sequence[str] | None) -> str:
 
 
 def _refuse_plan(given, high, supply, tokens, max_epochs, names):
-    """Say which caps leave no mixture, and the largest run or the fewest epochs that have one."""
+    """Refuse epoch caps that leave no mixture; name the largest run and the fewest epochs.
+
+    Raises:
+        ValueError: Always.
+    """
     tight = ", ".join(
         f"{_name(j, names)} <= {high[j]:.4g}" for j in np.flatnonzero(high < given).tolist()
     )
     message = f"`max_epochs` caps the shares at a sum of {high.sum():.4g} ({tight}): "
     if given[supply > 0].sum() < 1:
         raise ValueError(message + "the domains with tokens cannot fill a run; raise `upper`.")
-    # Epochs per token of the run at which the caps sum to 1; their sum grows with it
+    # Epochs per token of the run at which the caps sum to 1; the sum grows with them
     spare = np.where(supply > 0, supply, np.inf)
     most = (given / spare).max()
     rate = brentq(lambda x: np.minimum(given, x * supply).sum() - 1, 0, most * 1.001, xtol=1e-300)
@@ -139,25 +157,21 @@ def _refuse_plan(given, high, supply, tokens, max_epochs, names):
 
 
 def target_weights(objective: Objective, targets: Sequence) -> np.ndarray:
-    """(m,) weights of sum 1: of the mean, of a single target, or as given.
+    """(m,) weights of sum 1 that an objective gives the targets.
 
     Args:
         objective: None for the mean over targets, a target's name, m weights, or weights by name.
         targets: m names.
 
     Raises:
-        ValueError: A name is none of `targets`, or the weights are negative or all zero.
+        ValueError: A name is not among `targets`, or the weights are negative or all zero.
     """
     m = len(targets)
     if objective is None:
         return np.full(m, 1 / m)
     given = by_name({objective: 1.0} if isinstance(objective, str) else objective)
     if isinstance(given, dict):
-        names = [str(name) for name in targets]
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(f"`objective`: no target {listed(unknown)}; there are {targets}.")
-        given = [given.get(name, 0.0) for name in names]
+        given = _in_order("objective", "target", given, targets, 0.0)
     weights = np.asarray(given, dtype=np.float64)
     if weights.shape != (m,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"`objective` must be {m} weights of at least 0, got {given}.")
@@ -167,24 +181,20 @@ def target_weights(objective: Objective, targets: Sequence) -> np.ndarray:
 
 
 def prior_shares(prior: Shares, inputs: Inputs) -> np.ndarray:
-    """(k,) shares of a prior; without one, the mean of the runs' mixtures.
+    """(k,) shares of a prior; the mean mixture of the runs if none is given.
 
     Args:
-        prior: (k,) shares, or by name, where those left out are 0.
+        prior: Shares, (k,) or by name (default of a name: 0).
         inputs: The runs behind the law.
 
     Raises:
-        ValueError: A name is no domain, or the shares are not one mixture of all domains.
+        ValueError: A name is not a domain, or the shares are not a mixture of all domains.
     """
     if prior is None:
         return inputs.mixtures.mean(0)
     domains, given = inputs.domains, by_name(prior)
     if isinstance(given, dict):
-        names = [str(name) for name in domains]
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(f"`prior`: no domain {listed(unknown)} among {domains}.")
-        given = [given.get(name, 0.0) for name in names]
+        given = _in_order("prior", "domain", given, domains, 0.0)
     if len(given) != len(domains):
         raise ValueError(f"`prior` must be {len(domains)} shares, got {len(given)}.")
     return check_mixtures(given, domains, "prior")[0]
@@ -195,7 +205,7 @@ def law_bounds(inputs: Inputs, **limits: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         inputs: The runs behind the law.
-        **limits: As `bounds_of` takes them: lower, upper, available, tokens, max_epochs.
+        **limits: Arguments of `bounds_of`: lower, upper, available, tokens, max_epochs.
 
     Raises:
         ValueError: A bound is outside [0, 1], or no mixture meets the bounds.
