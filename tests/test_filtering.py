@@ -248,6 +248,11 @@ def chain_of_thought(trainer):
     return trainer
 
 
+def test_samples_are_drawn_under_bf16(make):
+    losses, _ = finish(chain_of_thought(make(bf16=True, max_steps=3)))
+    assert len(losses) == 3
+
+
 @pytest.mark.parametrize(
     "stop", [pytest.param(3, marks=pytest.mark.slow), 5, 6, pytest.param(7, marks=pytest.mark.slow)]
 )
