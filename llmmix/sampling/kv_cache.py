@@ -130,8 +130,9 @@ class SharedPromptCache:
         prompt_keys, prompt_values = self._prompt[layer]
         if len(self._used) < self.prompts:
             prompt_keys, prompt_values = prompt_keys[self._used], prompt_values[self._used]
-        keys[self._row, :, self._lengths] = key[:, :, 0]
-        values[self._row, :, self._lengths] = value[:, :, 0]
+        # A trainer's autocast may give other dtypes here than where a prompt was computed
+        keys[self._row, :, self._lengths] = key[:, :, 0].to(keys.dtype)
+        values[self._row, :, self._lengths] = value[:, :, 0].to(values.dtype)
         rows, heads, size = query.size(0), keys.size(1), query.size(3)
         query = query.view(rows, heads, -1, size) * scaling
         of_prompt = self._by_row(self._by_prompt(query) @ prompt_keys.transpose(-1, -2))

@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -77,11 +78,23 @@ def test_a_failure_is_counted_and_the_next_answer_is_judged(function, completion
 @pytest.mark.parametrize(
     ("how", "message"), [("hang", "no verdict within 1 s"), ("die", "it crashed")]
 )
-def test_what_a_judged_answer_started_ends_with_it(tmp_path, how, message):
-    completion = f"{how} {tmp_path / 'child'}"
+def test_what_a_judged_answer_started_ends_with_it(tmp_path, how, message, monkeypatch):
+    started = tmp_path / "child"
+    completion = f"{how} {started}"
+    timer = threading.Timer
+
+    def after_the_start(seconds, end):
+        def wait():  # on a busy machine the child may be late
+            while not (started.exists() and started.read_text()):
+                time.sleep(0.01)
+            end()
+
+        return timer(seconds, wait)
+
+    monkeypatch.setattr(threading, "Timer", after_the_start)
     with Verifier(f"{JUDGES}:forks", timeout=1 if how == "hang" else 20) as verifier:
         assert verifier(completion, "1") == "failed" and message in verifier.why(completion, "1")
-        child = Path("/proc") / (tmp_path / "child").read_text()
+        child = Path("/proc") / started.read_text()
         while child.exists() and ") Z " not in (child / "stat").read_text():  # the kill is sent
             time.sleep(0.01)
         verifier._idle[0].timeout = 20

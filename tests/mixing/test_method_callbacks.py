@@ -326,7 +326,10 @@ def test_a_reference_that_is_the_start_has_no_excess_to_begin_with(make, tmp_pat
     trainer.train()
     first, second = of_record(tmp_path / "run", "measured")
     first, second = (np.array(found["excess"], float) for found in (first, second))
-    assert np.nanmax(first) == 0 < np.nanmax(second)
+    # The same forward, but one with gradients: another algorithm may serve it on a GPU
+    rounding = 1e-5 if torch.cuda.is_available() else 0
+    assert np.nanmax(first) == pytest.approx(0, abs=rounding)
+    assert np.nanmax(second) > rounding
 
 
 def test_references_that_do_not_serve(make, checkpoint, model, tmp_path):

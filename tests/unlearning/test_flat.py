@@ -359,7 +359,8 @@ def test_a_warm_start_of_the_whole_run_is_sft_on_the_templates(make, checkpoint,
     assert len({tuple(e.ids) for e in items}) > 3  # more than one template was drawn
     # and steps after it are FLAT's
     some = finish(make(templates=templates, template_sft_steps=3, **given))
-    torch.testing.assert_close(some[0][:3], ours[0][:3])
+    close = {"rtol": ON_GPU, "atol": ON_GPU} if torch.cuda.is_available() else {}
+    torch.testing.assert_close(some[0][:3], ours[0][:3], **close)
     assert (some[0][3:] - ours[0][3:]).abs().min() > 0.1
 
 
@@ -454,4 +455,5 @@ def test_the_saved_model_is_a_plain_checkpoint(make, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     trainer.model.eval()
     ours = trainer.model(ids.to(trainer.model.device)).logits.cpu()
-    torch.testing.assert_close(loaded(ids).logits, ours)
+    close = {"rtol": ON_GPU, "atol": ON_GPU} if torch.cuda.is_available() else {}
+    torch.testing.assert_close(loaded(ids).logits, ours, **close)
