@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmmix.builtin.tiny import tiny_checkpoint
 from llmmix.files import built_once, checkpoint_id, file_digest
+from llmmix.processes import save_on_any_rank
 
 if TYPE_CHECKING:
     from trl import DPOConfig, ModelConfig, SFTConfig
@@ -58,7 +59,7 @@ def _dequantize(path: Path, out: Path) -> None:
     # to be saved or trained
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
-    model.save_pretrained(out)
+    save_on_any_rank(model, out)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
 
 

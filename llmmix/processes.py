@@ -1,13 +1,16 @@
-"""Several processes of one run: where they run, and what the main one says for all."""
+"""Several processes of one run: where they run, what the main one says, what any of them saves."""
 
 import logging
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_model
+from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,24 @@ def warn_once(message: str) -> None:
 def main_process_says(value: T) -> T:
     """The main process's value, on every rank: others may not see the same files."""
     return broadcast_object_list([value])[0]
+
+
+def save_on_any_rank(model: PreTrainedModel, folder: Path) -> None:
+    """Save a whole model from the process that has it.
+
+    In a run of several processes `save_pretrained` writes on rank 0 alone, and the first process to
+    ask for a cached checkpoint is any of them.
+
+    Args:
+        model: The model, not spread over processes.
+        folder: Folder that gets its weights and configurations.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def evaluation_state() -> PartialState:

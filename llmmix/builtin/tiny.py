@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmmix.builtin.problems import facts, math_splits, problems
 from llmmix.files import built_once
+from llmmix.processes import save_on_any_rank
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -63,7 +64,7 @@ def _build_tiny(out: Path) -> None:
         _pretrain(model, tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(out)
+    save_on_any_rank(model, out)
     tokenizer.save_pretrained(out)
 
 
