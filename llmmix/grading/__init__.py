@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.grading.estimators import maj_at_n as maj_at_n
     from llmmix.grading.estimators import paired_difference as paired_difference
     from llmmix.grading.estimators import pass_at_n as pass_at_n
+    from llmmix.grading.evaluation import evaluate as evaluate
     from llmmix.grading.sample_log import SampleLog as SampleLog
     from llmmix.grading.verify import Verifier as Verifier
     from llmmix.grading.verify import judge as judge
@@ -26,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "answers": ["boxed_answer", "choice", "exact", "math", "normalized"],
         "estimators": ["bootstrap_interval", "maj_at_n", "paired_difference", "pass_at_n"],
+        "evaluation": ["evaluate"],
         "sample_log": ["SampleLog"],
         "verify": ["Verifier", "judge"],
     },

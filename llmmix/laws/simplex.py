@@ -8,6 +8,7 @@ from scipy.spatial import KDTree
 from llmmix.laws.inputs import check_mixtures
 
 GRID, OFFSET = 1e-6, 1 / np.pi  # cell size and offset of the grid on which shares are compared
+FINE = 1e-11  # cell size for their order: above rounding, below what tells two mixtures apart
 
 
 def project(p: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float) -> np.ndarray:
@@ -87,9 +88,13 @@ def same_mixture(mixtures: ArrayLike) -> np.ndarray:
     """(n,) number of each run's mixture, independent of the order of runs and domains.
 
     Shares of the same mixture may differ by rounding, so they are compared on a grid of 1e-6. Its
-    edges are placed where no decimal number or simple fraction lies.
+    edges are placed where no decimal number or simple fraction lies. Mixtures are numbered in the
+    order of their shares, which decides the folds that they are judged in.
     """
     X = check_mixtures(mixtures)
     domains = np.lexsort(np.sort(X, 0)[::-1])
     cells = np.floor(X[:, domains] / GRID + OFFSET)
-    return np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
+    mixture = np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.lexsort(np.floor(X[:, domains] / FINE + OFFSET).T[::-1])
+    first = np.unique(mixture[order], return_index=True)[1]
+    return np.argsort(np.argsort(first))[mixture]

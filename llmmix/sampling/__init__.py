@@ -1,6 +1,7 @@
 """N completions a prompt, on transformers or vLLM."""
 
+from llmmix.models import encode
 from llmmix.sampling.completions import sample
 from llmmix.sampling.requests import Completion
 
-__all__ = ["Completion", "sample"]
+__all__ = ["Completion", "encode", "sample"]

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.models import eval_mode
-from llmmix.sampling.draws import draw, probabilities, uniforms
 from llmmix.sampling.kv_cache import ATTENTION, SharedPromptCache
 from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
+from llmmix.sampling.token_draws import draw, probabilities, uniforms
 
 ROWS_STARTED_AT_ONCE = 1024
 

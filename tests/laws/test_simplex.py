@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import DBSCAN
 
+from llmmix.laws.inputs import check_mixtures
 from llmmix.laws.simplex import (
     hull_distance,
     nearest_run,
@@ -95,5 +96,11 @@ def test_the_same_mixture_has_one_number_whatever_the_order():
     clusters = DBSCAN(eps=1e-9, min_samples=1, metric="chebyshev").fit_predict(X)
     pairs = set(zip(found.tolist(), clusters.tolist(), strict=True))
     assert len(pairs) == found.max() + 1 == clusters.max() + 1
+    # and numbered as they come in the order of their shares
+    checked = check_mixtures(X)
+    columns = np.lexsort(np.sort(checked, 0)[::-1])
+    order = np.lexsort(checked[:, columns].T[::-1])
+    in_order = DBSCAN(eps=1e-9, min_samples=1, metric="chebyshev").fit_predict(checked[order])
+    np.testing.assert_array_equal(found[order], in_order)
     runs, domains = rng.permutation(180), rng.permutation(4)
     np.testing.assert_array_equal(same_mixture(X[np.ix_(runs, domains)]), found[runs])

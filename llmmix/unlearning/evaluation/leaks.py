@@ -22,7 +22,7 @@ from scipy.special import gammaln
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.grading.estimators import bootstrap_interval
-from llmmix.grading.evaluate import evaluate, judge_again
+from llmmix.grading.evaluation import evaluate, judge_again
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmmix.sampling.draws import BLOCK, draw, uniforms
+from llmmix.sampling.token_draws import BLOCK, draw, uniforms
 
 
 def test_streams_are_apart_and_uniform():

@@ -3,7 +3,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from llmmix.grading import pass_at_n
-from llmmix.grading.evaluate import evaluate
+from llmmix.grading.evaluation import evaluate
 
 
 def test_evaluate_counts_what_the_verifier_says(model, checkpoint, math_rows):
