@@ -8,7 +8,6 @@ from scipy.spatial import KDTree
 from llmmix.laws.inputs import check_mixtures
 
 GRID, OFFSET = 1e-6, 1 / np.pi  # cell size and offset of the grid on which shares are compared
-FINE = 1e-11  # cell size for their order: above rounding, below what tells two mixtures apart
 
 
 def project(p: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float) -> np.ndarray:
@@ -95,6 +94,6 @@ def same_mixture(mixtures: ArrayLike) -> np.ndarray:
     domains = np.lexsort(np.sort(X, 0)[::-1])
     cells = np.floor(X[:, domains] / GRID + OFFSET)
     mixture = np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.lexsort(np.floor(X[:, domains] / FINE + OFFSET).T[::-1])
+    order = np.lexsort(X[:, domains].T[::-1])
     first = np.unique(mixture[order], return_index=True)[1]
     return np.argsort(np.argsort(first))[mixture]

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from sklearn.cluster import DBSCAN
 
-from llmmix.laws.inputs import check_mixtures
 from llmmix.laws.simplex import (
     hull_distance,
     nearest_run,
@@ -87,20 +86,31 @@ def test_sameness_does_not_hang_on_rounding():
     assert a == b != c
 
 
-def test_the_same_mixture_has_one_number_whatever_the_order():
-    """As the clusters of shares within 1e-9 of each other, with shares of few decimals."""
+def clusters(X):
+    """Shares within 1e-9 of each other, numbered as they come."""
+    return DBSCAN(eps=1e-9, min_samples=1, metric="chebyshev").fit_predict(X)
+
+
+def test_the_same_mixture_has_one_number():
     rng = np.random.default_rng(0)
     X = np.repeat(rng.dirichlet(np.ones(4), 60).round(3), 3, 0) + 1e-4
     X = X / X.sum(1, keepdims=True) * (1 + 1e-15 * rng.integers(-3, 4, (180, 1)))
     found = same_mixture(X)
-    clusters = DBSCAN(eps=1e-9, min_samples=1, metric="chebyshev").fit_predict(X)
-    pairs = set(zip(found.tolist(), clusters.tolist(), strict=True))
-    assert len(pairs) == found.max() + 1 == clusters.max() + 1
-    # and numbered as they come in the order of their shares
-    checked = check_mixtures(X)
-    columns = np.lexsort(np.sort(checked, 0)[::-1])
-    order = np.lexsort(checked[:, columns].T[::-1])
-    in_order = DBSCAN(eps=1e-9, min_samples=1, metric="chebyshev").fit_predict(checked[order])
-    np.testing.assert_array_equal(found[order], in_order)
+    runs, domains = rng.permutation(180), rng.permutation(4)
+    permuted = np.empty_like(found)
+    permuted[runs] = same_mixture(X[np.ix_(runs, domains)])
+    for other in (clusters(X), permuted):
+        pairs = set(zip(found.tolist(), other.tolist(), strict=True))
+        assert len(pairs) == found.max() + 1 == other.max() + 1
+
+
+def test_mixtures_are_numbered_by_their_shares_whatever_the_order():
+    """The folds of a judgement follow the numbers."""
+    rng = np.random.default_rng(1)
+    X = np.repeat(rng.dirichlet(np.ones(4), 60), 3, 0)
+    columns = np.lexsort(np.sort(X, 0)[::-1])
+    order = np.lexsort(X[:, columns].T[::-1])
+    found = same_mixture(X)
+    np.testing.assert_array_equal(found[order], clusters(X[order]))
     runs, domains = rng.permutation(180), rng.permutation(4)
     np.testing.assert_array_equal(same_mixture(X[np.ix_(runs, domains)]), found[runs])
