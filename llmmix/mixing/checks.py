@@ -59,7 +59,7 @@ def require(met: object, name: str, wanted: str, given: object) -> None:
         ValueError: `met` is false; the message is "`name` must `wanted`, got `given`.".
     """
     if not met:
-        raise ValueError(f"`{name}` must {wanted}, got {given}.")
+        raise ValueError(f"`{name}` must {wanted}, got {given!r}.")
 
 
 def require_whole(name: str, value: object, least: int = 1) -> None:
