@@ -52,23 +52,18 @@ class StudyArguments:
     """Size of the study."""
 
     output_dir: str = field(
-        default="runs/mixing_study", metadata={"help": "Folder that the results are written to."}
+        default="runs/mixing_study", metadata={"help": "Folder of the results."}
     )
     domains: list[str] = field(
         default_factory=lambda: ["docs", "noise", "noise2"], metadata={"help": "Domains to mix."}
     )
     seeds: int = field(default=3, metadata={"help": "Number of seeds of the other methods."})
     aioli_seeds: int = field(
-        default=8,
-        metadata={"help": "Number of seeds of Aioli, of equal and of the best fixed shares."},
+        default=8, metadata={"help": "Number of seeds of Aioli, equal and best fixed shares."}
     )
     max_steps: int = field(default=500, metadata={"help": "Steps of each training."})
-    batch_size: int = field(
-        default=8, metadata={"help": "Number of windows of 64 tokens in a step."}
-    )
-    learning_rate: float = field(
-        default=3e-3, metadata={"help": "Peak learning rate of a cosine schedule to zero."}
-    )
+    batch_size: int = field(default=8, metadata={"help": "Windows of 64 tokens in a step."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak of the cosine schedule."})
     test_rows: int = field(default=200, metadata={"help": "Number of test windows of each domain."})
 
 
@@ -127,7 +122,7 @@ class Study:
     ) -> LlamaForCausalLM:
         """Train, test and save the result; `before` are seconds of earlier stages of the method."""
         model, callback, seconds = self.fit(seed, weights, make)
-        _, entries = read_record(self.folder / "training")
+        entries = read_record(self.folder / "training")[1]
         path = [[e["step"], e["weights"]] for e in entries if "weights" in e]
         losses = [self.loss(model, rows) for rows in self.test.values()]
         self.results.setdefault(name, {})[seed] = {
@@ -154,8 +149,7 @@ class Study:
         rest, found = 1 / (len(self.names) - 1), {}
         for domain in range(len(self.names)):
             for share in GRID:
-                weights = np.full(len(self.names), (1 - share) * rest)
-                weights[domain] = share
+                weights = np.where(np.arange(len(self.names)) == domain, share, (1 - share) * rest)
                 name = "grid " + "/".join(f"{w:.2f}" for w in weights)
                 for seed in DEV_SEEDS:
                     self.run(name, seed, weights)
@@ -165,16 +159,16 @@ class Study:
 
     def graph(self) -> list[list[float]]:
         """Skill-It's graph, from a quarter of a run on each domain alone."""
-        steps, ends = self.args.max_steps // 4, []
+        ends = []
         for domain in np.eye(len(self.names)):
-            self.fit(DEV_SEEDS[0], domain, steps=steps)
+            self.fit(DEV_SEEDS[0], domain, steps=self.args.max_steps // 4)
             ends.append(self.final())
         self.fit(DEV_SEEDS[0], steps=1)
         return mixing.skillit_graph(self.final(), ends).tolist()
 
     def final(self) -> list[float]:
         """Validation losses at the end of the last training."""
-        _, entries = read_record(self.folder / "training")
+        entries = read_record(self.folder / "training")[1]
         return next(entry["final"] for entry in entries if "final" in entry)
 
 
@@ -202,11 +196,9 @@ def main(args: StudyArguments) -> None:
         if seed < args.seeds:
             run("Skill-It", seed, None, partial(mixing.SkillItCallback, config=skillit))
             run("ODM", seed, None, mixing.ODMCallback)
-            proxies: dict[str, Callable] = {
-                "DoReMi": partial(mixing.DoReMiCallback, reference=reference),
-                "DoGE": partial(mixing.DoGECallback, config=mixing.DoGEConfig(interval=5)),
-            }
-            for name, proxy in proxies.items():
+            doremi = partial(mixing.DoReMiCallback, reference=reference)
+            doge = partial(mixing.DoGECallback, config=mixing.DoGEConfig(interval=5))
+            for name, proxy in (("DoReMi", doremi), ("DoGE", doge)):
                 _, callback, seconds = study.fit(seed, None, proxy)
                 run(name, seed, callback.average, before=seconds)
     shutil.rmtree(study.folder / "training", ignore_errors=True)
@@ -222,9 +214,8 @@ def show(args: StudyArguments, results: dict, best: list[float]) -> None:
         table.add_column(column, justify="right")
     for name, runs in results.items():
         differences = np.array([run["mean"] - equal[seed]["mean"] for seed, run in runs.items()])
-        by_domain = np.mean(
-            [np.subtract(run["test"], equal[seed]["test"]) for seed, run in runs.items()], axis=0
-        )
+        pairs = [(run["test"], equal[seed]["test"]) for seed, run in runs.items()]
+        by_domain = np.mean([np.subtract(*pair) for pair in pairs], axis=0)
         error = stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
         spread = f"{differences.mean() - error:+.3f} {differences.mean() + error:+.3f}"
         shares = np.mean([run["shares"] for run in runs.values()], axis=0)
@@ -239,10 +230,8 @@ def show(args: StudyArguments, results: dict, best: list[float]) -> None:
         )
     Console(width=max(Console().width, 100)).print(table)
     print(f"Equal shares: {np.mean([run['mean'] for run in equal.values()]):.4f}. Best: {best}")
-    paths = {
-        name: [run["path"] for run in results[name].values()]
-        for name in filter(results.get, MOVING)
-    }
+    moved = filter(results.get, MOVING)
+    paths = {name: [run["path"] for run in results[name].values()] for name in moved}
     figure = Path(args.output_dir) / "mixing_study.png"
     print(f"Figure: {draw_paths(figure, args.domains, paths, args.max_steps)}")
 
