@@ -5,32 +5,11 @@ import numpy as np
 import pytest
 from peft import LoraConfig
 
-from llmmix import SFTMixConfig
 from llmmix.sftmix import reference_run
 from llmmix.sftmix.reference_run import train_reference
 from llmmix.sftmix.scoring import mean_nlls
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-
-
-@pytest.fixture
-def args(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
-    return SFTMixConfig(
-        str(tmp_path / "run"),
-        bf16=False,
-        use_cpu=True,
-        max_steps=4,
-        disable_tqdm=True,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=5,
-        learning_rate=1e-2,
-    )
-
-
-@pytest.fixture
-def rows(math_rows):
-    return math_rows.remove_columns("confidence")
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

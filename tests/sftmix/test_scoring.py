@@ -8,29 +8,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from llmmix import SFTMixConfig
 from llmmix.sftmix import scoring as confidence
 from llmmix.sftmix.scoring import add_confidence, mean_nlls
-
-
-@pytest.fixture
-def args(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
-    return SFTMixConfig(
-        str(tmp_path / "run"),
-        bf16=False,
-        use_cpu=True,
-        max_steps=4,
-        disable_tqdm=True,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=5,
-        learning_rate=1e-2,
-    )
-
-
-@pytest.fixture
-def rows(math_rows):
-    return math_rows.remove_columns("confidence")
 
 
 def test_scores_are_the_mean_token_loss_of_the_response(checkpoint, rows, tokenizer, args):
