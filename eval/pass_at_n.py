@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmmix.grading.estimators import pass_at_n
 from llmmix.grading.evaluation import evaluate, judge_again
+from llmmix.grading.ground_truth import reference_loss
 from llmmix.grading.printing import print_tables
-from llmmix.grading.reference_answers import reference_loss
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import compare, summarize
 from llmmix.grading.verify import Verifier

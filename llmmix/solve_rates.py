@@ -32,7 +32,7 @@ from trl import SFTTrainer
 
 from llmmix.dco import dco_weight, n_samples_of
 from llmmix.filtering import check_share, check_trainer
-from llmmix.grading.reference_answers import reference_answers
+from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.verify import Verifier, judge
 from llmmix.models import encode
 from llmmix.sampling import sample

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmmix.grading.answers import BUILT_IN, Verdict
 from llmmix.grading.estimators import pass_at_n
-from llmmix.grading.reference_answers import reference_answers
+from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.sample_log import SampleLog, prompt_id
 from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier, judge

@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from llmmix.grading.reference_answers import reference_answers, reference_loss
+from llmmix.grading.ground_truth import reference_answers, reference_loss
 
 
 def test_answers_are_text_or_numbers():
