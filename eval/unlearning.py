@@ -248,8 +248,8 @@ def _plan(args: UnlearningArguments) -> "Plan":
 
     from llmmix.models import named_checkpoints
     from llmmix.unlearning.evaluation.checkpoint import Plan
-    from llmmix.unlearning.evaluation.leak_metrics import LeakOptions
     from llmmix.unlearning.evaluation.probes import Relearning
+    from llmmix.unlearning.evaluation.sampled_leaks import LeakOptions
     from llmmix.unlearning.evaluation.subject import MeasureOptions
     from llmmix.unlearning.evaluation.texts import unicode_words
 

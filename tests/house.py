@@ -505,6 +505,17 @@ def relative_imports(house: House) -> list[str]:
     ]
 
 
+def namesakes(house: House) -> list[str]:
+    """Modules that share their name with a function or class in them: a package can hold one."""
+    return [
+        f"{house.where(module, node.lineno)} defines {node.name}"
+        for module, tree in house.trees.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.name == module.rpartition(".")[2]
+    ]
+
+
 def undescribed(house: House) -> list[str]:
     """Modules without a docstring."""
     return [

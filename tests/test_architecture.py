@@ -95,6 +95,7 @@ RULES = {
     "asserts": rules.asserts,
     "stand-ins": rules.stand_ins,
     "relative imports": rules.relative_imports,
+    "namesakes": rules.namesakes,
     "docstrings": rules.undescribed,
 }
 
@@ -148,6 +149,7 @@ PLANTED = [
     ("asserts", "llmmix/steps.py", "assert True\n"),
     ("stand-ins", "llmmix/steps.py", "from types import SimpleNamespace\n"),
     ("relative imports", "llmmix/mixing/rows.py", "from .draws import choose\n"),
+    ("namesakes", "llmmix/mixing/draws.py", "def draws() -> None:\n    pass\n"),
     ("docstrings", "recipes/extra.py", "x = 1\n"),
 ]
 

@@ -69,7 +69,7 @@ def preference_splits(config: str | None = None) -> dict[str, list[dict]]:
 def _splits(name: str, row: Callable, config: str | None) -> dict[str, list[dict]]:
     splits: dict[str, list[dict]] = {split: [] for split in ROWS_A_LEVEL}
     for level in _parse_levels(config):
-        for split, found in problems(level).items():
+        for split, found in problems_of(level).items():
             rng = random.Random(f"{name} {level} {split}")
             splits[split] += [row(problem, level, rng) for problem in found]
     return splits
@@ -115,7 +115,7 @@ def _preference_row(problem: Problem, level: int, rng: random.Random) -> dict:
     }
 
 
-def problems(level: int) -> dict[str, list[Problem]]:
+def problems_of(level: int) -> dict[str, list[Problem]]:
     """Distinct problems of a level, split into train and test."""
     rng = random.Random(f"problems of level {level}")
     wanted = sum(ROWS_A_LEVEL.values())

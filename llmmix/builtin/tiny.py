@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmmix.builtin.problems import facts, math_splits, problems
+from llmmix.builtin.problems import facts, math_splits, problems_of
 from llmmix.files import built_once
 from llmmix.processes import save_on_any_rank
 
@@ -70,7 +70,7 @@ def _build_tiny(out: Path) -> None:
 
 def pretraining_text() -> list[str]:
     """What `builtin:tiny` has read: every fact of level 1 but those of the test split."""
-    held_out = {problem.question for problem in problems(1)["test"]}
+    held_out = {problem.question for problem in problems_of(1)["test"]}
     return [
         problem.solution()[0].replace("\\boxed{", "").replace("}", "")
         for problem in facts()

@@ -1,6 +1,6 @@
 """Timing our code against its peers: how a row is measured, and the rows of each kind.
 
-`measure.py`    contenders in turns, medians, ratios, and the peak memory of each
+`clock.py`      contenders in turns, medians, ratios, and the peak memory of each
 `head.py`       the fused head alone
 `steps.py`      whole training steps
 `sampling.py`   completions of prompts
@@ -9,6 +9,6 @@
 `llmmix eval speed` prints them as one table.
 """
 
-from llmmix.timing.measure import Case, machine, measure, measure_apart, quiet
+from llmmix.timing.clock import Case, machine, measure, measure_apart, quiet
 
 __all__ = ["Case", "machine", "measure", "measure_apart", "quiet"]

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 
-from llmmix.timing.measure import Case
+from llmmix.timing.clock import Case
 
 MIXTURE = {"web": (100_000, 0.5), "code": (60_000, 0.3), "books": (40_000, 0.2)}  # rows, share
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmmix.timing.measure import Case
+from llmmix.timing.clock import Case
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's SFTTrainer logs
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmmix.timing.measure import Case
+from llmmix.timing.clock import Case
 
 
 def sampling_cases(

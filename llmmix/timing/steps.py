@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from llmmix.timing.clock import Case
 from llmmix.timing.head import OUTPUTS
-from llmmix.timing.measure import Case
 from llmmix.unlearning.flat import FLATConfig, FLATTrainer, flat_loss
 
 

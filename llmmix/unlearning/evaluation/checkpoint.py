@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from llmmix.models import Checkpoint, Loader
 from llmmix.unlearning.evaluation.document import as_rows, evaluate_subject
-from llmmix.unlearning.evaluation.leak_metrics import LeakOptions, leak_metrics
 from llmmix.unlearning.evaluation.open_unlearning import open_unlearning_document
 from llmmix.unlearning.evaluation.probes import Relearning, probe_metrics
+from llmmix.unlearning.evaluation.sampled_leaks import LeakOptions, leak_metrics
 from llmmix.unlearning.evaluation.subject import MeasureOptions, checkpoint_subject
 from llmmix.unlearning.evaluation.summary import Fluency
 
