@@ -106,7 +106,10 @@ def copy_recipe(args: argparse.Namespace) -> int:
         if target.exists():
             raise UsageError(f"{target} exists; name another file or remove it.")
     for file, target in zip(files, targets, strict=True):
-        shutil.copy(file, target)
+        text = file.read_text()
+        if file.suffix == ".yaml":  # a run of the copy must not write over a run of the recipe
+            text = text.replace(f"runs/{source.stem}\n", f"runs/{script.stem}\n")
+        target.write_text(text)
         print(f"wrote {target}")
     print(f"run it with: llmmix run {script}")
     return 0

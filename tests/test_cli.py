@@ -80,7 +80,8 @@ def test_ls_lists_the_folders():
 def test_cp_copies_a_recipe_that_runs_from_anywhere(tmp_path, capsys):
     assert cli.main(["cp", "dco", str(tmp_path / "mine")]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"mine.py", "mine.yaml"}
-    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["n_samples"] == 64
+    defaults = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert defaults["n_samples"] == 64 and defaults["output_dir"] == "runs/mine"
     assert cli.main(["cp", "dco", str(tmp_path / "mine.py")]) == 2
     assert "exists" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
