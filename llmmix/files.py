@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
+RECORD = "mixture.jsonl"  # in the folder of a mixture run, an object a line
+
 # The files of a checkpoint folder that are the model itself, not its optimizer or its training
 CHECKPOINT_FILES = (
     *("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.gguf"),
@@ -84,9 +86,21 @@ def checkpoint_id(checkpoint: str, revision: str | None = None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a file with a JSON object a line; blank lines are skipped."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
+    """The first line of a mixture run's record, which has the names, and its other lines.
+
+    `llmmix.mixing.record` says what they hold.
+
+    Raises:
+        FileNotFoundError: `folder` holds no record.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {RECORD}: it is not the folder of a mixture run."
+        )
+    header, *entries = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
+    return header, entries
 
 
 def plain(value: Any) -> Any:

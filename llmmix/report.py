@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from llmmix.figures import COLOURS, png, pyplot
+from llmmix.files import RECORD
 from llmmix.mixing.figure import draw_mixture
 
 # Not curves: bookkeeping, and totals that the Trainer logs once at the end
@@ -67,7 +68,7 @@ def write_report(
             figures["temperature"] = _temperature_figure(evaluations)
     if histories:
         figures["training"] = _training_figure(histories, colours)
-    if (folder / "mixture.jsonl").exists():
+    if (folder / RECORD).exists():
         figures["mixture"] = draw_mixture(folder)
     (folder / "figures").mkdir(exist_ok=True)
     for name, image in figures.items():

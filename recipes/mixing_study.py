@@ -33,8 +33,9 @@ from transformers.utils import logging
 from llmmix import builtin, mixing
 from llmmix.builtin.corpora import windows
 from llmmix.cli import parse_args
+from llmmix.files import read_record
 from llmmix.mixing.figure import draw_paths
-from llmmix.mixing.record import drawn_shares, read_record
+from llmmix.mixing.record import drawn_shares
 from llmmix.mixing.rows import by_target
 
 EQUAL, BEST, MATCHED = "equal shares", "best fixed shares", "fixed, as Aioli drew"
@@ -168,8 +169,7 @@ class Study:
 
     def final(self) -> list[float]:
         """Validation losses at the end of the last training."""
-        entries = read_record(self.folder / "training")[1]
-        return next(entry["final"] for entry in entries if "final" in entry)
+        return next(e["final"] for e in read_record(self.folder / "training")[1] if "final" in e)
 
 
 def aioli(estimator: str, seed: int) -> Make:

@@ -16,10 +16,10 @@ from pathlib import Path
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
+from llmmix.files import read_record
 from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, finished
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
-from llmmix.mixing.record import read_record
 from llmmix.models import load_tokenizer, prepare_model_args
 
 

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.files import read_json_lines
+from llmmix.files import RECORD, read_record
 
-NAME = "mixture.jsonl"  # the record that a mixture run keeps in its folder
 VARIED = 0.01  # standard deviation of a share over intervals, from which on its column is fitted
 POWERS, ENDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
@@ -70,7 +69,7 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
         ValueError: The record has no two measurements with all draws between them, or a matrix of
             another shape than targets by domains.
     """
-    header, entries = _read_record(Path(folder))
+    header, entries = read_record(folder)
     k, m = len(header["domains"]), len(header["targets"])
     counts = {e["step"]: np.array(e["counts"], float) for e in entries if "counts" in e}
     measured: dict[int, np.ndarray] = {}
@@ -98,8 +97,8 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
         notes.append(f"{torn} intervals are left out, since the record lacks some of their draws.")
     if not spans:
         raise ValueError(
-            f"{Path(folder) / NAME}: from step {begun} on, losses of the targets were measured at "
-            f"{len(kept)} steps, and it takes two, with all draws between them recorded. "
+            f"{Path(folder) / RECORD}: from step {begun} on, losses of the targets were measured "
+            f"at {len(kept)} steps, and it takes two, with all draws between them recorded. "
             f"{header['method']} may not measure losses: use a run of a method that does, or an "
             "earlier `first_step`."
         )
@@ -108,15 +107,6 @@ def read_trajectory(folder: str | Path, first_step: int | None = None) -> Trajec
     names = tuple(header["domains"]), tuple(header["targets"])
     found = (start, steps, shares, drops, decided, matrices)
     return Trajectory(header["method"], *names, *found, tuple(notes))
-
-
-def _read_record(folder: Path) -> tuple[dict, list[dict]]:
-    """The first line of a run's record, which has the names, and the other lines."""
-    path = folder / NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {NAME}: it is not the folder of a mixture run.")
-    header, *entries = read_json_lines(path)
-    return header, entries
 
 
 def _decisions(entries: list[dict], m: int, k: int) -> tuple[np.ndarray, np.ndarray]:

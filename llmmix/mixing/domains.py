@@ -11,12 +11,12 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from llmmix.data import load_splits
+from llmmix.data import check_sft_dataset, load_splits
 from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
 from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
 from llmmix.mixing.tokens import tokenize_rows
-from llmmix.trainers import check_sft_dataset, default_to_cpu
+from llmmix.trainers import default_to_cpu
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from llmmix.figures import COLOURS, draw_panels, png, pyplot
-from llmmix.mixing.record import read_record
+from llmmix.files import read_record
 
 
 def draw_mixture(folder: str | Path) -> bytes:

@@ -7,7 +7,7 @@
 {"step": s, "final": [...]}                    validation losses at the end
 {"step": s, "spent": {...}}                    last: what measuring cost
 
-llmmix/laws/trajectory.py reads the file by itself, since the laws import nothing of the mixing.
+`llmmix.files.read_record` reads it, for the mixing and for the laws.
 """
 
 import json
@@ -15,9 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.files import plain, read_json_lines
-
-NAME = "mixture.jsonl"
+from llmmix.files import RECORD, plain, read_record
 
 
 class MixtureRecord:
@@ -32,7 +30,7 @@ class MixtureRecord:
     """
 
     def __init__(self, folder: str | Path, writes: bool = True):
-        self._path, self._writes = Path(folder) / NAME, writes
+        self._path, self._writes = Path(folder) / RECORD, writes
         self.lines = 0
 
     def start(self, header: dict) -> None:
@@ -69,19 +67,6 @@ class MixtureRecord:
         if self._writes:
             self._path.write_text("".join(kept))
         self.lines = len(kept)
-
-
-def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
-    """The first line of a run's record, and its other lines.
-
-    Raises:
-        FileNotFoundError: `folder` holds no record.
-    """
-    path = Path(folder) / NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {NAME}: it is not the folder of a mixture run.")
-    header, *entries = read_json_lines(path)
-    return header, entries
 
 
 def drawn_shares(folder: str | Path) -> dict[str, float]:

@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from llmmix.files import read_record
 from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains
 from llmmix.mixing.controllers import Segment
-from llmmix.mixing.record import read_record
 
 SIZES = {"a": 7, "b": 12, "c": 5}  # 24 rows: six steps of four draws an epoch
 WEIGHTS = (0.5, 0.25, 0.25)

@@ -16,8 +16,8 @@ from llmmix import (
     SFTMixTrainer,
     attach_filter,
 )
+from llmmix.files import read_record
 from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains
-from llmmix.mixing.record import read_record
 from tests.mixing.runs import SETTINGS, Phases, counts_of, finish, mixed, sampler_of, tiny_model
 
 # Other trainers

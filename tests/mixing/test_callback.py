@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from llmmix.files import read_record
 from llmmix.mixing import MixtureCallback, MixtureSampler, attach_mixture, label_domains
-from llmmix.mixing.record import drawn_shares, read_record
+from llmmix.mixing.record import drawn_shares
 from tests.mixing.runs import (
     ONE_HOT,
     PHASES,

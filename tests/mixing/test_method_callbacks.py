@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from llmmix.files import read_record
 from llmmix.mixing.attach import attach_mixture
 from llmmix.mixing.doge import DoGECallback, DoGEConfig
 from llmmix.mixing.doremi import DoReMiCallback, DoReMiConfig
 from llmmix.mixing.odm import ODMCallback, ODMConfig
-from llmmix.mixing.record import read_record
 from llmmix.mixing.rows import label_domains
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.skillit import SkillItCallback, SkillItConfig

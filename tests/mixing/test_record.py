@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from llmmix.mixing.record import NAME, MixtureRecord, drawn_shares, read_record
+from llmmix.files import RECORD, read_record
+from llmmix.mixing.record import MixtureRecord, drawn_shares
 
 HEADER = {"domains": ["a", "b"]}
 
@@ -35,6 +36,6 @@ def test_other_processes_count_and_do_not_write(tmp_path):
     record = MixtureRecord(tmp_path, writes=False)
     record.start(HEADER)
     record.write({"step": 1})
-    assert record.lines == 2 and not (tmp_path / NAME).exists()
+    assert record.lines == 2 and not (tmp_path / RECORD).exists()
     with pytest.raises(FileNotFoundError, match="holds no mixture.jsonl"):
         read_record(tmp_path)

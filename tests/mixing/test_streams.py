@@ -5,8 +5,8 @@ import pytest
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from llmmix.files import read_record
 from llmmix.mixing import MixtureSampler, attach_mixture
-from llmmix.mixing.record import read_record
 from llmmix.mixing.streams import STRIDE, StreamedRows
 
 

@@ -8,9 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from llmmix import cli
+from llmmix.files import read_record
 from llmmix.laws.sweep import SweepArguments, choose_mixtures
 from llmmix.mixing.domains import MixtureConfig, load_domains
-from llmmix.mixing.record import drawn_shares, read_record
+from llmmix.mixing.record import drawn_shares
 
 SMALL = (
     "--max_steps 6 --per_device_train_batch_size 4 --validation_rows 4 --logging_steps 2".split()
