@@ -19,11 +19,21 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high: a module imports its own layer and those below
 LAYERS = [
-    {"cli", "fused", "logprobs", "processes", "steps"},
+    {"cli", "finite", "fused", "logprobs", "processes", "resuming", "steps", "windows"},
     {"head"},
     {"builtin", "data", "figures", "files", "models"},
     {"trainers"},
-    {"dco", "filtering", "grading", "laws", "rpo", "sampling", "sftmix", "solve_rates"},
+    {
+        "dco",
+        "filtering",
+        "grading",
+        "laws",
+        "row_weights",
+        "rpo",
+        "sampling",
+        "sftmix",
+        "solve_rates",
+    },
     {"mixing", "unlearning"},
     {"confidence", "flat", "report", "timing"},
     {"eval", "recipes"},
@@ -49,6 +59,7 @@ PRIVATE = {
     "_attn_implementation": PreTrainedConfig,
     "_commit_hash": PreTrainedConfig,
     "_format_action_invocation": argparse.HelpFormatter,
+    "_get_grad_norm": Trainer,
     "_get_help_string": argparse.HelpFormatter,
     "_get_train_sampler": Trainer,
     "_metrics": SFTTrainer,

@@ -44,6 +44,7 @@ from llmmix.unlearning.preparation import (
 )
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
+from llmmix.windows import window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -271,7 +272,7 @@ class FLATTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window["forget"][0]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from llmmix.trainers import ResumedCallback, log_metric
+from llmmix.resuming import ResumedCallback
+from llmmix.trainers import log_metric
 
 logger = logging.getLogger(__name__)
 

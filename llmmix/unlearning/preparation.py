@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from llmmix.finite import end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
 from llmmix.unlearning.guards import check_limit
@@ -158,6 +159,7 @@ def prepare_trainer(
     trainer.eval_dataset = prepared(trainer.eval_dataset, "eval_dataset")
     keep_outputs_in_fp32(trainer.accelerator)
     attach_head(model)
+    end_unless_finite(trainer)
     return prepared
 
 
