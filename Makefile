@@ -1,4 +1,5 @@
 # `make quickstart`, `make test` and `make test-all` need Python 3.11 or later, and install the rest into .venv.
+# `make test-lowest` takes .lowest-venv, `make wheel` .wheel-venv.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ PIP    := $(BIN)/python -m pip
 # CPU build instead: make quickstart TORCH_INDEX=<the CPU index that pytorch.org's selector shows>
 TORCH_INDEX ?=
 
-.PHONY: quickstart test test-all check format bench wheel clean
+.PHONY: quickstart test test-all test-lowest check format bench wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/llmmix run quickstart
@@ -22,6 +23,21 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(PYTEST) --durations 10
+
+# The lowest versions that pyproject.toml declares, together, in a fresh environment; uv can resolve to
+# them. torch stays at the tested version: make test-lowest TORCH=torch==2.8.0 TESTS=tests/fused
+LOWEST := .lowest-venv
+TORCH  ?= $(shell grep '^torch==' constraints.txt)
+TESTS  ?= tests
+
+test-lowest:
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q uv
+	$(LOWEST)/bin/python -m pip install -q --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	$(LOWEST)/bin/uv pip list -q --python $(LOWEST)/bin/python
+	$(LOWEST)/bin/python -m pytest -n logical --dist loadfile -m "not slow" $(TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -59,4 +75,4 @@ wheel: $(VENV)/.installed
 	rm -rf .wheel-venv build
 
 clean:
-	rm -rf $(VENV) .wheel-venv dist build *.egg-info
+	rm -rf $(VENV) $(LOWEST) .wheel-venv dist build *.egg-info

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from llmmix.laws.search import minimize_mixture, sample_mixture
+from llmmix.laws.search import MU, minimize_mixture, sample_mixture
 from llmmix.laws.simplex import project
 
 
@@ -229,8 +229,9 @@ def test_the_order_of_the_domains_decides_nothing(law, k):
     np.testing.assert_array_equal(same.mixture, found.mixture)
 
 
-def test_equal_domains_get_equal_shares():
-    rng = np.random.default_rng(5)
+@pytest.mark.parametrize("seed", range(5, 25))
+def test_equal_domains_get_equal_shares(seed):
+    rng = np.random.default_rng(seed)
     value, slope = effective_data(rng, 3)
     # Domain 3 is a second copy of 2: the law sees the mean of what the two hold
     glued = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1.0]])
@@ -244,7 +245,11 @@ def test_equal_domains_get_equal_shares():
     alone = minimize_mixture(value, slope, np.zeros(3), np.ones(3), rng.dirichlet(np.ones(3), 5))
     assert found.value == pytest.approx(alone.value, abs=1e-12)
     np.testing.assert_allclose(found.mixture @ glued, alone.mixture, atol=1e-7)
-    assert found.mixture[2] == pytest.approx(found.mixture[3], abs=1e-6)
+    # Between the copies the law is flat, and the barrier alone, of curvature mu / share^2, pulls to
+    # the middle: against the rounding of the slope, which differs from one BLAS to another
+    share = found.mixture[2:].mean()
+    rounding = np.finfo(float).eps * np.abs(slope(found.mixture[None] @ glued)).max()
+    assert np.ptp(found.mixture[2:]) <= 8 * rounding * share**2 / MU[-1] + 1e-9
 
 
 def test_local_minima_are_told_apart():
