@@ -11,6 +11,7 @@ from llmmix.models import context_length
 
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what fp32 logits can be divided by
 
+
 @dataclass(frozen=True)
 class Completion:
     """One completion, without its stop token.

@@ -233,9 +233,7 @@ def test_lora_is_sampled_with_its_adapter(loaded):
             torch.nn.init.normal_(parameter)
     moved = texts(adapted, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=0)
     merged = adapted.merge_and_unload()
-    assert (
-        plain != moved == texts(merged, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=0)
-    )
+    assert plain != moved == texts(merged, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=0)
 
 
 def test_finished_rows_leave_and_the_others_go_on(loaded):
