@@ -88,7 +88,7 @@ class PassAtNArguments:
         default_factory=lambda: [1.0],
         metadata={
             "help": "Sampling temperatures, each a run of its own. Default 1.0: the model's own "
-            "distribution."
+            "distribution. 0: the most probable token."
         },
     )
     top_p: float = field(

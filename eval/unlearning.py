@@ -149,7 +149,7 @@ class UnlearningArguments:
         default=64, metadata={"help": "Longest sampled answer, in tokens."}
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature of the answers searched for leaks."}
+        default=1.0, metadata={"help": "Temperature of the answers searched for leaks; 0: greedy."}
     )
     top_p: float = field(
         default=1.0, metadata={"help": "Nucleus mass of the answers searched for leaks."}

@@ -56,7 +56,7 @@ class SolveRates(ResumedCallback):
         min_samples: With fewer completions judged, p^ counts as 0.
         refresh_every: Optimizer steps for which an estimate is taken as it is.
         warmup_steps: Optimizer steps before the first estimate.
-        temperature: Sampling temperature.
+        temperature: Sampling temperature; see `llmmix.sampling.sample`.
         max_new_tokens: Tokens after which a completion is cut.
         token_budget: Tokens whose keys and values `sample` holds at once.
 

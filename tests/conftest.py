@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,6 +58,18 @@ def checkpoint(tmp_path_factory, tokenizer):
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tied_checkpoint(checkpoint, tmp_path_factory):
+    """The checkpoint, with a head that gives two tokens each logit."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("tied") / "checkpoint")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight[1::2] = weight[0::2][: len(weight[1::2])]
+    model.save_pretrained(folder)
     return str(folder)
 
 

@@ -15,11 +15,11 @@ parameters but E are an exponential or softplus of free numbers, so they stay in
 lies between E and E + sum_q A for any mixture.
 
 Fit: maximum a posteriori from one deterministic start, with losses in units of their target's
-standard deviation. The prior says what such curves usually look like, so that a fit to fewer runs
-than parameters still predicts. The noise of the runs decides their weight against the prior; it is
-estimated from the errors at runs left out (to first order, from the leverages), and the fit is
-repeated with it, `ROUNDS` times. Runs that a robust fit leaves far off in most targets, such as one
-that diverged, are set aside first.
+standard deviation; another start may find a slightly higher maximum. The prior says what such
+curves usually look like, so that a fit to fewer runs than parameters still predicts. The noise of
+the runs decides their weight against the prior; it is estimated from the errors at runs left out
+(to first order, from the leverages), and the fit is repeated with it, `ROUNDS` times. Runs that a
+robust fit leaves far off in most targets, such as one that diverged, are set aside first.
 """
 
 import numpy as np

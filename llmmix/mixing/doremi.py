@@ -48,8 +48,8 @@ class DoReMiConfig:
     smoothing: float = field(
         default=1e-3,
         metadata={
-            "help": "Share c of the mixture that is spread evenly at each update (in the release: "
-            "1e-4)."
+            "help": "Share c of the mixture that is spread evenly at each update; the paper's "
+            "(default of its release: 1e-4)."
         },
     )
     interval: int = field(default=1, metadata={"help": "Steps between updates."})

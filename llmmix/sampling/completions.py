@@ -3,7 +3,7 @@
 Every completion has a random stream of its own, drawn by a counter from (seed, prompt, sample): it
 does not depend on what is decoded beside it, on the number of processes, or on what was sampled
 before. Two runs differ only where rounding, which does depend on the batch, tips a draw that falls
-within it of the edge between two tokens: about one token in a million in fp32, more in bf16.
+within it of the edge between two tokens: seldom in fp32, often in bf16.
 
     token = the first whose cumulative probability exceeds u,   u uniform of (seed, prompt, sample)
 """
@@ -41,7 +41,8 @@ def sample(
         tokenizer: The model's tokenizer; it needs no pad token, since nothing is padded.
         prompts: Text, or lists of chat messages.
         num_samples: Completions of each prompt.
-        temperature: Divisor of the logits, positive.
+        temperature: Divisor of the logits; 0 takes the most probable token, the first of equals,
+            so that all samples of a prompt are one answer.
         top_p: Nucleus mass in (0, 1]; 1 samples from the whole distribution.
         max_new_tokens: Tokens after which a completion is cut.
         seed: Seed of the draws, 0 or above.

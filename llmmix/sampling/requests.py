@@ -1,5 +1,6 @@
 """Requests to a sampler and its completions: checked once, read by every backend."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 
 from llmmix.models import context_length
+
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what fp32 logits can be divided by
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class SamplingOptions:
     """How to sample; checked when it is made.
 
     Attributes:
-        temperature: Divisor of the logits, positive.
+        temperature: Divisor of the logits; 0 takes the most probable token, the first of equals.
         top_p: Nucleus mass in (0, 1].
         max_new_tokens: Tokens after which a completion is cut.
         seed: Seed of the draws, 0 or above.
@@ -53,8 +56,11 @@ class SamplingOptions:
     token_budget: int
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                "`temperature` must be 0, for the most probable token, or lie between "
+                f"{LEAST_TEMPERATURE:g} and infinity, got {self.temperature}."
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
         if min(self.num_samples, self.max_new_tokens) < 1:

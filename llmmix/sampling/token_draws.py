@@ -19,6 +19,8 @@ def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
 def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
     """Weights to draw tokens by: exp((logits - max) / temperature), the tail cut by `top_p`.
 
+    At temperature 0 the most probable token has them all, the first of equals.
+
     Args:
         logits: (R, V), of any type.
         options: Sampling options, of which temperature and nucleus mass count.
@@ -27,6 +29,17 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
         (R, V') fp32, not normalized; V padded by zeros to a whole number of blocks.
     """
     logits = logits.float()
+    p = _argmax(logits) if options.temperature == 0 else _softmax(logits, options)
+    return torch.nn.functional.pad(p, (0, -p.size(1) % BLOCK)) if p.size(1) % BLOCK else p
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    peak, token = logits.max(-1, keepdim=True)
+    # 1, and NaN where the highest logit is NaN or infinite, which `draw` refuses
+    return torch.zeros_like(logits).scatter_(1, token, (peak - peak).exp_())
+
+
+def _softmax(logits: Tensor, options: SamplingOptions) -> Tensor:
     p = logits - logits.amax(-1, keepdim=True)
     if options.temperature != 1:
         p /= options.temperature
@@ -37,7 +50,7 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
         above = ordered.cumsum(-1, dtype=torch.float64) - ordered
         limit = options.top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
         p = torch.zeros_like(p).scatter(1, order, ordered.masked_fill(above >= limit, 0))
-    return torch.nn.functional.pad(p, (0, -p.size(1) % BLOCK)) if p.size(1) % BLOCK else p
+    return p
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:

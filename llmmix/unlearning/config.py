@@ -19,13 +19,14 @@ NOT_NEGATIVE = (
 class UnlearnConfig(ForgetConfig):
     """TRL's `SFTConfig` with the fields of the unlearning losses, beside those of `ForgetConfig`.
 
-    A setting that is left at None takes the value that the loss's authors use.
+    A setting that is left at None takes the value of the loss's row in `LOSSES`, which is not its
+    authors' for every loss: docs/methods/unlearning.md says whose each default is.
 
     Args:
         loss: Name of the loss, among `LOSSES`.
         forget_weight: gamma, the weight of the forget term.
         retain_weight: alpha, the weight of the retain term; 0 needs no rows to retain. With pdu,
-            the first value of its multiplier.
+            the first value of its multiplier, which its authors start at 50 to 100.
         retain_loss: `"nll"`, or `"kl"`: the divergence from the reference on retained rows.
         beta: beta of npo, simnpo, dpo, undial and wga; beta1 of satimp.
         beta2: beta2 of satimp.
@@ -51,27 +52,27 @@ class UnlearnConfig(ForgetConfig):
     )
     forget_weight: float | None = field(
         default=None,
-        metadata={"help": "gamma, the weight of the forget term; by default the authors' value."},
+        metadata={"help": "gamma, the weight of the forget term; each loss has its own default."},
     )
     retain_weight: float | None = field(
         default=None,
         metadata={
-            "help": "alpha, the weight of the retain term; by default the authors' value. 0 needs "
-            "no rows to retain."
+            "help": "alpha, the weight of the retain term; each loss has its own default. 0 needs "
+            "no rows to retain. With pdu, the first value of its multiplier."
         },
     )
     retain_loss: str | None = field(
         default=None,
         metadata={
             "help": "Retain term: 'nll', or 'kl', the divergence from the reference on retained "
-            "rows; by default the authors' choice."
+            "rows. Default: kl with the loss kl, nll with all others."
         },
     )
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "beta of npo, simnpo, dpo, undial and wga, and beta1 of satimp; by default the "
-            "authors' value."
+            "help": "beta of npo, simnpo, dpo, undial and wga, and beta1 of satimp; each has its "
+            "own default."
         },
     )
     beta2: float = field(default=1.0, metadata={"help": "beta2 of satimp."})

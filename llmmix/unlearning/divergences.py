@@ -11,8 +11,9 @@ r"""f-divergences of two probabilities, as FLAT minimizes them.
     squared_hellinger  exp(-a) + exp(c) - 2                      exp(c)
     neyman             exp(-a) + 1 - 2 exp(-c / 2)               exp(-c / 2): falls with c
 
-FLAT's released code has a wrong sign in reverse_kl, squared_hellinger and neyman, and truncates
-jeffrey at the third power; the forms here are those of the textbook.
+FLAT's released code has a wrong sign in three: its reverse_kl and squared_hellinger lower a and
+raise c, and its neyman lowers both. It truncates jeffrey at the third power. The forms here are
+those of the textbook.
 """
 
 import math

@@ -106,7 +106,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Loss:
-    """A row of the table of losses: what a loss reads, needs and takes, and its authors' settings.
+    """A row of the table of losses: what a loss reads, needs and takes, and its default settings.
 
     Attributes:
         forget: (step, **settings) -> its values on a micro-batch, and the weight of each.

@@ -111,6 +111,15 @@ def test_program_compares_models_and_writes_everything(checkpoint, tmp_path, cap
     assert "pass@4" in out and "maj@4" in out and "minus that of" in out
 
 
+def test_temperature_zero_gives_one_answer_a_problem(tied_checkpoint, tmp_path):
+    args = {"output_dir": str(tmp_path), **SMALL, "temperature": [0.0]}
+    main(PassAtNArguments([tied_checkpoint], **args))
+    (file,) = tmp_path.glob("*/samples.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(samples) == 12
+    assert len({(line["problem"], line["completion"]) for line in samples}) == 3
+
+
 def test_another_verifier_judges_again_and_samples_nothing(checkpoint, tmp_path, monkeypatch):
     args = {"output_dir": str(tmp_path), **SMALL}
     (first,) = main(PassAtNArguments([checkpoint], **args)).values()

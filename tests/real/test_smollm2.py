@@ -130,11 +130,11 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(smollm2):
 
 
 @pytest.mark.slow
-def test_sampling_is_generate_in_the_greedy_limit_and_alone_or_together_the_same(smollm2):
+def test_sampling_is_generate_at_temperature_zero_and_alone_or_together_the_same(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [user("What is the capital of France?"), "Once upon a time", user("Count to five.")]
-    greedy = list(sample(model, tokenizer, prompts, 2, max_new_tokens=10, temperature=1e-4))
+    greedy = list(sample(model, tokenizer, prompts, 2, max_new_tokens=10, temperature=0))
     for completion in greedy:
         ids = torch.tensor([encode(tokenizer, prompts[completion.prompt])])
         out = model.generate(ids, max_new_tokens=10, do_sample=False)

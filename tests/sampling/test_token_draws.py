@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmmix.sampling.token_draws import BLOCK, draw, uniforms
+from llmmix.sampling.requests import SamplingOptions
+from llmmix.sampling.token_draws import BLOCK, draw, probabilities, uniforms
 
 
 def test_streams_are_apart_and_uniform():
@@ -25,3 +26,17 @@ def test_inverse_of_the_cumulative_distribution(vocabulary):
     tokens = draw(p, u)
     assert torch.equal(tokens[2:], expected[2:])
     assert (p.gather(1, tokens[:, None]) > 0).all()  # never what has no probability
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_temperature_zero_takes_the_first_of_equals_whatever_is_drawn(top_p):
+    logits = torch.zeros(4, 1000)
+    logits[0, [3, 700]] = 1.0
+    logits[1, [255, 256, 999]] = 80.0
+    logits[2] = -float("inf")
+    logits[2, 999] = -500.0
+    u = torch.tensor([0, 0.3, 0.7, 1 - 2**-53], dtype=torch.float64)
+    greedy = SamplingOptions(0, top_p, 1, 0, 1, 1)
+    for order in (u, u.flip(0)):
+        assert draw(probabilities(logits, greedy), order).tolist() == [3, 255, 999, 0]
+        assert draw(probabilities(logits.bfloat16(), greedy), order).tolist() == [3, 255, 999, 0]

@@ -2,11 +2,13 @@
 
 import ast
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from llmmix.unlearning.config import UnlearnConfig
 from llmmix.unlearning.flat import sequence_probs
 from llmmix.unlearning.loss_table import LOSSES
 from llmmix.unlearning.losses import nll_loss
@@ -184,3 +186,36 @@ def test_no_name_of_a_loss_is_compared_outside_the_table():
             if isinstance(node, ast.Compare):
                 said = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
                 assert not said & names, f"{path.name}:{node.lineno} {said & names}"
+
+
+def rows_of_the_page(header: str) -> list[list[str]]:
+    """The cells of the rows below a header of a table in docs/methods/unlearning.md."""
+    page = Path(__file__).parents[2] / "docs" / "methods" / "unlearning.md"
+    _, below = page.read_text(encoding="utf-8").split(header + "\n", 1)
+    lines = below.split("\n\n", 1)[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_states_the_tables_defaults():
+    weights = rows_of_the_page("| `loss` | forget term | needs | weights (forget, retain); beta |")
+    stated = {}
+    for name, _, _, cell in weights:
+        numbers = [float(x) for x in re.findall(r"[0-9.]+", cell)]
+        stated[name.strip("`")] = (*numbers, None)[:3]
+    assert stated == {
+        name: (loss.forget_weight, loss.retain_weight, loss.beta) for name, loss in LOSSES.items()
+    }
+    options = {
+        name: default for name, default, _ in rows_of_the_page("| option | default | meaning |")
+    }
+    given = ("delta", "beta2", "skip_tokens", "steering", "dual_step", "dual_warmup_epochs")
+    defaults = {name: getattr(UnlearnConfig, name) for name in given}
+    assert {name: float(options[f"`{name}`"]) for name in given} == defaults
+
+
+def test_the_page_says_whose_each_default_is():
+    """No loss is missing, and none has nothing said of it."""
+    whose = rows_of_the_page("| `loss` | authors' | OpenUnlearning's | ours |")
+    named = [name for cell, *_ in whose for name in re.findall("`(.*?)`", cell)]
+    assert sorted(named) == sorted(LOSSES)
+    assert all(any(cells) for _, *cells in whose)

@@ -104,5 +104,7 @@ def evaluate_checkpoint(
         )
     if plan.open_unlearning:
         logs = None if retained is None else retained.get("open_unlearning")
-        document["open_unlearning"] = open_unlearning_document(items, logs, plan.measuring.min_k)
+        document["open_unlearning"] = open_unlearning_document(
+            items, subject.tokenizer, logs, plan.measuring.min_k
+        )
     return header | document

@@ -1,8 +1,12 @@
 """Numbers and files in the form of the framework OpenUnlearning, by its own definitions.
 
 Use them only to compare with results published in its form. They count an answer without a match as
-memorized by a share of 1/n, drop the last token of an answer whatever it is, and add 1e-10 to
-divisors. The modules beside this one have the corrected forms.
+memorized by a share of 1/n, drop the last token of an answer whatever it is, add 1e-10 to divisors,
+and pack, for zlib, the text that the scored tokens decode to, with the blank after a prompt of
+text. The modules beside this one have the corrected forms.
+
+The tokens that are scored are those of the other modules. docs/guides/unlearning_evaluation.md says
+where that framework scores others.
 
     TOFU_EVAL.json      {metric: {"agg_value": x, "value_by_index": {"0": {...}}}}
     TOFU_SUMMARY.json   {metric: x}
@@ -10,18 +14,20 @@ divisors. The modules beside this one have the corrected forms.
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy.stats import hmean, ks_2samp
+from transformers import PreTrainedTokenizerBase
 
 from llmmix.files import plain
 from llmmix.unlearning.evaluation.items import Item
-from llmmix.unlearning.evaluation.membership import membership_auc, min_k, min_k_plus_plus
+from llmmix.unlearning.evaluation.membership import membership_auc
 from llmmix.unlearning.evaluation.scores import AnswerScore
-from llmmix.unlearning.evaluation.texts import ROUGE_SCORES
+from llmmix.unlearning.evaluation.texts import rouge
 
 EPSILON = 1e-10
 PREFIXES = {"real_authors": "ra", "world_facts": "wf"}  # of the sets that the framework knows
@@ -69,8 +75,31 @@ def open_unlearning_option_probability(nll: float, wrong_nlls: Sequence[float]) 
     return float(right / (right + wrong + EPSILON))
 
 
+def open_unlearning_min_k(score: AnswerScore, k: float) -> float:
+    """Minus the mean of the least log-probabilities, int(k n) of them or one, the last left out."""
+    return _least(score.token_logps[:-1], k)
+
+
+def open_unlearning_min_k_plus_plus(score: AnswerScore, k: float) -> float | None:
+    """The same of log-probabilities standardized over the vocabulary; None without moments."""
+    if score.means is None or score.variances is None:
+        return None
+    deviation = np.sqrt(np.maximum(score.variances, 1e-6))
+    return _least(((score.token_logps - score.means) / deviation)[:-1], k)
+
+
+def open_unlearning_zlib(score: AnswerScore, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Mean NLL per byte that zlib packs the text of the scored tokens into, blanks included."""
+    # Declared as a list too, which only a batch gives
+    text = cast(str, tokenizer.decode(score.labels.tolist(), skip_special_tokens=True))
+    if tokenizer.clean_up_tokenization_spaces:  # transformers no longer does it for BPE
+        text = tokenizer.clean_up_tokenization(text)
+    return score.nll / len(zlib.compress(text.encode()))
+
+
 def open_unlearning_document(
     items: Mapping[str, Sequence[Item]],
+    tokenizer: PreTrainedTokenizerBase,
     retain_logs: Mapping[str, Any] | None = None,
     k: float = 0.4,
 ) -> dict[str, dict]:
@@ -78,20 +107,21 @@ def open_unlearning_document(
 
     Args:
         items: Items of each set, as `llmmix.unlearning.evaluation.passes` fills them in.
+        tokenizer: The model's tokenizer.
         retain_logs: The same document of the retain model.
         k: Share of tokens of the Min-K attacks.
     """
     document: dict[str, dict] = {}
     for role, given in items.items():
         if role != "holdout":
-            document |= _set_document(PREFIXES.get(role, role), role, given)
+            document |= _set_document(PREFIXES.get(role, role), role, given, tokenizer)
     forget = [item.score for item in items["forget"]]
     exact = [None if s is None else open_unlearning_exact_memorization(s) for s in forget]
     strength = [None if s is None else open_unlearning_extraction_strength(s) for s in forget]
     document["exact_memorization"] = _entry(exact)
     document["extraction_strength"] = _entry(strength)
     if "holdout" in items:
-        document |= _attacks(items, k)
+        document |= _attacks(items, tokenizer, k)
         reference = (retain_logs or {}).get("mia_min_k", {}).get("agg_value")
         auc = document["mia_min_k"]["agg_value"]
         if auc is not None:
@@ -137,19 +167,23 @@ def _probabilities(nlls: Sequence[float | list[float] | None]) -> dict[str, Any]
     return {"agg_value": float(np.mean(values)) if values else None, "value_by_index": by_index}
 
 
-def _set_document(prefix: str, role: str, items: Sequence[Item]) -> dict[str, dict]:
+def _set_document(
+    prefix: str, role: str, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict]:
     document = {f"{prefix}_Q_A_Prob": _probabilities([item.nll for item in items])}
     if said := [item for item in items if item.generation is not None]:
-        by_index = {str(item.row): _answer(item) for item in said}
+        by_index = {str(item.row): _answer(item, tokenizer) for item in said}
         value = float(np.mean([given["rougeL_recall"] for given in by_index.values()]))
         document[f"{prefix}_Q_A_ROUGE"] = {"agg_value": value, "value_by_index": by_index}
     return document | _truth_document(prefix, role, items)
 
 
-def _answer(item: Item) -> dict[str, Any]:
-    scores = {name: getattr(item, name) or 0.0 for name in ROUGE_SCORES}
-    said = {"input": item.question, "ground_truth": item.answer, "generation": item.generation}
-    return scores | said
+def _answer(item: Item, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """ROUGE of Latin words, whatever words the other metrics take, without blanks before stops."""
+    answer = tokenizer.clean_up_tokenization(item.answer.strip())
+    said = tokenizer.clean_up_tokenization(item.generation or "")
+    texts = {"input": item.question, "ground_truth": answer, "generation": said}
+    return rouge(said, answer) | texts
 
 
 def _truth_document(prefix: str, role: str, items: Sequence[Item]) -> dict[str, dict]:
@@ -187,16 +221,21 @@ def _truth_document(prefix: str, role: str, items: Sequence[Item]) -> dict[str, 
     return document
 
 
-def _attacks(items: Mapping[str, Sequence[Item]], k: float) -> dict[str, dict]:
-    attacks: dict[str, Callable[[Item], float | None]] = {
-        "mia_loss": lambda item: item.nll,
-        "mia_zlib": lambda item: item.zlib,
-        "mia_min_k": lambda item: _least(item.score, k),
-        "mia_min_k_plus_plus": lambda item: _least_standardized(item.score, k),
+def _attacks(
+    items: Mapping[str, Sequence[Item]], tokenizer: PreTrainedTokenizerBase, k: float
+) -> dict[str, dict]:
+    attacks: dict[str, Callable[[AnswerScore], float | None]] = {
+        "mia_loss": lambda score: score.nll,
+        "mia_zlib": lambda score: open_unlearning_zlib(score, tokenizer),
+        "mia_min_k": lambda score: open_unlearning_min_k(score, k),
+        "mia_min_k_plus_plus": lambda score: open_unlearning_min_k_plus_plus(score, k),
     }
     document = {}
     for name, attack in attacks.items():
-        sides = {role: _entry(list(map(attack, items[role]))) for role in ("forget", "holdout")}
+        sides = {
+            role: _entry([i.score if i.score is None else attack(i.score) for i in items[role]])
+            for role in ("forget", "holdout")
+        }
         known = [
             [v["score"] for v in side["value_by_index"].values() if v["score"] is not None]
             for side in sides.values()
@@ -206,15 +245,10 @@ def _attacks(items: Mapping[str, Sequence[Item]], k: float) -> dict[str, dict]:
     return document
 
 
-def _least(score: AnswerScore | None, k: float) -> float | None:
-    return None if score is None else min_k(score.token_logps[:-1], k) or 0.0
-
-
-def _least_standardized(score: AnswerScore | None, k: float) -> float | None:
-    if score is None or score.means is None or score.variances is None:
-        return None
-    logps, means, variances = score.token_logps[:-1], score.means[:-1], score.variances[:-1]
-    return min_k_plus_plus(logps, means, variances, k) or 0.0
+def _least(values: np.ndarray, k: float) -> float:
+    """Minus the mean of the share k of lowest values; 0.29 of 100 are 28, as 28.99... is cut."""
+    kept = np.sort(values)[: max(1, int(len(values) * k))]
+    return -float(kept.mean()) if len(kept) else 0.0
 
 
 def _quality(document: Mapping, retain_logs: Mapping | None) -> float | None:

@@ -31,7 +31,7 @@ class LeakOptions:
         scorer: Name of a `LeakScorer`.
         tokenize: Splits text into words for the scorer `rouge`; see `texts.rouge`.
         max_new_tokens: Tokens after which a sample is cut.
-        temperature: Sampling temperature.
+        temperature: Sampling temperature; see `llmmix.sampling.sample`.
         top_p: Nucleus mass: the most probable tokens that share it are drawn from.
         seed: Seed of the samples.
         token_budget: Tokens held at once.

@@ -21,7 +21,7 @@ from llmmix.processes import main_process_says
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET
 from llmmix.unlearning.evaluation.texts import Tokenize
 
-METRIC_VERSION = 1  # raise it when a measurement or the definition of a metric changes
+METRIC_VERSION = 2  # raise it when a measurement or the definition of a metric changes
 
 
 class Keep(Protocol):

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Tokenize = Callable[[str], list[str]]
 
-# A gap of one fp32 step between two logits, divided by it, is far more than the largest exponent
-GREEDY_TEMPERATURE = 1e-12
 ROUGE_SCORES = ("rouge1_recall", "rougeL_f1", "rougeL_recall")
 
 
@@ -38,7 +36,7 @@ def generate_greedily(
     token_budget: int = TOKEN_BUDGET,
     shared: bool = False,
 ) -> list[str | None]:
-    """The most probable token at every step, for each prompt.
+    """The most probable token at every step, the first of equals, for each prompt.
 
     Args:
         model: A causal language model of transformers, or a `vllm.LLM`.
@@ -67,7 +65,7 @@ def generate_greedily(
             tokenizer,
             [prompts[row] for row in rows],
             1,
-            temperature=GREEDY_TEMPERATURE,
+            temperature=0,
             max_new_tokens=max_new_tokens,
             token_budget=token_budget,
             numbers=rows,

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmmix.unlearning.evaluation.scores import score_answers
 from llmmix.unlearning.evaluation.texts import (
@@ -32,6 +33,11 @@ def test_greedy_answers_are_those_of_generate(model, tokenizer, rows):
         model, tokenizer, prompts[:1], max_new_tokens=8, stop=[whole[3:5], "\x00\x00"]
     )
     assert cut == whole[: whole.find(whole[3:5])].strip() and len(cut) < len(whole)
+
+
+def test_greedy_answers_to_equal_prompts_are_equal(tied_checkpoint, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+    assert len(set(generate_greedily(model, tokenizer, ["1+1="] * 8, max_new_tokens=20))) == 1
 
 
 def test_rouge_vectors():
