@@ -11,6 +11,7 @@ from joblib import parallel_config
 from llmmix.eval.mixture_laws import LAWS, MixtureLawsArguments, main
 
 from llmmix import cli, laws
+from llmmix.files import CLAIM
 
 QUICK = ["linear", "effective"]
 
@@ -66,7 +67,7 @@ def test_from_tables_to_a_proposal(run, tmp_path, capsys):
     assert proposal["best_observed"] > proposal["objective"] - 0.05
     files = {path.name for path in (tmp_path / "out").iterdir()}
     figures = {"predicted.png", "effects.png", "proposal.png"}
-    assert files == figures | {"mixture_laws.json", "proposal.csv"}
+    assert files == figures | {"mixture_laws.json", "proposal.csv", CLAIM}
     kept = json.loads((tmp_path / "out/mixture_laws.json").read_text())
     assert kept["proposal"]["mixture"] == proposal["mixture"]
     assert kept["judged"]["mean"]["objective_spearman"]["estimate"] is None
