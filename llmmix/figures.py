@@ -80,9 +80,10 @@ def label(name: object) -> str:
 def _has_glyph(character: str) -> bool:
     from matplotlib import rcParams
 
-    return character.isascii() or any(
-        font.get_char_index(ord(character)) for font in _fonts(tuple(rcParams["font.family"]))
-    )
+    if not character.isprintable():
+        return False
+    fonts = _fonts(tuple(rcParams["font.family"]))
+    return any(font.get_char_index(ord(character)) for font in fonts)
 
 
 @lru_cache(maxsize=8)
