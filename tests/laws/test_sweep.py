@@ -1,4 +1,4 @@
-"""The tables of a sweep: lines count if they are whole; a kill leaves the old table or the new one."""
+"""The tables of a sweep: whole lines count, and a kill leaves the old table or the new one."""
 
 import csv
 
