@@ -148,8 +148,8 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
     runs = _runs(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.backend == "vllm":
         raise ValueError("`backend` 'vllm' uses all GPUs from one process: no `--num_processes`.")
-    claim(args.output_dir)
     state = evaluation_state()
+    claim(args.output_dir)
     logging.disable_progress_bar()
     rows = _load_rows(args)
     results = {}

@@ -207,8 +207,8 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
 
     _check(args)
     runs = named_checkpoints(args.model_name_or_path, args.adapter)
-    claim(args.output_dir)
     state = evaluation_state()
+    claim(args.output_dir)
     logging.disable_progress_bar()
     if args.retain_model and "retain_model" in [run.name for run in runs]:
         raise ValueError("A run cannot be called `retain_model`, which is the baseline's folder.")

@@ -63,7 +63,7 @@ def budget(folder):
 
 
 def transfer(folder):
-    of_laws.draw_transfer(MIXTURES[0], MIXTURES[1], "$\\frac$ $b")
+    of_laws.draw_transfer(MIXTURES[0], MIXTURES[1], "$\\frac$ $b", 0.5)
 
 
 def record(folder):

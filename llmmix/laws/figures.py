@@ -142,13 +142,16 @@ def draw_budget(curves: dict[str, list[dict]]) -> bytes:
 
 
 @drawing()
-def draw_transfer(predicted: np.ndarray, observed: np.ndarray, title: str) -> bytes:
+def draw_transfer(
+    predicted: np.ndarray, observed: np.ndarray, name: str, correlation: float
+) -> bytes:
     """A PNG of the objective of other models' runs against the calibrated law.
 
     Args:
         predicted: (n,) objective by the calibrated law.
         observed: (n,) objective of the runs.
-        title: Title of the figure.
+        name: Name of the runs.
+        correlation: Rank correlation of the two.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")
@@ -157,5 +160,5 @@ def draw_transfer(predicted: np.ndarray, observed: np.ndarray, title: str) -> by
     axis.plot(predicted, observed, "o", markersize=4, color=COLOURS[0], alpha=0.7)
     axis.set_xlabel("predicted, with a fitted offset and slope a target (nats)")
     axis.set_ylabel("observed (nats)")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(f"{label(name)}: rank correlation {correlation:.3f}", fontsize=9)
     return png(figure)

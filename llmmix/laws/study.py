@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmmix.figures import label, never_fatal
+from llmmix.figures import never_fatal
 from llmmix.files import write_whole
 from llmmix.laws.budget import learning_curve, runs_needed
 from llmmix.laws.design import next_mixtures
@@ -190,8 +190,8 @@ class Study:
         fitted, predicted, observed = calibrated_objective(
             self.law, mine, mixtures, losses, self.objective
         )
-        title = f"{label(Path(metrics).stem)}: rank correlation {mine.objective.spearman:.3f}"
-        self._draw(f"transfer_{number}.png", draw_transfer, predicted, observed, title)
+        named = Path(metrics).stem, mine.objective.spearman
+        self._draw(f"transfer_{number}.png", draw_transfer, predicted, observed, *named)
         calibration = {"intercept": fitted.intercept_, "slope": fitted.slope_}
         return {"metrics": metrics, "laws": found, "calibration": calibration}
 
