@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmmix.files import plain
+from llmmix.files import claim, plain, write_whole
 
 if TYPE_CHECKING:
     from llmmix.laws import Law
@@ -127,8 +127,7 @@ class MixtureLawsArguments:
 def main(args: MixtureLawsArguments) -> dict:
     """Judge, propose and assess as asked; print tables, write files, return the document."""
     _check(args)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim(args.output_dir)
     document: dict = {"arguments": asdict(args)}
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -138,7 +137,7 @@ def main(args: MixtureLawsArguments) -> dict:
         if args.run:
             document["fidelity"] = _assess(args.run)
     document = plain(document)
-    (folder / "mixture_laws.json").write_text(json.dumps(document, indent=1))
+    write_whole(folder / "mixture_laws.json", json.dumps(document, indent=1))
     print(f"Results: {folder}")
     return document
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmmix.files import claim, write_whole
 from llmmix.grading.estimators import pass_at_n
 from llmmix.grading.evaluation import evaluate, judge_again
 from llmmix.grading.ground_truth import reference_loss
@@ -139,7 +140,8 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
 
     Raises:
         ValueError: An argument names a split, column or backend that does not exist, two runs would
-            share a folder, or vLLM is asked for on several processes.
+            share a folder, another run has claimed `output_dir`, or vLLM is asked for on several
+            processes.
     """
     from transformers.utils import logging
 
@@ -147,6 +149,7 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.backend == "vllm":
         raise ValueError("`backend` 'vllm' uses all GPUs from one process: no `--num_processes`.")
     state = evaluation_state()
+    claim(args.output_dir)
     logging.disable_progress_bar()
     rows = _load_rows(args)
     results = {}
@@ -157,7 +160,7 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
             result = _evaluate_one(run, rows, verifier, args, state)
             if state.is_main_process:
                 folder = Path(args.output_dir) / run.name
-                (folder / "pass_at_n.json").write_text(json.dumps(result, indent=1))
+                write_whole(folder / "pass_at_n.json", json.dumps(result, indent=1))
                 results[run.name] = result
     state.destroy_process_group()
     if state.is_main_process:
@@ -298,18 +301,18 @@ def _vllm(run: _Run, args: PassAtNArguments) -> Any:
 
 def _conclude(args: PassAtNArguments, results: dict[str, dict[str, Any]], problems: int) -> None:
     """Compare the runs, print the tables, write summary and report."""
-    from llmmix.report import write_report
+    from llmmix.report import print_report
 
     differences = compare(results)
     summary = {"runs": results, "differences": differences}
-    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
+    write_whole(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=1))
     print_tables(results, differences)
     temperatures = ", ".join(f"{t:g}" for t in args.temperature)
     note = (
         f"{problems} problems of {args.dataset_name}, {args.num_samples} samples each at "
         f"temperature {temperatures}, seed {args.seed}, judged by {args.verifier}."
     )
-    print(f"Report: {write_report(args.output_dir, note=note, runs=results)}")
+    print_report(args.output_dir, note=note, runs=results)
 
 
 if __name__ == "__main__":

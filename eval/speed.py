@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmmix.files import claim, write_whole
 from llmmix.timing import Case, machine, measure, measure_apart, quiet
 from llmmix.timing.draws import draw_cases
 from llmmix.timing.head import head_cases
@@ -111,13 +112,12 @@ def main(args: SpeedArguments) -> dict:
         "machine": machine(device),
         "rows": rows,
     }
-    out = Path(args.output_dir) / "speed.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = claim(args.output_dir) / "speed.json"
     for kind in args.kinds:
         for group in cases(kind, args, device):
             print(f"{group[0].row} ...", flush=True)
             rows.append(_measure(kind, group, args, device))
-            out.write_text(json.dumps(result, indent=1))
+            write_whole(out, json.dumps(result, indent=1))
     _print_table(result)
     print(f"Written: {out}")
     return result
@@ -202,6 +202,7 @@ def _resolve(args: SpeedArguments) -> tuple[SpeedArguments, str]:
 
 def _print_table(result: dict) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     machine, settings = result["machine"], result["settings"]
@@ -215,11 +216,11 @@ def _print_table(result: dict) -> None:
         table.add_column(name, justify="right" if name else "left")
     for row in result["rows"]:
         table.add_section()
-        table.add_row(f"[bold]{row['row']}")
+        table.add_row(f"[bold]{escape(row['row'])}")
         for name, figures in row["contenders"].items():
             ratios = (figures.get("time_ratio"), figures.get("memory_ratio"))
             table.add_row(
-                f"  {name}",
+                f"  {escape(name)}",
                 f"{figures['seconds']:.3f}",
                 "" if figures["peak_mib"] is None else f"{figures['peak_mib']:.0f}",
                 *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),

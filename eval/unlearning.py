@@ -197,6 +197,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     """Evaluate each model; print the table and write what the module's docstring lists."""
     from transformers.utils import logging
 
+    from llmmix.files import claim
     from llmmix.models import Loader, named_checkpoints
     from llmmix.processes import evaluation_state
     from llmmix.unlearning.evaluation.checkpoint import evaluate_checkpoint
@@ -207,6 +208,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     _check(args)
     runs = named_checkpoints(args.model_name_or_path, args.adapter)
     state = evaluation_state()
+    claim(args.output_dir)
     logging.disable_progress_bar()
     if args.retain_model and "retain_model" in [run.name for run in runs]:
         raise ValueError("A run cannot be called `retain_model`, which is the baseline's folder.")

@@ -109,7 +109,9 @@ def copy_recipe(args: argparse.Namespace) -> int:
         text = file.read_text()
         if file.suffix == ".yaml":  # a run of the copy must not write over a run of the recipe
             text = text.replace(f"runs/{source.stem}\n", f"runs/{script.stem}\n")
-        target.write_text(text)
+        partial = target.with_name(f".{target.name}.partial")
+        partial.write_text(text)
+        partial.replace(target)  # whole, or not there
         print(f"wrote {target}")
     print(f"run it with: llmmix run {script}")
     return 0

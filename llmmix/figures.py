@@ -1,32 +1,102 @@
-"""Figures in one style: matplotlib without a screen, curves side by side, scatter plots."""
+"""Figures in one style: matplotlib without a screen, curves side by side, scatter plots.
 
+Names come from users. `drawing` reads no mathematics in them, `label` makes them fit to be shown,
+and `never_fatal` keeps what was computed from ending with a figure that cannot be drawn.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmmix.files import write_whole
+
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+LONGEST = 40  # characters of a name that a figure shows
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "text.parse_math": False,  # a `$` in a name is a dollar sign
+}
 COLOURS = ["#4269d0", "#ef8636", "#3ca951", "#a463f2", "#ff725c", "#6cc5b0", "#97bbf5", "#9c6b4e"]
 
 
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Our style, within the block or, as a decorator, the function; other figures keep theirs."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
 def pyplot() -> Any:
-    """The module `matplotlib.pyplot`, without a screen and in our style."""
+    """The module `matplotlib.pyplot`, without a screen."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-        }
-    )
     return plt
+
+
+@contextmanager
+def never_fatal(what: str) -> Iterator[None]:
+    """Tell an error of the block in one line and go on: what the block shows is done and saved.
+
+    Args:
+        what: What there will not be.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        print(f"No {what}, since it failed: {type(error).__name__}: {reason[:200]}", flush=True)
+
+
+def label(name: object) -> str:
+    """A name as a figure can show it: one line of at most 40 characters, none of them unknown.
+
+    The middle of a longer name is left out. Characters that the font lacks are shown as Python
+    escapes them, which tells names in a script that it lacks from each other.
+    """
+    text = " ".join(str(name).split())
+    text = "".join(c if _has_glyph(c) else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[: half - 1]}…{text[-half:]}"
+    # Matplotlib leaves what begins with an underscore out of legends
+    return f" {text}" if text.startswith("_") else text or "(no name)"
+
+
+def _has_glyph(character: str) -> bool:
+    from matplotlib import rcParams
+
+    if not character.isprintable():
+        return False
+    fonts = _fonts(tuple(rcParams["font.family"]))
+    return any(font.get_char_index(ord(character)) for font in fonts)
+
+
+@lru_cache(maxsize=8)
+def _fonts(families: tuple[str, ...]) -> list[Any]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return [get_font(findfont(FontProperties(family=[family]))) for family in families]
+
+
+def plain_log_ticks(axis: "Axis", low: float, high: float) -> None:
+    """Label the ticks of a log axis from `low` to `high` by plain numbers, no powers of ten."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 10 * low else "")
 
 
 def png(figure: "Figure") -> bytes:
@@ -39,6 +109,7 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
+@drawing()
 def draw_panels(
     path: str | Path, x: list[float], panels: dict[str, dict[str, "np.ndarray"]], xlabel: str
 ) -> Path:
@@ -59,18 +130,19 @@ def draw_panels(
     )
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
-            axis.plot(x, values.mean(0), marker="o", markersize=4, color=colour, label=name)
+            axis.plot(x, values.mean(0), marker="o", markersize=4, color=colour, label=label(name))
             axis.fill_between(
                 x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0
             )
-        axis.set_title(title)
+        axis.set_title(label(title))
         axis.set_xlabel(xlabel)
         axis.set_ylim(bottom=0)
     axes.flat[0].legend(frameon=False)
-    Path(path).write_bytes(png(figure))
+    write_whole(path, png(figure))
     return Path(path)
 
 
+@drawing()
 def draw_scatter(
     path: str | Path,
     points: dict[str, tuple["np.ndarray", "np.ndarray"]],
@@ -106,18 +178,18 @@ def draw_scatter(
             spread = [[[max(0.0, low)], [max(0.0, high)]] for low, high in ends]
             style = {"marker": marker, "color": colour, "elinewidth": 0.8, "linestyle": "none"}
             style["markerfacecolor"] = "white" if name == names[0] != names[-1] else colour
-            style["label"] = family if name == names[-1] else None
+            style["label"] = label(family) if name == names[-1] else None
             axis.errorbar(x.mean(), y.mean(), spread[1], spread[0], **style)
     grid = max(families.values(), key=len)
     first, last = (name.rpartition(" ")[2] for name in (grid[0], grid[-1]))
-    title = f"hollow: {first}, filled: {last}" if len(grid) > 1 else None
+    title = f"hollow: {label(first)}, filled: {label(last)}" if len(grid) > 1 else None
     figure.legend(
         loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8
     )
     for name, place in (marks or {}).items():
         axis.plot(*place, marker="*", markersize=15, color="black", linestyle="none")
-        axis.annotate(name, place, xytext=(8, 5), textcoords="offset points", fontsize=9)
+        axis.annotate(label(name), place, xytext=(8, 5), textcoords="offset points", fontsize=9)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
-    Path(path).write_bytes(png(figure))
+    write_whole(path, png(figure))
     return Path(path)

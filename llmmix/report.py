@@ -4,17 +4,18 @@ Reads what a run leaves behind: `trainer_state.json` of the folder, or of each o
 when it holds several runs to compare, the JSON documents of evaluations (`pass_at_n.json`), and the
 `mixture.jsonl` of a run on several domains.
 
-Writes `report.html`, with every picture inside it, and the same pictures as PNG in `figures/`.
+Writes `report.html`, with every picture inside it, and the same pictures as PNG in `figures/`. A
+picture that cannot be drawn is told in one line, and left out.
 """
 
 import base64
 import html
-import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
-from llmmix.figures import COLOURS, png, pyplot
-from llmmix.files import RECORD
+from llmmix.figures import COLOURS, drawing, label, never_fatal, plain_log_ticks, png, pyplot
+from llmmix.files import RECORD, read_json, write_whole
 from llmmix.mixing.figure import draw_mixture
 
 # Not curves: bookkeeping, and totals that the Trainer logs once at the end
@@ -48,7 +49,7 @@ def write_report(
         The path of the page.
 
     Raises:
-        FileNotFoundError: The folder holds neither a trainer state nor an evaluation.
+        FileNotFoundError: The folder holds neither a trainer state nor an evaluation that is whole.
     """
     folder = Path(folder)
     histories, evaluations = read_runs(folder)
@@ -61,21 +62,35 @@ def write_report(
         )
     names = list(dict.fromkeys([*histories, *evaluations]))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    figures = {}
+    wanted: dict[str, Callable[[], bytes]] = {}
     if evaluations:
-        figures["pass_at_n"] = _pass_at_n_figure(evaluations, colours)
+        wanted["pass_at_n"] = lambda: _pass_at_n_figure(evaluations, colours)
         if _by_temperature(evaluations):
-            figures["temperature"] = _temperature_figure(evaluations)
+            wanted["temperature"] = lambda: _temperature_figure(evaluations)
     if histories:
-        figures["training"] = _training_figure(histories, colours)
+        wanted["training"] = lambda: _training_figure(histories, colours)
     if (folder / RECORD).exists():
-        figures["mixture"] = draw_mixture(folder)
+        wanted["mixture"] = lambda: draw_mixture(folder)
     (folder / "figures").mkdir(exist_ok=True)
-    for name, image in figures.items():
-        (folder / "figures" / f"{name}.png").write_bytes(image)
+    figures = {}
+    for name, draw in wanted.items():
+        with never_fatal(f"figure {name}.png in the report"):
+            figures[name] = draw()
+            write_whole(folder / "figures" / f"{name}.png", figures[name])
     page = folder / "report.html"
-    page.write_text(_page(title or folder.resolve().name, note, evaluations, figures))
+    write_whole(page, _page(title or folder.resolve().name, note, evaluations, figures))
     return page
+
+
+def print_report(folder: str | Path, **options: Any) -> None:
+    """Write the report of what is finished and saved, and print its path; tell a failure in a line.
+
+    Args:
+        folder: The folder of the run.
+        **options: As `write_report` takes them.
+    """
+    with never_fatal(f"report of {folder}"):
+        print(f"Report: {write_report(folder, **options)}")
 
 
 def read_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
@@ -89,10 +104,10 @@ def read_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     histories, evaluations = {}, {}
     for run in own:
         name = run.resolve().name
-        if (state := run / "trainer_state.json").exists():
-            histories[name] = json.loads(state.read_text())["log_history"]
-        if (document := run / "pass_at_n.json").exists():
-            evaluations[name] = json.loads(document.read_text())
+        if (state := read_json(run / "trainer_state.json")) is not None:
+            histories[name] = state["log_history"]
+        if (document := read_json(run / "pass_at_n.json")) is not None:
+            evaluations[name] = document
     return histories, evaluations
 
 
@@ -102,6 +117,7 @@ def _written(run: Path) -> float:
     return min((file.stat().st_mtime for file in files if file.exists()), default=0)
 
 
+@drawing()
 def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.0))
@@ -110,12 +126,14 @@ def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> 
     axis.set_xlim(min(ticks) / 1.2, max(ticks) * 1.2)
     for name, document in evaluations.items():
         n, values, low, high = _curve(document, "pass_at_n", "interval")
-        axis.plot(n, values, marker="o", color=colours[name], label=name, linewidth=2)
+        axis.plot(n, values, marker="o", color=colours[name], label=label(name), linewidth=2)
         axis.fill_between(n, low, high, color=colours[name], alpha=0.12, linewidth=0)
         if "maj_at_n" in document:
             n, values, *_ = _curve(document, "maj_at_n", "maj_interval")
-            axis.plot(n, values, "--", color=colours[name], label=f"{name}, maj@N", linewidth=1.4)
+            style = {"color": colours[name], "label": f"{label(name)}, maj@N"}
+            axis.plot(n, values, "--", linewidth=1.4, **style)
     axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
+    axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("N, samples drawn")
     axis.set_ylabel("pass@N")
     axis.set_ylim(0, 1)
@@ -132,6 +150,7 @@ def _curve(document: dict, estimate: str, interval: str) -> tuple[list, list, li
     return [int(n) for n in document[estimate]], values, list(low), list(high)
 
 
+@drawing()
 def _temperature_figure(evaluations: dict[str, dict]) -> bytes:
     """pass@N against temperature, a panel a model, a line for each N."""
     plt = pyplot()
@@ -145,7 +164,7 @@ def _temperature_figure(evaluations: dict[str, dict]) -> bytes:
         for n, colour in zip(documents[0]["pass_at_n"], COLOURS * 9, strict=False):
             values = [document["pass_at_n"].get(n) for document in documents]
             axis.plot(temperatures, values, marker="o", color=colour, label=f"pass@{n}")
-        axis.set_title(model, fontsize=10)
+        axis.set_title(label(model), fontsize=10)
         axis.set_xlabel("temperature")
         axis.set_ylim(0, 1)
     axes.flat[0].legend(frameon=False)
@@ -161,6 +180,7 @@ def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:
     return {model: documents for model, documents in models.items() if len(documents) > 1}
 
 
+@drawing()
 def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) -> bytes:
     plt = pyplot()
     curves = _curves(histories)
@@ -173,13 +193,12 @@ def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) 
         axis.remove()
     for axis, (metric, runs) in zip(axes.flat, curves.items(), strict=False):
         for name, (steps, values) in runs.items():
-            axis.plot(steps, values, color=colours[name], linewidth=1.6, label=name)
+            axis.plot(steps, values, color=colours[name], linewidth=1.6, label=label(name))
         drawn = [value for _, values in runs.values() for value in values]
         if metric.endswith(("loss", "grad_norm")) and min(drawn, default=0) > 0:
             axis.set_yscale("log")  # it falls by orders of magnitude, and differs so between losses
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
-        axis.set_title(metric, fontsize=10)
+            plain_log_ticks(axis.yaxis, *axis.get_ylim())
+        axis.set_title(label(metric), fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
     if len(histories) > 1:

@@ -21,11 +21,12 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 
 from llmmix import mixing
 from llmmix.cli import parse_args
+from llmmix.files import claim
 from llmmix.mixing import AioliConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.report import write_report
+from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 
 PROXIES = ("doremi", "doge")  # methods that train a proxy first
@@ -60,7 +61,7 @@ def main(
     checkpoint = prepare_model_args(model_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
-    out = Path(str(training_args.output_dir))
+    out = claim(training_args.output_dir)
 
     def fit(folder: Path, make_callback: Callable, weights: Any = None):
         """Train into a folder; returns the trainer and the callback that moved its mixture."""
@@ -99,7 +100,7 @@ def main(
     }
     trainer, _ = fit(out, callbacks.get(method, mixing.MixtureCallback), weights)
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(out)}")
+        print_report(out)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

@@ -9,14 +9,13 @@ confidence.jsonl, is the `--dataset_name` of `llmmix run sftmix`. Run it again a
 goes on where it stopped.
 """
 
-from pathlib import Path
-
 from accelerate import PartialState
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import SFTMixConfig
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
+from llmmix.files import claim, replacing
 from llmmix.models import prepare_model_args
 from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
 
@@ -31,6 +30,7 @@ def main(
     given = reference_args.checkpoints
     if given and model_args.model_name_or_path is None:
         model_args.model_name_or_path = given[0]
+    folder = claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     dataset, _ = load_train_and_eval(script_args, training_args)
     scored = add_confidence(
@@ -43,10 +43,9 @@ def main(
         quantization_config=get_quantization_config(model_args),
     )
     if PartialState().is_main_process:
-        out = Path(str(training_args.output_dir)) / "confidence.jsonl"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scored.to_json(out)
-        print(f"{len(scored)} rows with confidence: {out}")
+        with replacing(folder / "confidence.jsonl") as partial:
+            scored.to_json(partial)
+        print(f"{len(scored)} rows with confidence: {folder / 'confidence.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
+from llmmix.files import claim
 from llmmix.filtering import LikelihoodFilter, attach_filter
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.report import write_report
+from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 from llmmix.steps import split_steps
 
@@ -44,6 +45,7 @@ def main(
     selection_args: SelectionArguments,
 ) -> None:
     """Load, train, save."""
+    claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
@@ -67,7 +69,7 @@ def main(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(str(training_args.output_dir))}")
+        print_report(str(training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -30,7 +30,8 @@ from transformers.utils import logging
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits
-from llmmix.figures import draw_panels
+from llmmix.figures import draw_panels, never_fatal
+from llmmix.files import claim, write_whole
 from llmmix.grading import Verifier, judge, pass_at_n
 from llmmix.models import resolve_checkpoint
 from llmmix.sampling import sample
@@ -109,7 +110,7 @@ def main(args: StudyArguments) -> None:
     checkpoint = resolve_checkpoint("builtin:tiny")
     splits = load_splits("builtin:math", "1")
     train, test = splits["train"].take(args.train_rows), splits["test"].take(args.test_rows)
-    folder = Path(args.output_dir)
+    folder = claim(args.output_dir)
     results: dict[str, dict[int, dict[int, float]]] = {}
     for n in args.n_samples:
         for seed in args.seeds:
@@ -120,7 +121,7 @@ def main(args: StudyArguments) -> None:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             results[f"N={n} seed={seed}"] = coverage.points
-            (folder / "dco_study.json").write_text(json.dumps(results, indent=1))
+            write_whole(folder / "dco_study.json", json.dumps(results, indent=1))
     shutil.rmtree(folder / "training", ignore_errors=True)
     show(args, results)
 
@@ -164,8 +165,9 @@ def show(args: StudyArguments, results: dict[str, dict[int, dict[int, float]]]) 
             last = values[:, -1]
             table.add_row(name, *cells[:-1], f"{cells[-1]} ({last.min():.2f} to {last.max():.2f})")
     Console().print(table)
-    figure = draw_panels(Path(args.output_dir) / "dco_study.png", epochs, panels, "epoch")
-    print(f"Figure: {figure}")
+    with never_fatal("figure"):
+        figure = draw_panels(Path(args.output_dir) / "dco_study.png", epochs, panels, "epoch")
+        print(f"Figure: {figure}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from llmmix import FLATConfig, FLATTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_role
+from llmmix.files import claim
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.report import write_report
+from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 from llmmix.unlearning.flat import check_retain
 from llmmix.unlearning.preparation import RetainArguments
@@ -34,6 +35,7 @@ def main(
     if (name := retain_args.retain_dataset_name) is not None:
         split = retain_args.retain_dataset_split
         retain = load_role(name, "retain", split=split, config=config)
+    claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     trainer = FLATTrainer(
         checkpoint,
@@ -49,7 +51,7 @@ def main(
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(str(training_args.output_dir))}")
+        print_report(str(training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -5,8 +5,8 @@
 It trains a two-layer model from scratch on domains of builtin:domains, with every method for the
 same number of steps and over several seeds. It prints test losses as differences to equal shares
 with 95% intervals, and writes OUTPUT_DIR/mixing_study.json and mixing_study.png. It includes a
-control that is rarely reported: a fixed mixture with the shares that Aioli drew on average. It
-needs no network and takes about 20 minutes on a quiet machine with two cores.
+control that is rarely reported: a fixed mixture with the shares that Aioli drew on average. No
+network; about 20 minutes on a quiet machine with two cores.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ from transformers.utils import logging
 from llmmix import builtin, mixing
 from llmmix.builtin.corpora import windows
 from llmmix.cli import parse_args
-from llmmix.files import read_record
+from llmmix.figures import never_fatal
+from llmmix.files import claim, read_record, write_whole
 from llmmix.mixing.figure import draw_paths
 from llmmix.mixing.record import drawn_shares
 from llmmix.mixing.rows import by_target
@@ -82,7 +83,7 @@ class Study:
         self.train, self.rows = splits["train"], parts["train"]
         self.validation = parts["validation"]
         self.test = {name: rows.take(args.test_rows) for name, rows in parts["test"].items()}
-        self.folder = Path(args.output_dir)
+        self.folder = claim(args.output_dir)
         self.results: dict[str, dict[int, dict]] = {}
 
     def fit(
@@ -134,7 +135,7 @@ class Study:
             "path": path,
             "seconds": seconds + before,
         }
-        (self.folder / "mixing_study.json").write_text(json.dumps(self.results, indent=1))
+        write_whole(self.folder / "mixing_study.json", json.dumps(self.results, indent=1))
         print(f"{name}, seed {seed}: mean test loss {np.mean(losses):.4f}", flush=True)
         return model
 
@@ -184,7 +185,6 @@ def main(args: StudyArguments) -> None:
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     study = Study(args)
-    study.folder.mkdir(parents=True, exist_ok=True)
     run, best, skillit = study.run, study.grid(), mixing.SkillItConfig(graph=study.graph())
     for seed in range(max(args.seeds, args.aioli_seeds)):
         reference = run(EQUAL, seed)
@@ -230,10 +230,10 @@ def show(args: StudyArguments, results: dict, best: list[float]) -> None:
         )
     Console(width=max(Console().width, 100)).print(table)
     print(f"Equal shares: {np.mean([run['mean'] for run in equal.values()]):.4f}. Best: {best}")
-    moved = filter(results.get, MOVING)
-    paths = {name: [run["path"] for run in results[name].values()] for name in moved}
-    figure = Path(args.output_dir) / "mixing_study.png"
-    print(f"Figure: {draw_paths(figure, args.domains, paths, args.max_steps)}")
+    paths = {k: [run["path"] for run in v.values()] for k, v in results.items() if k in MOVING}
+    with never_fatal("figure"):
+        figure = Path(args.output_dir) / "mixing_study.png"
+        print(f"Figure: {draw_paths(figure, args.domains, paths, args.max_steps)}")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ records the draws. Add `--use_peft` for LoRA. For shares that move, see `llmmix 
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
+from llmmix.files import claim
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.report import write_report
+from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 
 
 def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
     """Load, mix, train, save."""
+    claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
@@ -40,7 +42,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(str(training_args.output_dir))}")
+        print_report(str(training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

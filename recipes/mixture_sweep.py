@@ -6,17 +6,16 @@
 The mixtures are a grid or random draws. `llmmix eval mixture_laws` fits laws to the tables: they
 have a line for each run, with the shares of the domains in ratios.csv and the validation losses in
 metrics.csv, joined by `run_id`. A sweep that was stopped continues: runs that are in both tables
-are not trained again.
+are not trained again; a line that is not whole counts as none.
 """
 
 import copy
 import shutil
-from pathlib import Path
 
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
-from llmmix.files import read_record
+from llmmix.files import claim, read_record
 from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, finished
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
@@ -25,6 +24,7 @@ from llmmix.models import load_tokenizer, prepare_model_args
 
 def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: SweepArguments) -> None:
     """Train each mixture that is not in the tables yet."""
+    out = claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
@@ -34,7 +34,6 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
             "of each domain. Leave both off."
         )
     prior = training_args.sampler(train).weights
-    out = Path(str(training_args.output_dir))
     tables = {name: out / f"{name}.csv" for name in ("ratios", "metrics")}
     mixtures = choose_mixtures(sweep_args, prior, training_args.seed, list(train))
     for number, weights in enumerate(mixtures):

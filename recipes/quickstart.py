@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from llmmix import DCOConfig, DCOTrainer, SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits
+from llmmix.files import claim, release
 from llmmix.models import resolve_checkpoint
 from llmmix.sftmix.scoring import add_confidence
 
@@ -57,7 +58,7 @@ def main(args: QuickstartArguments) -> None:
     logging.disable_progress_bar()
     checkpoint = resolve_checkpoint("builtin:tiny")
     train = load_splits("builtin:math", "1")["train"].select(range(args.train_rows))
-    folder = Path(args.output_dir)
+    folder = claim(args.output_dir)
     for method in METHODS:
         shutil.rmtree(folder / method, ignore_errors=True)  # no checkpoints of an earlier run
     shared: dict[str, Any] = {
@@ -101,6 +102,7 @@ def main(args: QuickstartArguments) -> None:
     command += ["--max_problems", str(args.test_rows), "--num_samples", str(args.num_samples)]
     command += ["--max_new_tokens", "16", "--token_budget", "65536", "--verifier", "exact"]
     command += ["--seed", str(args.seed)]
+    release(folder)  # the evaluation claims it
     subprocess.run([*command, "--output_dir", str(folder)], check=True)
 
 

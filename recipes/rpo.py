@@ -12,13 +12,15 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from llmmix import RPOConfig, RPOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
+from llmmix.files import claim
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.report import write_report
+from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 
 
 def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: ModelConfig) -> None:
     """Load, train, save."""
+    claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     trainer = RPOTrainer(
@@ -35,7 +37,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(str(training_args.output_dir))}")
+        print_report(str(training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

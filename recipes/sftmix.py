@@ -8,15 +8,14 @@ trained and each row scored first, into OUTPUT_DIR/confidence.jsonl, which a lat
 from. Add `--use_peft` for LoRA. The method is described in llmmix/sftmix/.
 """
 
-from pathlib import Path
-
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
+from llmmix.files import claim, replacing
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.report import write_report
+from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 from llmmix.sftmix.pairing import CONFIDENCE
 from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
@@ -29,6 +28,7 @@ def main(
     reference_args: ReferenceArguments,
 ) -> None:
     """Load, score if need be, train, save."""
+    folder = claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     if CONFIDENCE not in (train_dataset.column_names or []) and training_args.mixup_weight:
@@ -51,13 +51,14 @@ def main(
         peft_config=get_peft_config(model_args),
     )
     if trainer.accelerator.is_main_process and training_args.mixup_weight:
-        train_dataset.to_json(Path(str(training_args.output_dir)) / "confidence.jsonl")
+        with replacing(folder / "confidence.jsonl") as partial:
+            train_dataset.to_json(partial)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print(f"Report: {write_report(str(training_args.output_dir))}")
+        print_report(str(training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

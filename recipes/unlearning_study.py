@@ -33,7 +33,8 @@ from trl import SFTConfig, SFTTrainer
 from llmmix import FLATConfig, FLATTrainer, UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits
-from llmmix.figures import draw_scatter
+from llmmix.figures import draw_scatter, never_fatal
+from llmmix.files import claim, read_json, write_whole
 from llmmix.models import resolve_checkpoint
 from llmmix.unlearning.evaluation.document import evaluate_unlearning
 from llmmix.unlearning.evaluation.summary import quality_metric
@@ -85,8 +86,7 @@ def main(args: StudyArguments) -> None:
     """Teach two models, unlearn one of them with each loss, and show the results."""
     if unknown := [loss for loss in args.losses if loss not in CONTENDERS]:
         raise ValueError(f"`losses`: no {unknown[0]!r}; there are {', '.join(CONTENDERS)}.")
-    folder, results = Path(args.output_dir), dict[str, list[dict]]()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, results = claim(args.output_dir), dict[str, list[dict]]()
     resolve_checkpoint("builtin:tiny")
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         print("Teaching the model to be unlearned, and one that never meets those authors")
@@ -103,7 +103,7 @@ def main(args: StudyArguments) -> None:
             loss, rate, seed = running[done]
             results.setdefault(f"{loss} {rate:g}", []).append(done.result())
             print(f"  {loss} {rate:g}, seed {seed}: {brief(done.result())}", flush=True)
-            (folder / "unlearning_study.json").write_text(json.dumps(results, indent=1))
+            write_whole(folder / "unlearning_study.json", json.dumps(results, indent=1))
     shutil.rmtree(folder / "training", ignore_errors=True)
     show(args, results)
 
@@ -126,8 +126,9 @@ def teach(args: StudyArguments, name: str) -> dict[str, Any]:
     """Train on all sets, or on all but the one to forget, unless that is done, and measure."""
     sets, folder = prepare(args), Path(args.output_dir) / name
     taught = folder / "taught.json"  # the settings it was taught with
-    settings = json.dumps([args.rows, args.teach_epochs])
-    if not taught.exists() or taught.read_text() != settings:
+    settings = [args.rows, args.teach_epochs]
+    if read_json(taught) != settings:
+        taught.unlink(missing_ok=True)  # not to be believed if this is killed halfway
         rows = [
             {
                 "prompt": [{"role": "user", "content": row[f"{wording}question"]}],
@@ -151,7 +152,7 @@ def teach(args: StudyArguments, name: str) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.save_model()
-        taught.write_text(settings)
+        write_whole(taught, json.dumps(settings))
     model = AutoModelForCausalLM.from_pretrained(folder)
     return measure(model, AutoTokenizer.from_pretrained(folder), sets)
 
@@ -226,14 +227,11 @@ def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
     Console().print(table)
     best = value(results["retrained"][0], "model_utility")
     del points["retrained"]
-    path = draw_scatter(
-        Path(args.output_dir) / "unlearning_study.png",
-        points,
-        marks={"retrained": (best, 0.0)},  # its forget quality to itself is 1
-        xlabel="model utility",
-        ylabel="forget quality, log10 of p",
-    )
-    print(f"Figure: {path}")
+    path = Path(args.output_dir) / "unlearning_study.png"
+    marks = {"retrained": (best, 0.0)}  # its forget quality to itself is 1
+    labels = {"xlabel": "model utility", "ylabel": "forget quality, log10 of p"}
+    with never_fatal("figure"):
+        print(f"Figure: {draw_scatter(path, points, marks=marks, **labels)}")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,21 @@ from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from llmmix import builtin
+from llmmix import builtin, files
 from tests.ranks import run_on_two_ranks
 
 gc.freeze()  # what the imports left: each trainer collects garbage, and would go through it anew
 torch.set_num_threads(1)  # small tensors, and no fight for cores with a torchrun beside
 disable_progress_bars()
 transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def claims_end_with_a_test():
+    """As they end with a process: a run of each test would hold a file open."""
+    yield
+    for folder in list(files._claimed):
+        files.release(folder)
 
 
 @pytest.fixture(scope="session")

@@ -475,6 +475,25 @@ def is_self_name(name: str) -> bool:
     return name in ("self", "cls", "ctx")  # ctx: of an autograd function
 
 
+def half_files(house: House, allowed: Collection[str]) -> list[str]:
+    """Files that are written in their place, where a kill leaves half of one."""
+    found = []
+    for module, tree in house.trees.items():
+        safe: set[ast.AST] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.With) and "replacing(" in ast.unparse(node.items[0]):
+                safe.update(ast.walk(node))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or node in safe or module in allowed:
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            opened = name == "open" and any(str(mode)[:1] in ("w", "x") for mode in modes)
+            if opened or name in ("write_text", "write_bytes", "to_json", "to_csv", "dump"):
+                found.append(f"{house.where(module, node.lineno)} writes by {name}")
+    return found
+
+
 def asserts(house: House) -> list[str]:
     """`assert` statements, which `python -O` removes."""
     return [

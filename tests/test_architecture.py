@@ -54,6 +54,10 @@ FOREIGN = {
 }
 LAWS_MAY_IMPORT = {"laws", "figures", "files"}
 
+# Modules that write in place: the one that knows how, the command line (of the standard library
+# alone), and the one that writes to /proc
+WRITERS = {"llmmix.files", "llmmix.cli", "llmmix.timing.clock"}
+
 # Private names of other packages that the library touches, and whose they are
 PRIVATE = {
     "_attn_implementation": PreTrainedConfig,
@@ -103,6 +107,7 @@ RULES = {
     "faces": rules.faces_that_differ,
     "size": lambda house: rules.oversized(house, lines=350, class_lines=200),
     "types": rules.unannotated,
+    "half files": lambda house: rules.half_files(house, WRITERS),
     "asserts": rules.asserts,
     "stand-ins": rules.stand_ins,
     "relative imports": rules.relative_imports,
@@ -157,6 +162,9 @@ PLANTED = [
     ("size", "llmmix/steps.py", "class A:\n" + "    x = 1\n" * 200),
     ("types", "llmmix/steps.py", "def f(x) -> int:\n    return x\n"),
     ("types", "llmmix/steps.py", "class A:\n    def f(self):\n        return 1\n"),
+    ("half files", "llmmix/report.py", "def f(path):\n    path.write_text('x')\n"),
+    ("half files", "recipes/dco.py", "def f(rows, out):\n    rows.to_json(out)\n"),
+    ("half files", "llmmix/data.py", "def f(path):\n    open(path, 'w')\n"),
     ("asserts", "llmmix/steps.py", "assert True\n"),
     ("stand-ins", "llmmix/steps.py", "from types import SimpleNamespace\n"),
     ("relative imports", "llmmix/mixing/rows.py", "from .draws import choose\n"),

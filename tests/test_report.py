@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from llmmix import report
 from llmmix.figures import draw_scatter
-from llmmix.report import read_runs, write_report
+from llmmix.report import print_report, read_runs, write_report
 
 HISTORY = [
     {"loss": 2.0, "dco/weight": 0.9, "learning_rate": 1e-3, "step": 1, "epoch": 0.1},
@@ -87,3 +88,34 @@ def test_scatter_of_repeats_and_marks(tmp_path):
     names = {"xlabel": "x", "ylabel": "y", "marks": {"target": (0.5, 0.0)}}
     path = draw_scatter(tmp_path / "points.png", points, **names)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_half_a_document_in_a_folder_counts_as_absent(tmp_path, caplog):
+    make_run(tmp_path / "A")
+    make_run(tmp_path / "B")
+    (tmp_path / "B" / "pass_at_n.json").write_text('{"pass_at_n": {"1": 0.')
+    (tmp_path / "B" / "trainer_state.json").write_text("")
+    histories, evaluations = read_runs(tmp_path)
+    assert list(histories) == list(evaluations) == ["A"]
+    assert write_report(tmp_path).exists() and "pass_at_n.json is not whole" in caplog.text
+
+
+def test_a_figure_that_fails_is_left_out_and_told(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no such\nfont")
+
+    make_run(tmp_path / "run")
+    monkeypatch.setattr(report, "_training_figure", fails)
+    print_report(tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").read_text().count("<img") == 1
+    failed, written = capsys.readouterr().out.splitlines()
+    assert failed == (
+        "No figure training.png in the report, since it failed: RuntimeError: no such font"
+    )
+    assert written == f"Report: {tmp_path / 'run' / 'report.html'}"
+
+
+def test_a_report_that_fails_is_told_in_one_line(tmp_path, capsys):
+    print_report(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"No report of {tmp_path}, since it failed: FileNotFoundError: Nothing")

@@ -3,7 +3,8 @@
     samples.jsonl    {"problem": 3, "sample": 0, "completion": "...", "verdict": "right", ...}
     settings.json    what they were drawn with; samples of other settings are never mixed in
 
-Several processes append to one file, each under a lock.
+Several processes append to one file, each under a lock. A line that is not whole, as a killed
+run or a full disk leaves it, is left out, and its sample is drawn again.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock
+
+from llmmix.files import read_json, read_json_lines, warn_not_whole, write_whole
 
 SECONDS_UNWRITTEN = 1.0  # what a killed run may lose, besides what waits for its verdict
 
@@ -31,7 +34,8 @@ class SampleLog:
             new time of change, and are refused for one that was trained anew in its place.
 
     Raises:
-        ValueError: The folder holds samples that were drawn with other settings, which are named.
+        ValueError: The folder holds samples that were drawn with other settings, which are named,
+            or samples whose settings are lost.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
@@ -41,13 +45,19 @@ class SampleLog:
         document = self.path.with_name("settings.json")
         settings = json.loads(json.dumps(settings))  # as it will be read back
         with self._lock:
-            if not self.path.exists():
-                document.write_text(json.dumps(settings, indent=1))
-                self.path.touch()
-            self._check(json.loads(document.read_text()), settings)
+            self.path.touch()
             self._drop_half_a_line()
+            if not self.path.stat().st_size and read_json(document) is None:
+                write_whole(document, json.dumps(settings, indent=1))
+            self._check(read_json(document), settings)
 
-    def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    def _check(self, found: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+        if found is None:
+            raise ValueError(
+                f"{self.path} holds samples, and settings.json beside it, which says what they "
+                "were drawn with, is missing or not whole. Name another `output_dir`, or remove "
+                "that folder."
+            )
         differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
         if differing:
             was = ", ".join(f"{key} {found.get(key)!r}" for key in differing)
@@ -70,15 +80,15 @@ class SampleLog:
                     break
                 end = start
             if end < size:
+                warn_not_whole(f"{self.path}: not whole and dropped: the last line")
                 file.truncate(end)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield every sample; of two with the same numbers, the first."""
         with self._lock:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
+            records = read_json_lines(self.path)
         seen = set()
-        for line in filter(None, lines):
-            record = json.loads(line)
+        for record in records:
             key = record["problem"], record["sample"]
             if key not in seen:
                 seen.add(key)
@@ -114,10 +124,8 @@ class SampleLog:
 
     def replace(self, records: list[dict[str, Any]]) -> None:
         """Write all samples anew, as when they have been judged again."""
-        beside = self.path.with_suffix(".tmp")
         with self._lock:
-            beside.write_text(_lines(records), encoding="utf-8")
-            beside.replace(self.path)
+            write_whole(self.path, _lines(records))
 
     def locked(self) -> BaseFileLock:
         """A context in which no other process writes."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm
 
-from llmmix.figures import COLOURS, png, pyplot
+from llmmix.figures import COLOURS, drawing, label, plain_log_ticks, png, pyplot
 from llmmix.laws.accuracy import weighted
 from llmmix.laws.judge import Judgement
 
@@ -31,6 +31,7 @@ def draw_judgement(judgement: Judgement, weights: np.ndarray, law: str) -> bytes
     return draw_predictions(observed, predicted, stds, titles, law)
 
 
+@drawing()
 def draw_predictions(
     observed: np.ndarray, predicted: np.ndarray, std: np.ndarray, titles: list[str], law: str
 ) -> bytes:
@@ -58,12 +59,13 @@ def draw_predictions(
         bars = norm.ppf(0.95) * std[:, i]
         style = {"markersize": 3, "elinewidth": 0.5, "alpha": 0.6}
         axis.errorbar(x, y, bars, fmt="o", color=COLOURS[i > 0], **style)
-        axis.set_title(titles[i], fontsize=9)
+        axis.set_title(label(titles[i]), fontsize=9)
     figure.supxlabel("observed loss (nats)", fontsize=9)
-    figure.supylabel(f"predicted by {law}, run held out", fontsize=9)
+    figure.supylabel(f"predicted by {label(law)}, run held out", fontsize=9)
     return png(figure)
 
 
+@drawing()
 def draw_effects(
     changes: np.ndarray, domains: Sequence[str], targets: Sequence[str], moved: float
 ) -> bytes:
@@ -86,14 +88,15 @@ def draw_effects(
             shade = "white" if abs(changes[i, j]) > 0.6 * most else "black"
             text = "?" if np.isnan(changes[i, j]) else f"{100 * changes[i, j]:.0f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=7, color=shade)
-    axis.set_xticks(range(k), domains, rotation=60, ha="right", fontsize=8)
-    axis.set_yticks(range(m), targets, fontsize=8)
+    axis.set_xticks(range(k), list(map(label, domains)), rotation=60, ha="right", fontsize=8)
+    axis.set_yticks(range(m), list(map(label, targets)), fontsize=8)
     axis.grid(False)
     axis.set_title(f"change of loss (0.01 nats) if {moved:.0%} goes to the domain", fontsize=9)
     figure.colorbar(image, ax=axis, label="nats")
     return png(figure)
 
 
+@drawing()
 def draw_mixtures(mixtures: dict[str, np.ndarray], domains: Sequence[str]) -> bytes:
     """A PNG of mixtures side by side, one group of bars a domain.
 
@@ -107,8 +110,8 @@ def draw_mixtures(mixtures: dict[str, np.ndarray], domains: Sequence[str]) -> by
     width = 0.8 / len(mixtures)
     for number, ((name, shares), colour) in enumerate(zip(mixtures.items(), COLOURS, strict=False)):
         x = np.arange(len(domains)) + (number - (len(mixtures) - 1) / 2) * width
-        axis.bar(x, shares[order], width, label=name, color=colour)
-    labels = [domains[j] for j in order]
+        axis.bar(x, shares[order], width, label=label(name), color=colour)
+    labels = [label(domains[j]) for j in order]
     axis.set_xticks(range(len(domains)), labels, rotation=60, ha="right", fontsize=8)
     axis.set_ylabel("share")
     axis.grid(False, axis="x")
@@ -116,6 +119,7 @@ def draw_mixtures(mixtures: dict[str, np.ndarray], domains: Sequence[str]) -> by
     return png(figure)
 
 
+@drawing()
 def draw_budget(curves: dict[str, list[dict]]) -> bytes:
     """A PNG of held-out error against the number of runs, by law, as from `learning_curve`."""
     plt = pyplot()
@@ -124,24 +128,30 @@ def draw_budget(curves: dict[str, list[dict]]) -> bytes:
         points = [p for p in curve if np.isfinite(p.get("error", np.nan))]
         if points:
             x, y = [p["runs"] for p in points], [p["error"] for p in points]
-            axis.plot(x, y, marker="o", markersize=4, color=colour, label=name)
+            axis.plot(x, y, marker="o", markersize=4, color=colour, label=label(name))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     ticks = sorted({p["runs"] for curve in curves.values() for p in curve})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.xaxis.set_minor_formatter("")
+    plain_log_ticks(axis.yaxis, *axis.get_ylim())
     axis.set_xlabel("runs the law was fitted to")
     axis.set_ylabel("error on held-out runs\n(1: as the mean)")
     axis.legend(frameon=False)
     return png(figure)
 
 
-def draw_transfer(predicted: np.ndarray, observed: np.ndarray, title: str) -> bytes:
+@drawing()
+def draw_transfer(
+    predicted: np.ndarray, observed: np.ndarray, name: str, correlation: float
+) -> bytes:
     """A PNG of the objective of other models' runs against the calibrated law.
 
     Args:
         predicted: (n,) objective by the calibrated law.
         observed: (n,) objective of the runs.
-        title: Title of the figure.
+        name: Name of the runs.
+        correlation: Rank correlation of the two.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")
@@ -150,5 +160,5 @@ def draw_transfer(predicted: np.ndarray, observed: np.ndarray, title: str) -> by
     axis.plot(predicted, observed, "o", markersize=4, color=COLOURS[0], alpha=0.7)
     axis.set_xlabel("predicted, with a fitted offset and slope a target (nats)")
     axis.set_ylabel("observed (nats)")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(f"{label(name)}: rank correlation {correlation:.3f}", fontsize=9)
     return png(figure)

@@ -5,13 +5,15 @@ tables into the study's folder, and returns its part of a JSON document. eval/mi
 the steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmmix.figures import never_fatal
+from llmmix.files import write_whole
 from llmmix.laws.budget import learning_curve, runs_needed
 from llmmix.laws.design import next_mixtures
 from llmmix.laws.figures import (
@@ -96,11 +98,15 @@ class Study:
         self.name, self.law = name, law.fit(self.mixtures, self.losses)
         if not isinstance(judgement, str):
             weights = self.law.target_weights(self.objective)
-            figure = draw_judgement(judgement, weights, name)
-            (self.folder / "predicted.png").write_bytes(figure)
+            self._draw("predicted.png", draw_judgement, judgement, weights, name)
         effects = self.law.effects(self.runs.mixtures.mean(0), MOVED)
-        figure = draw_effects(effects, self.runs.domains, self.runs.targets, MOVED)
-        (self.folder / "effects.png").write_bytes(figure)
+        names = self.runs.domains, self.runs.targets
+        self._draw("effects.png", draw_effects, effects, *names, MOVED)
+
+    def _draw(self, name: str, draw: Callable[..., bytes], *given: Any) -> None:
+        """Write a figure; one that cannot be drawn is told in one line."""
+        with never_fatal(f"figure {name}"):
+            write_whole(self.folder / name, draw(*given))
 
     def propose(
         self, level: float, prior: Mapping[str, float] | None = None, **options: Any
@@ -115,7 +121,7 @@ class Study:
         before = np.array(list(prior.values())) if prior else runs.mixtures.mean(0)
         shown = {"prior" if prior else "mean of the runs": before}
         shown |= {"best run": runs.mixtures[found.best_run], "proposed": found.mixture}
-        (self.folder / "proposal.png").write_bytes(draw_mixtures(shown, runs.domains))
+        self._draw("proposal.png", draw_mixtures, shown, runs.domains)
         mixture = found.mixture[None]
         write_mixtures(self.folder / "proposal.csv", runs.domains, mixture, "proposal")
         print_proposal(self.name, found, runs, shown, level)
@@ -149,7 +155,7 @@ class Study:
         tables = self.mixtures, self.losses
         options: dict[str, Any] = {"objective": self.objective, "seed": self.seed}
         curves = {name: learning_curve(law, *tables, **options) for name, law in laws.items()}
-        (self.folder / "budget.png").write_bytes(draw_budget(curves))
+        self._draw("budget.png", draw_budget, curves)
         print_curves(curves)
         needed = runs_needed(curves[self.name])
         print(f"{self.name}: {needed} runs are enough for an error within 10% of that of all.")
@@ -184,9 +190,8 @@ class Study:
         fitted, predicted, observed = calibrated_objective(
             self.law, mine, mixtures, losses, self.objective
         )
-        title = f"{Path(metrics).stem}: rank correlation {mine.objective.spearman:.3f}"
-        figure = draw_transfer(predicted, observed, title)
-        (self.folder / f"transfer_{number}.png").write_bytes(figure)
+        named = Path(metrics).stem, mine.objective.spearman
+        self._draw(f"transfer_{number}.png", draw_transfer, predicted, observed, *named)
         calibration = {"intercept": fitted.intercept_, "slope": fitted.slope_}
         return {"metrics": metrics, "laws": found, "calibration": calibration}
 

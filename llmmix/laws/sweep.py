@@ -1,9 +1,11 @@
 """The mixtures of a sweep, and its tables: a line for each run, joined by `run_id`.
 
-recipes/mixture_sweep.py trains the mixtures; llmmix/laws/tables.py reads the tables.
+recipes/mixture_sweep.py trains the mixtures; llmmix/laws/tables.py reads the tables. A line counts
+if it is whole: it ends with a line end, and has a cell for each name of the header.
 """
 
 import csv
+import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from llmmix.files import warn_not_whole
 from llmmix.laws.inputs import check_mixtures
+from llmmix.laws.tables import write_table
 
 
 @dataclass
@@ -105,12 +109,24 @@ def _read(table: Path) -> pd.DataFrame:
 
 
 def finished(table: Path, run: str) -> dict[str, str] | None:
-    """The line of a run in a table, as text; None if the table has no such line."""
+    """The line of a run in a table, as text; None if the table has no such line that is whole."""
+    header, lines = _whole_lines(table)
+    rows = (dict(zip(header, line, strict=True)) for line in lines)
+    return next((row for row in rows if row.get("run_id") == run), None)
+
+
+def _whole_lines(table: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the lines below it that are whole; a word on the others."""
     if not table.exists():
-        return None
-    rows = _read(table)
-    found = rows[rows["run_id"] == run].to_dict("records")
-    return {str(name): cell for name, cell in found[0].items()} if found else None
+        return [], []
+    text = table.read_bytes().decode("utf-8-sig", errors="replace")
+    whole, end, rest = text.rpartition("\n")  # what is cut within a number looks like a number
+    lines = [line for line in csv.reader(io.StringIO(whole + end, newline="")) if line]
+    header = lines.pop(0) if lines else []
+    kept = [line for line in lines if len(line) == len(header)]
+    if torn := len(lines) - len(kept) + bool(rest):
+        warn_not_whole(f"{table}: not whole and left out: {torn} of its lines")
+    return header, kept
 
 
 def check_same(row: dict, weights: dict[str, float], table: Path) -> None:
@@ -128,10 +144,13 @@ def check_same(row: dict, weights: dict[str, float], table: Path) -> None:
 
 
 def add(table: Path, run: str, values: dict[str, float]) -> None:
-    """Append the line of a run; a new table gets a header first."""
-    new = not table.exists()
-    with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ["run_id", "name", *values])
-        if new:
-            writer.writeheader()
-        writer.writerow({"run_id": run, "name": run, **values})
+    """Add the line of a run, in one step; the table is begun if there is none.
+
+    A value goes below its name, whatever the order. A new name gets a column, which is empty for
+    the runs before. Lines that are not whole are dropped.
+    """
+    header, lines = _whole_lines(table)
+    cells = {"run_id": run, "name": run, **values}
+    names = list(dict.fromkeys([*(header if lines else []), *cells]))
+    lines = [line + [""] * (len(names) - len(line)) for line in lines]
+    write_table(table, [names, *lines, [cells.get(name, "") for name in names]])

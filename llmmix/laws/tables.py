@@ -10,6 +10,7 @@ llmmix/laws/reading.py reads a single table.
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Self
 import numpy as np
 import pandas as pd
 
+from llmmix.files import write_whole
 from llmmix.laws.inputs import check_mixtures, listed
 from llmmix.laws.names import shorten_names
 from llmmix.laws.reading import IDS, UNNAMED, Table, load_table, read_ids, read_numbers
@@ -143,12 +145,18 @@ def write_mixtures(path: Path, domains: Sequence[str], mixtures: np.ndarray, nam
         mixtures: (n, k) shares.
         name: Name of the runs, to which a number is added.
     """
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run_id", "name", *domains])
-        for i, shares in enumerate(mixtures):
-            run = f"{name}-{i:04d}"
-            writer.writerow([run, run, *(f"{share:.6f}" for share in shares)])
+    lines = [["run_id", "name", *domains]]
+    for i, shares in enumerate(mixtures):
+        run = f"{name}-{i:04d}"
+        lines.append([run, run, *(f"{share:.6f}" for share in shares)])
+    write_table(path, lines)
+
+
+def write_table(path: Path, lines: Sequence[Sequence[object]]) -> None:
+    """Write a table, its header first, in one step: a reader finds whole lines alone."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    write_whole(path, text.getvalue())
 
 
 def _id_columns(left: Table, right: Table) -> tuple[int, int]:

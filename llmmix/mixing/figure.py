@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.figures import COLOURS, draw_panels, png, pyplot
+from llmmix.figures import COLOURS, draw_panels, drawing, label, png, pyplot
 from llmmix.files import read_record
 
 
+@drawing()
 def draw_mixture(folder: str | Path) -> bytes:
     """A PNG of a run's record: shares, losses by target, gains by domain and the mean matrix.
 
@@ -21,6 +22,7 @@ def draw_mixture(folder: str | Path) -> bytes:
         FileNotFoundError: `folder` holds no record of a mixture.
     """
     header, entries = read_record(folder)
+    header |= {key: list(map(label, header.get(key, []))) for key in ("domains", "targets")}
     measured = [e for e in entries if "losses" in e.get("measured", {})]
     found = [e for e in entries if e.get("matrix")]
     panels = [_shares]

@@ -7,7 +7,8 @@
 {"step": s, "final": [...]}                    validation losses at the end
 {"step": s, "spent": {...}}                    last: what measuring cost
 
-`llmmix.files.read_record` reads it, for the mixing and for the laws.
+`llmmix.files.read_record` reads it, for the mixing and for the laws. A line that a killed run left
+unfinished is dropped, and written again by the run that goes on.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.files import RECORD, plain, read_record
+from llmmix.files import RECORD, plain, read_record, write_whole
 
 
 class MixtureRecord:
@@ -35,38 +36,43 @@ class MixtureRecord:
 
     def start(self, header: dict) -> None:
         """Begin a new file."""
+        self.lines = 1
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("")
-        self.lines = 0
-        self.write(header)
+            write_whole(self._path, _line(header))
 
     def write(self, entry: dict) -> None:
         """Append a line; a number that is not finite, as of a domain not drawn, becomes null."""
         self.lines += 1
         if self._writes:
             with self._path.open("a") as file:
-                file.write(json.dumps(plain(entry), allow_nan=False) + "\n")
+                file.write(_line(entry))
 
     def go_on(self, lines: int, step: int, header: dict) -> None:
         """Drop the lines that were written after a checkpoint.
 
-        A run that is resumed in another folder begins a new file with the header.
+        A run that is resumed in another folder, or whose file was cut off within its header, begins
+        a new file with the header.
 
         Args:
             lines: Number of lines when the checkpoint was written.
             step: Step of the checkpoint.
             header: First line of a new file.
         """
-        if not self._path.exists():
+        try:
+            first, entries = read_record(self._path.parent)
+        except FileNotFoundError:
             self.start(header)
             return
-        kept = self._path.read_text().splitlines(keepends=True)[:lines]
         # In a folder that the run did not begin in there are fewer lines: go by the step as well
-        kept = [line for line in kept if json.loads(line).get("step", 0) <= step]
+        kept = [entry for entry in entries[: lines - 1] if entry.get("step", 0) <= step]
         if self._writes:
-            self._path.write_text("".join(kept))
-        self.lines = len(kept)
+            write_whole(self._path, "".join(map(_line, [first, *kept])))
+        self.lines = 1 + len(kept)
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(plain(entry), allow_nan=False) + "\n"
 
 
 def drawn_shares(folder: str | Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 
-from llmmix.files import checkpoint_id
+from llmmix.files import checkpoint_id, read_json, write_whole
 from llmmix.models import free_memory
 from llmmix.processes import main_process_says
 from llmmix.sftmix.pairing import CONFIDENCE
@@ -75,9 +75,9 @@ def train_reference(
     )
     folder = Path(args.output_dir or ".") / f"reference-{key[:12]}"
     finished = folder / "finished.json"
-    if main_process_says(finished.exists()):
+    if (kept := main_process_says(read_json(finished))) is not None:
         logger.warning("Using the reference in %s, trained before.", folder)
-        return json.loads(finished.read_text())
+        return kept
     reference_args = plain_sft(args, folder)
     reference_args.save_strategy = "steps"
     # Below 1 it is a share of the run; a run's last step is saved in any case
@@ -95,7 +95,7 @@ def train_reference(
     trainer.accelerator.wait_for_everyone()
     kept = main_process_says(_complete_checkpoints(folder))
     if trainer.accelerator.is_main_process:
-        finished.write_text(json.dumps(kept))
+        write_whole(finished, json.dumps(kept))
         for state in folder.glob("checkpoint-*/optimizer.*"):
             state.unlink()  # two thirds of a checkpoint, and nothing resumes from here
     trainer.accelerator.wait_for_everyone()

@@ -8,7 +8,6 @@ reference_run.py trains the reference. Scores are cached by the content of the c
 rows.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.files import cache_dir, checkpoint_id
+from llmmix.files import cache_dir, checkpoint_id, replacing
 from llmmix.head import attach_head
 from llmmix.models import free_memory, resolve_checkpoint
 from llmmix.processes import main_process_says
@@ -182,9 +181,8 @@ def mean_nlls(
     nlls = _mean_nlls(dataset, args, checkpoint, quantization_config)
     if PartialState().is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial.npy")
-        np.save(partial, nlls)
-        os.replace(partial, file)
+        with replacing(file) as partial, partial.open("wb") as beside:
+            np.save(beside, nlls)
     PartialState().wait_for_everyone()
     return nlls
 

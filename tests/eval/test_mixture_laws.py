@@ -11,6 +11,7 @@ from joblib import parallel_config
 from llmmix.eval.mixture_laws import LAWS, MixtureLawsArguments, main
 
 from llmmix import cli, laws
+from llmmix.files import CLAIM
 
 QUICK = ["linear", "effective"]
 
@@ -66,10 +67,32 @@ def test_from_tables_to_a_proposal(run, tmp_path, capsys):
     assert proposal["best_observed"] > proposal["objective"] - 0.05
     files = {path.name for path in (tmp_path / "out").iterdir()}
     figures = {"predicted.png", "effects.png", "proposal.png"}
-    assert files == figures | {"mixture_laws.json", "proposal.csv"}
+    assert files == figures | {"mixture_laws.json", "proposal.csv", CLAIM}
     kept = json.loads((tmp_path / "out/mixture_laws.json").read_text())
     assert kept["proposal"]["mixture"] == proposal["mixture"]
     assert kept["judged"]["mean"]["objective_spearman"]["estimate"] is None
+
+
+def test_names_that_look_like_mathematics_and_figures_that_fail(tmp_path, monkeypatch, capsys):
+    mixtures = np.random.default_rng(0).dirichlet(np.ones(3), 20)
+    names = ["$a$ $", r"$\frac$", "_c"]
+    ratios = write(tmp_path / "r.csv", names, mixtures)
+    metrics = write(tmp_path / "$m$ $.csv", [f"{n}_loss" for n in names], 3 - mixtures)
+    given = {"laws": ["linear"], "budget": True, "transfer": [ratios, metrics]}
+    out = tmp_path / "out"
+    main(MixtureLawsArguments(ratios, metrics, output_dir=str(out), **given))
+    assert "since it failed" not in capsys.readouterr().out
+    assert len(list(out.glob("*.png"))) == 5
+
+    def fails(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("llmmix.laws.study.draw_effects", fails)
+    main(MixtureLawsArguments(ratios, metrics, output_dir=str(tmp_path / "next"), **given))
+    said = "No figure effects.png, since it failed: RuntimeError: no room"
+    assert capsys.readouterr().out.count(said) == 1
+    assert (tmp_path / "next/mixture_laws.json").exists()
+    assert len(list((tmp_path / "next").glob("*.png"))) == 4
 
 
 def test_the_objective_is_what_was_asked_for(run):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmmix.cli import parse_args
 from llmmix.grading.sample_log import prompt_id
+from tests.kills import another_process_in
 
 SMALL = {"dataset_config": "1", "max_problems": 3, "num_samples": 4, "n": [4, 1]}
 SMALL |= {"max_new_tokens": 6, "verifier": "exact"}
@@ -118,6 +119,32 @@ def test_temperature_zero_gives_one_answer_a_problem(tied_checkpoint, tmp_path):
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(samples) == 12
     assert len({(line["problem"], line["completion"]) for line in samples}) == 3
+def test_names_that_look_like_mathematics_and_a_report_that_fails(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    names = ["$a$ $", r"$\frac$", "_c"]
+    models = [str(shutil.copytree(checkpoint, tmp_path / name)) for name in names]
+    args = {"output_dir": str(tmp_path / "out"), **SMALL, "temperature": [0.5, 1.0]}
+    main(PassAtNArguments(models, **args))
+    said = capsys.readouterr().out
+    assert "since it failed" not in said and "Report: " in said
+    assert (tmp_path / "out" / "report.html").read_text().count("<img") == 2
+
+    def fails(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("llmmix.report._page", fails)
+    results = main(PassAtNArguments(models, **args))
+    said = capsys.readouterr().out
+    assert f"No report of {tmp_path / 'out'}, since it failed: RuntimeError: no room" in said
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["runs"].keys() == set(
+        results
+    )
+
+
+def test_a_folder_that_another_evaluation_has_is_refused(checkpoint, tmp_path):
+    with another_process_in(tmp_path), pytest.raises(ValueError, match="is in use by another run"):
+        main(PassAtNArguments([checkpoint], output_dir=str(tmp_path), **SMALL))
 
 
 def test_another_verifier_judges_again_and_samples_nothing(checkpoint, tmp_path, monkeypatch):

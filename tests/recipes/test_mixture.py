@@ -2,16 +2,20 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
 from llmmix import cli
-from llmmix.files import read_record
+from llmmix.files import CLAIM, read_record
 from llmmix.laws.sweep import SweepArguments, choose_mixtures
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.record import drawn_shares
+from tests.kills import another_process_in
 
 SMALL = (
     "--max_steps 6 --per_device_train_batch_size 4 --validation_rows 4 --logging_steps 2".split()
@@ -128,6 +132,59 @@ def test_a_sweep_of_other_mixtures_is_refused(files, checkpoint, capsys):
     flags += ["--seed", "5"]
     assert run("mixture_sweep", files, checkpoint, *flags, domains=("text", "pairs")) == 2
     assert "a sweep of other mixtures" in capsys.readouterr().err
+
+
+def test_a_sweep_cut_off_within_a_number_goes_on_to_the_same_tables(files, checkpoint, caplog):
+    flags = ["--mixtures", "2", "--max_steps", "2"]
+    assert run("mixture_sweep", files, checkpoint, *flags, domains=("text", "pairs")) == 0
+    tables = [files / "out" / name for name in ("ratios.csv", "metrics.csv")]
+    whole = [table.read_bytes() for table in tables]
+    tables[1].write_bytes(whole[1][:-6])
+    assert run("mixture_sweep", files, checkpoint, *flags, domains=("text", "pairs")) == 0
+    assert [table.read_bytes() for table in tables] == whole
+    assert "metrics.csv: not whole and left out: 1 of its lines" in caplog.text
+
+
+ODD = ["$a$ $", r"$\frac$", "_web"]
+
+
+def test_names_that_look_like_mathematics_do_not_end_a_run(files, checkpoint, capsys):
+    for name, rows in zip(ODD, FORMATS, strict=True):
+        (files / f"{name}.jsonl").write_bytes((files / f"{rows}.jsonl").read_bytes())
+    assert run("aioli", files, checkpoint, "--logging_steps", "1", domains=ODD) == 0
+    shown = capsys.readouterr().out
+    assert "Report: " in shown and "since it failed" not in shown
+    assert (files / "out" / "report.html").read_text().count("<img") == 2
+    assert drawn_shares(files / "out").keys() == set(ODD)
+
+
+def test_a_figure_that_fails_does_not_end_a_run(files, checkpoint, monkeypatch, capsys):
+    def fails(_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("llmmix.report.draw_mixture", fails)
+    assert run("mixture", files, checkpoint) == 0
+    shown = capsys.readouterr().out
+    assert "No figure mixture.png in the report, since it failed: RuntimeError: no room" in shown
+    assert "Report: " in shown and (files / "out" / "model.safetensors").exists()
+
+
+def test_a_folder_that_another_run_has_is_refused(files, checkpoint, capsys):
+    with another_process_in(files / "out"):
+        assert run("mixture", files, checkpoint) == 2
+    assert f"`--output_dir` {files / 'out'} is in use" in capsys.readouterr().err
+    assert [path.name for path in (files / "out").iterdir()] == [CLAIM]
+
+
+def test_all_ranks_end_where_another_run_has_the_folder(files, checkpoint):
+    command = [sys.executable, "-m", "llmmix.cli", "run", "--num_processes", "2", "mixture"]
+    command += ["--model_name_or_path", checkpoint, "--output_dir", str(files / "out")]
+    command += ["--domains", f"text={files / 'text.jsonl'}", *SMALL]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with another_process_in(files / "out"):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and "is in use by another run" in done.stderr
+    assert [path.name for path in (files / "out").iterdir()] == [CLAIM]
 
 
 def test_samples_of_mixtures():

@@ -37,6 +37,14 @@ def test_defaults_parse_and_the_script_is_short(name):
             assert any(getattr(part, key, None) == value for part in parsed), key
 
 
+@pytest.mark.parametrize("kind", ["recipes", "eval"])
+def test_every_program_claims_its_folder(kind):
+    for script in (RECIPES.parent / kind).glob("[!_]*.py"):
+        calls = [n for n in ast.walk(ast.parse(script.read_text())) if isinstance(n, ast.Call)]
+        claimed = [ast.unparse(n.args[0]) for n in calls if getattr(n.func, "id", "") == "claim"]
+        assert len(claimed) == 1 and claimed[0].endswith("args.output_dir"), script
+
+
 @pytest.mark.parametrize(
     "path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda p: p.stem
 )

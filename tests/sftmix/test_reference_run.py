@@ -66,3 +66,14 @@ def test_a_half_saved_checkpoint_is_passed_over(tmp_path):
 def test_no_checkpoint_is_refused(checkpoint, rows, args):
     with pytest.raises(ValueError, match="`num_checkpoints` must be at least 1"):
         train_reference(rows, args, checkpoint, 0)
+
+
+def test_half_a_list_of_checkpoints_counts_as_none(checkpoint, rows, args, caplog):
+    kept = train_reference(rows, args, checkpoint, 2)
+    (finished,) = Path(args.output_dir).glob("reference-*/finished.json")
+    whole = finished.read_text()
+    for length in (0, len(whole) // 2, len(whole) - 1):
+        finished.write_text(whole[:length])
+        assert train_reference(rows, args, checkpoint, 2) == kept
+        assert finished.read_text() == whole
+    assert f"{finished} is not whole and counts as absent" in caplog.text

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.files import plain
+from llmmix.files import plain, read_json, write_whole
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import answer_items, ask_original, score_items
 from llmmix.unlearning.evaluation.subject import (
@@ -137,13 +137,14 @@ def evaluate_subject(
 def write_document(folder: Path, document: dict[str, Any]) -> None:
     """Write `items.jsonl`, with a line for each item, and `unlearning.json`, with all else."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
-        for role, records in document["items"].items():
-            for record in records:
-                line = plain({"set": role, **record})
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = [
+        json.dumps(plain({"set": role, **record}), ensure_ascii=False) + "\n"
+        for role, records in document["items"].items()
+        for record in records
+    ]
+    write_whole(folder / "items.jsonl", "".join(lines))
     rest = {name: entry for name, entry in document.items() if name != "items"}
-    (folder / "unlearning.json").write_text(json.dumps(plain(rest), indent=1))
+    write_whole(folder / "unlearning.json", json.dumps(plain(rest), indent=1))
 
 
 def write_summary(
@@ -153,7 +154,7 @@ def write_summary(
     file.parent.mkdir(parents=True, exist_ok=True)
     shown = {name: _brief(document) for name, document in documents.items()}
     summary = {"runs": shown, "retained": retained and _brief(retained)}
-    file.write_text(json.dumps(plain(summary), indent=1))
+    write_whole(file, json.dumps(plain(summary), indent=1))
 
 
 def _brief(document: dict[str, Any]) -> dict[str, Any]:
@@ -165,11 +166,18 @@ def read_document(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `path` is no file, and no folder with such a file.
+        ValueError: The file is not whole JSON.
     """
     file = Path(path) / "unlearning.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"`retain_log`: no file {file}.")
-    return json.loads(file.read_text())
+    document = read_json(file)
+    if document is None:
+        raise ValueError(
+            f"`retain_log`: {file} is no whole JSON document. Evaluate the retain model again, "
+            "with `--retain_model`."
+        )
+    return document
 
 
 def check_disjoint(sets: Mapping[str, Dataset]) -> None:

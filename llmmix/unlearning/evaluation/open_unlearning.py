@@ -23,7 +23,7 @@ import numpy as np
 from scipy.stats import hmean, ks_2samp
 from transformers import PreTrainedTokenizerBase
 
-from llmmix.files import plain
+from llmmix.files import plain, write_whole
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.membership import membership_auc
 from llmmix.unlearning.evaluation.scores import AnswerScore
@@ -140,7 +140,7 @@ def write_open_unlearning(folder: str | Path, document: Mapping[str, dict]) -> N
     summary = {name: entry["agg_value"] for name, entry in document.items()}
     for name, content in (("EVAL", document), ("SUMMARY", summary)):
         text = json.dumps(plain(content), indent=4)
-        (folder / f"TOFU_{name}.json").write_text(text)
+        write_whole(folder / f"TOFU_{name}.json", text)
 
 
 def _matches(score: AnswerScore) -> np.ndarray:

@@ -42,7 +42,7 @@ def print_table(results: dict[str, dict[str, Any]], retained: dict[str, Any] | N
         if any(entry and entry["value"] is not None for entry in entries):
             arrow = ARROWS[next(entry for entry in entries if entry)["direction"]]
             cells = [_cell(name, entry) for entry in entries]
-            table.add_row(name.replace("_", " "), arrow, *cells, _baseline(name, retained))
+            table.add_row(escape(name.replace("_", " ")), arrow, *cells, _baseline(name, retained))
     for probe in next(iter(results.values())).get("probes", {}):
         for name in SHOWN_AFTER_A_PROBE:
             cells = [_change(result["probes"][probe], name) for result in results.values()]

@@ -6,7 +6,6 @@ is not measured again; if nothing is missing, the model is not even loaded.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,13 +14,14 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.files import cache_dir
+from llmmix.files import cache_dir, read_json, write_whole
 from llmmix.models import Checkpoint, Loader
 from llmmix.processes import main_process_says
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET
 from llmmix.unlearning.evaluation.texts import Tokenize
 
 METRIC_VERSION = 2  # raise it when a measurement or the definition of a metric changes
+NOTHING = object()  # where nothing is kept
 
 
 class Keep(Protocol):
@@ -126,15 +126,14 @@ def keep_in_cache(fingerprint: dict[str, Any]) -> Keep:
         key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
         file = cache_dir() / "unlearning" / f"{kind}-{key}.json"
         # In a list, since a measurement may be null
-        found = main_process_says([json.loads(file.read_text())] if file.exists() else None)
+        kept = read_json(file, absent=NOTHING)
+        found = main_process_says(None if kept is NOTHING else [kept])
         if found is not None:
             return found[0]
         value = compute()
         if state.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_suffix(f".{os.getpid()}.tmp")
-            beside.write_text(json.dumps(value))
-            beside.replace(file)
+            write_whole(file, json.dumps(value))
         return json.loads(json.dumps(value))  # as it will be read back
 
     return keep

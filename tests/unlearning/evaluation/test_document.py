@@ -7,11 +7,17 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from llmmix import data
-from llmmix.unlearning.evaluation.document import as_rows, evaluate_unlearning
+from llmmix.unlearning.evaluation.document import (
+    as_rows,
+    evaluate_unlearning,
+    read_document,
+    write_document,
+)
 from llmmix.unlearning.evaluation.membership import membership_auc
 from llmmix.unlearning.evaluation.scores import score_answers
 from llmmix.unlearning.evaluation.texts import rouge, unicode_words
 from llmmix.unlearning.evaluation.truth import option_probability, truth_ratio
+from tests.kills import dies_at
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +174,23 @@ def test_references_without_latin_words_are_not_scored_as_forgotten(model, token
         model, tokenizer, {"forget": rows}, rouge_tokenize=unicode_words, **FEW
     )
     assert other["metrics"]["forget_rouge"]["dropped"] == 0
+
+
+def test_a_kill_while_a_document_is_written_leaves_the_old_one(tmp_path):
+    old = {"items": {"forget": [{"n": 1}]}, "metrics": {"m": 0.5}}
+    new = {"items": {"forget": [{"n": n} for n in range(9)]}, "metrics": {"m": 0.25, "o": 1}}
+    names = ("items.jsonl", "unlearning.json")
+    for folder, document in (("old", old), ("new", new), ("run", old)):
+        write_document(tmp_path / folder, document)
+    texts = {name: [(tmp_path / f / name).read_text() for f in ("old", "new")] for name in names}
+    for byte in range(0, 300, 13):
+        died = dies_at(byte, lambda: write_document(tmp_path / "run", new))
+        assert all((tmp_path / "run" / name).read_text() in texts[name] for name in names)
+        assert died or (tmp_path / "run" / "unlearning.json").read_text() == texts[names[1]][1]
+    assert not died
+
+
+def test_half_a_retain_log_is_refused(tmp_path):
+    (tmp_path / "unlearning.json").write_text('{"version": 1, "metr')
+    with pytest.raises(ValueError, match="`retain_log`: .* is no whole JSON document"):
+        read_document(tmp_path)
