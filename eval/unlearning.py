@@ -304,8 +304,12 @@ def _check(args: UnlearningArguments) -> None:
         raise ValueError(f"`rouge_words` must be 'latin' or 'unicode', got {args.rouge_words!r}.")
     if unknown := sorted(set(args.probes or ()) - set(PROBES)):
         raise ValueError(f"`probes`: no {unknown[0]!r}; there are {', '.join(PROBES)}.")
-    if not 0 < args.leak_threshold <= 1:
-        raise ValueError(f"`leak_threshold` must lie in (0, 1], got {args.leak_threshold}.")
+    for name in ("leak_threshold", "min_k"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"`{name}` must lie in (0, 1], got {getattr(args, name)}.")
+    for name in ("leak_samples", "leak_max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be 1 or more, got {getattr(args, name)}.")
     if args.leak_n and max(args.leak_n) > args.leak_samples:
         raise ValueError(
             f"`leak_n` of {max(args.leak_n)} needs as many samples; `leak_samples` is "

@@ -48,7 +48,7 @@ def end_with(parent: int) -> None:
     """End this process once `parent`, which started it, has ended, even by a kill.
 
     Args:
-        parent: Id of the process. Windows does not tell a process that its parent is gone.
+        parent: Id of the process. On Windows nothing is seen of its end.
     """
 
     def watch() -> None:
@@ -57,6 +57,12 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_caller() -> None:
+    """As the `initializer` of a process pool: end with the caller, and at Ctrl-C without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with(os.getppid())
 
 
 def run_script(script: Path, title: str, *, shipped: bool, launcher: int | None = None) -> int:
@@ -207,6 +213,8 @@ def _signals() -> str:
 
 def _hush() -> None:
     """Leave it to `_tell` to say how processes ended, unless torchrun's own variable is set."""
+    import torch.distributed.run  # noqa: F401  makes the loggers
+
     if "LOGLEVEL" not in os.environ:
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("torch.distributed."):

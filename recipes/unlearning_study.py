@@ -34,6 +34,7 @@ from llmmix import FLATConfig, FLATTrainer, UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits
 from llmmix.figures import draw_scatter
+from llmmix.launching import end_with_caller
 from llmmix.models import resolve_checkpoint
 from llmmix.unlearning.evaluation.document import evaluate_unlearning
 from llmmix.unlearning.evaluation.summary import quality_metric
@@ -88,7 +89,8 @@ def main(args: StudyArguments) -> None:
     folder, results = Path(args.output_dir), dict[str, list[dict]]()
     folder.mkdir(parents=True, exist_ok=True)
     resolve_checkpoint("builtin:tiny")
-    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(args.processes, spawn, initializer=end_with_caller) as pool:
         print("Teaching the model to be unlearned, and one that never meets those authors")
         taught = [pool.submit(teach, args, name) for name in ("original", "retrained")]
         original, retrained = (measured.result() for measured in taught)

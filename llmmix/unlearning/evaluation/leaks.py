@@ -60,8 +60,8 @@ class LeakScorer:
             name = "rouge" if missing else "extraction"
         if name == "extraction" and missing:
             raise ValueError(
-                f"`scorer` 'extraction' needs a `secret` in every row; {missing} of {len(rows)} "
-                "have none. Add the column, or use 'rouge'."
+                f"`leak_scorer` (`scorer`) 'extraction' needs a `secret` in every row; {missing} "
+                f"of {len(rows)} have none. Add the column, or use 'rouge'."
             )
         self.name = name
         self.references = secrets if name == "extraction" else list(rows["answer"])
