@@ -90,7 +90,7 @@ def run_script(script: Path, title: str, *, shipped: bool, launcher: int | None 
             runpy.run_path(str(script), run_name="__main__")
     except KeyboardInterrupt:
         if launcher is None:
-            print(f"{title}: interrupted.", file=sys.stderr)
+            _say_ended(title, signal.SIGINT)
         return 128 + signal.SIGINT
     except Exception as error:
         ours = [LIBRARY, script.resolve()] if shipped else [LIBRARY]
@@ -104,6 +104,12 @@ def run_script(script: Path, title: str, *, shipped: bool, launcher: int | None 
             _leave(Path(error_file), text, status=2 if stated else 1)
         return 2 if stated else 1
     return 0
+
+
+def _say_ended(title: str, by: signal.Signals) -> None:
+    how = "interrupted" if by == signal.SIGINT else f"ended by {by.name}"
+    below = "\n" if sys.stderr.isatty() else ""  # the progress bar, and the terminal's ^C
+    print(f"{below}{title}: {how}.", file=sys.stderr)
 
 
 @contextmanager
@@ -170,8 +176,7 @@ def run_processes(command: list[str], title: str, count: int | None, config: str
             return error.returncode if error.returncode > 0 else 128 - error.returncode
         except (SignalException, KeyboardInterrupt) as error:
             ended = getattr(error, "sigval", signal.SIGINT)
-            how = "interrupted" if ended == signal.SIGINT else f"ended by {ended.name}"
-            print(f"{title}: {how}.", file=sys.stderr)
+            _say_ended(title, ended)
             return 128 + ended
     return 0
 
