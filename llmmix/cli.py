@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         if not is_unread(sys.stdout):
             raise
         return 141  # as of a process that SIGPIPE has ended
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -161,23 +161,33 @@ def run_processes(command: list[str], title: str, count: int | None, config: str
     Raises:
         UsageError: accelerate refuses `config`.
     """
+    with tempfile.TemporaryDirectory(prefix="llmmix_") as folder:
+        try:
+            return _run_processes(command, title, count, config, folder)
+        except KeyboardInterrupt:  # before there are processes: torchrun has its own handler
+            _say_ended(title, signal.SIGINT)
+            return 128 + signal.SIGINT
+
+
+def _run_processes(
+    command: list[str], title: str, count: int | None, config: str | None, folder: str
+) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    with tempfile.TemporaryDirectory(prefix="llmmix_") as folder:
-        try:
-            if config is None:
-                _torchrun(command, count or 1, folder)
-            else:
-                _accelerate(command, count, config, folder)
-        except ChildFailedError as error:
-            return _tell(error.failures, title)
-        except subprocess.CalledProcessError as error:  # one process alone, which has told why
-            return error.returncode if error.returncode > 0 else 128 - error.returncode
-        except (SignalException, KeyboardInterrupt) as error:
-            ended = getattr(error, "sigval", signal.SIGINT)
-            _say_ended(title, ended)
-            return 128 + ended
+    _hush()
+    try:
+        if config is None:
+            _torchrun(command, count or 1, folder)
+        else:
+            _accelerate(command, count, config, folder)
+    except ChildFailedError as error:
+        return _tell(error.failures, title)
+    except subprocess.CalledProcessError as error:  # one process alone, which has told why
+        return error.returncode if error.returncode > 0 else 128 - error.returncode
+    except SignalException as error:
+        _say_ended(title, error.sigval)
+        return 128 + error.sigval
     return 0
 
 
@@ -185,17 +195,16 @@ def _torchrun(command: list[str], count: int, folder: str) -> None:
     # On a CPU, `accelerate launch` starts one process whatever it is told; torchrun starts all
     from torch.distributed.run import parse_args, run
 
-    _hush()
-    options = ["--standalone", f"--nproc_per_node={count}", f"--log_dir={folder}"]
-    options += [f"--signals_to_handle={_signals()}", "--no_python"]
+    options = ["--standalone", f"--nproc_per_node={count}", f"--log_dir={folder}", "--no_python"]
     # Without the dashes torchrun takes a flag such as `--n` for the start of one of its own
-    run(parse_args([*options, "--", *command]))
+    args = parse_args([*options, "--", *command])
+    args.signals_to_handle = _signals()  # not every version has a flag for it
+    run(args)
 
 
 def _accelerate(command: list[str], count: int | None, config: str, folder: str) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    _hush()
     options = ["--config_file", config]
     if count is not None:
         options += ["--num_processes", str(count)]
