@@ -307,9 +307,9 @@ def _check(args: UnlearningArguments) -> None:
     for name in ("leak_threshold", "min_k"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"`{name}` must lie in (0, 1], got {getattr(args, name)}.")
-    for name in ("leak_samples", "leak_max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`{name}` must be 1 or more, got {getattr(args, name)}.")
+    for name, least in {"leak_samples": 0, "leak_max_new_tokens": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"`{name}` must be {least} or more, got {getattr(args, name)}.")
     if args.leak_n and max(args.leak_n) > args.leak_samples:
         raise ValueError(
             f"`leak_n` of {max(args.leak_n)} needs as many samples; `leak_samples` is "

@@ -111,7 +111,7 @@ def test_cp_copies_a_recipe_that_runs_from_anywhere(tmp_path, capsys):
         (["run", "dco_cot", "--solve_samples", "0"], "between 1 and `solve_samples`"),
         (["eval", "pass_at_n", *MODEL, "--verifier_workers", "0"], "`verifier_workers` 1 or more"),
         (["eval", "unlearning", *MODEL, "--forget", "f", "--min_k", "2"], "`min_k` must lie in"),
-        (["eval", "unlearning", *MODEL, "--forget", "f", "--leak_samples", "0"], "`leak_samples`"),
+        (["eval", "unlearning", *MODEL, "--forget", "f", "--leak_samples", "-1"], "`leak_samples`"),
         (["run", "--num_processes", "0", "dco"], "`--num_processes` must be 1 or more"),
         (["run", "dco"], "`model_name_or_path` is missing"),
         (["run", "dco", "--model_name_or_path", "builtin:tiny"], "`dataset_name` is missing"),
