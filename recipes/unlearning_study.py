@@ -89,8 +89,7 @@ def main(args: StudyArguments) -> None:
     folder, results = Path(args.output_dir), dict[str, list[dict]]()
     folder.mkdir(parents=True, exist_ok=True)
     resolve_checkpoint("builtin:tiny")
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(args.processes, spawn, initializer=end_with_caller) as pool:
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), end_with_caller) as pool:
         print("Teaching the model to be unlearned, and one that never meets those authors")
         taught = [pool.submit(teach, args, name) for name in ("original", "retrained")]
         original, retrained = (measured.result() for measured in taught)
@@ -222,8 +221,7 @@ def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
             f"\n{v.min():.{d}f} to {v.max():.{d}f}" if len(v) > 1 else ""
             for v, d in zip(found, digits, strict=True)
         ]
-        cells = zip(found, spread, strict=True)
-        table.add_row(name, *(f"{v.mean():.3f}{spread}" for v, spread in cells))
+        table.add_row(name, *(f"{v.mean():.3f}{s}" for v, s in zip(found, spread, strict=True)))
         points[name] = (found[2], found[1])
     Console().print(table)
     best = value(results["retrained"][0], "model_utility")
