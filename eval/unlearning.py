@@ -319,9 +319,9 @@ def _check(args: UnlearningArguments) -> None:
 
 def _function(path: str) -> Callable:
     module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())  # the user's module is in the working directory
     if not name:
         raise ValueError(f"`fluency` must be module:function, got {path!r}.")
+    sys.path.append(os.getcwd())  # where the user's module is; what is installed comes first
     return getattr(import_module(module), name)
 
 
