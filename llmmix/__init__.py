@@ -10,7 +10,6 @@ import lazy_loader
 if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.dco import DCOConfig as DCOConfig
     from llmmix.dco import DCOTrainer as DCOTrainer
-    from llmmix.dco import attach_weights as attach_weights
     from llmmix.filtering import LikelihoodFilter as LikelihoodFilter
     from llmmix.filtering import attach_filter as attach_filter
     from llmmix.grading.estimators import pass_at_n as pass_at_n
@@ -21,6 +20,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.mixing.aioli_config import AioliConfig as AioliConfig
     from llmmix.mixing.attach import attach_mixture as attach_mixture
     from llmmix.mixing.sampler import MixtureSampler as MixtureSampler
+    from llmmix.row_weights import attach_weights as attach_weights
     from llmmix.rpo import RPOConfig as RPOConfig
     from llmmix.rpo import RPOTrainer as RPOTrainer
     from llmmix.sampling import sample as sample
@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "dco": ["DCOConfig", "DCOTrainer", "attach_weights"],
+        "dco": ["DCOConfig", "DCOTrainer"],
+        "row_weights": ["attach_weights"],
         "sftmix.trainer": ["SFTMixConfig", "SFTMixTrainer"],
         "rpo": ["RPOConfig", "RPOTrainer"],
         "unlearning.flat": ["FLATConfig", "FLATTrainer"],

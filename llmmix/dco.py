@@ -17,7 +17,7 @@ Recipe: recipes/dco.py. Evaluation: eval/pass_at_n.py. Invariants: tests/test_in
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import (
     ForwardRecorder,
@@ -38,8 +39,8 @@ from llmmix.trainers import (
     keep_outputs_in_fp32,
     log_dropped,
     log_metric,
-    training_rows,
 )
+from llmmix.windows import window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -166,6 +167,7 @@ class DCOConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         _check_n(self.n_samples)
         if self.reduction not in ("sum", "token_mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'token_mean', got {self.reduction!r}.")
@@ -220,6 +222,7 @@ class DCOTrainer(SFTTrainer):
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        end_unless_finite(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False
 
@@ -230,7 +233,7 @@ class DCOTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count examples, where TRL counts tokens, over the accumulation window of every rank."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
         count = sum(int((b["labels"][:, 1:] != -100).any(1).sum()) for b in batches)
         count = self.accelerator.gather(torch.tensor(count, device=device)).sum()
         if self.row_weights is not None and batches:
@@ -314,35 +317,3 @@ class DCOTrainer(SFTTrainer):
                     self.args.n_samples,
                 )
         super().log(logs, start_time)
-
-
-def attach_weights(trainer: DCOTrainer, weights: Callable[[Sequence[int]], Tensor]) -> None:
-    """Weight the cross-entropy of each row by a function of the row, in place of F of its target.
-
-    Args:
-        trainer: The trainer, whose `reduction` decides between the summed and the mean token loss.
-        weights: (rows) -> (rows,), such as `SolveRates.weights`; called once for each accumulation
-            window, on the rows of this process.
-
-    Raises:
-        ValueError: Rows are streamed.
-    """
-    rows = training_rows(trainer, "A weight for each row")
-    trainer.train_dataset = rows.add_column("row", list(range(len(rows))))
-    trainer.data_collator = _WithRows(trainer.data_collator)
-    trainer.row_weights = weights
-
-
-class _WithRows:
-    """A collator that passes the number of each row on."""
-
-    def __init__(self, collate: Callable[[list[dict]], dict[str, Any]]):
-        self.collate = collate
-
-    def __call__(self, examples: list[dict]) -> dict:
-        numbered = "row" in examples[0]
-        rows = [example.pop("row") for example in examples] if numbered else []
-        batch = self.collate(examples)
-        if numbered:
-            batch["row"] = torch.tensor(rows)
-        return batch

@@ -27,7 +27,8 @@ from trl import SFTTrainer
 
 from llmmix.dco import dco_weight, n_samples_of
 from llmmix.models import eval_mode
-from llmmix.trainers import ResumedCallback, log_metric, training_rows
+from llmmix.resuming import ResumedCallback
+from llmmix.trainers import log_metric, training_rows
 
 logger = get_logger(__name__)
 

@@ -16,15 +16,18 @@ It is neither the `rpo_alpha` of older TRL (arXiv 2404.19733, another paper) nor
 Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import (
     ForwardRecorder,
@@ -34,6 +37,7 @@ from llmmix.trainers import (
     log_dropped,
     log_metric,
 )
+from llmmix.windows import window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -126,6 +130,7 @@ class RPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         _check_eta(self.rpo_eta)
         if self.sft_reduction not in ("sum", "mean"):
             raise ValueError(
@@ -186,6 +191,7 @@ class RPOTrainer(DPOTrainer):
             attach_head(reference)
             # TRL has prepared the reference already: attaching replaced the forward under autocast
             reference.forward = self.accelerator.autocast()(reference.forward)
+        end_unless_finite(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep log-probabilities in fp32, set before TRL prepares the reference model."""
@@ -194,6 +200,12 @@ class RPOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Nothing once the run is finished."""
+        return super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
 
     def compute_loss(
         self,

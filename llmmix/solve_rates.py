@@ -35,9 +35,10 @@ from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.verify import Verifier, judge
 from llmmix.models import encode
+from llmmix.resuming import ResumedCallback
 from llmmix.sampling import sample
 from llmmix.sampling.requests import check_room
-from llmmix.trainers import ResumedCallback, log_metric, training_rows
+from llmmix.trainers import log_metric, training_rows
 
 logger = get_logger(__name__)
 

@@ -13,14 +13,7 @@ from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainingArguments
 from trl import SFTConfig
 
 from llmmix.data import check_preference_dataset, check_sft_dataset
@@ -42,13 +35,6 @@ def default_to_cpu(args: TrainingArguments) -> None:
     args.use_cpu, args.dataloader_pin_memory = True, False
     if args.bf16 is None:
         args.bf16 = False
-
-
-def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
-    """What `--resume_from_checkpoint` asks for: a folder, or `true` for the last one of the run."""
-    given = training_args.resume_from_checkpoint
-    asked = str(given).lower()
-    return asked == "true" if asked in ("true", "false") else given
 
 
 def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
@@ -263,37 +249,3 @@ def log_metric(trainer: Trainer, name: str, value: float, *, training: bool = Tr
     """
     if hasattr(trainer, "_metrics"):
         trainer._metrics["train" if training else "eval"][name].append(value)
-
-
-class ResumedCallback(TrainerCallback, ExportableState):
-    """A callback whose state is saved in each checkpoint and restored by the run that resumes.
-
-    Transformers restores a callback by making it again from plain values, which cannot be done for
-    one that holds a trainer or a sampler. The user makes this one as for a fresh run.
-    """
-
-    def begin(self) -> None:
-        """Discard the state of an earlier run."""
-
-    def saved(self) -> dict:
-        """The state that a checkpoint keeps, in JSON values."""
-        raise NotImplementedError
-
-    def resume(self, saved: dict, state: TrainerState) -> None:
-        """Go on from what `saved` gave when the checkpoint was written."""
-        raise NotImplementedError
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Begin anew, or where the resumed run stopped."""
-        # Declared as a list, which `TrainerState` turns into a dict when it is made
-        callbacks: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
-        kept = callbacks.setdefault(type(self).__name__, self.state())
-        self.begin()
-        if state.global_step:
-            self.resume(kept["attributes"], state)
-
-    def state(self) -> dict:
-        """The entry that transformers writes into `trainer_state.json`."""
-        return {"args": {}, "attributes": self.saved()}

@@ -26,7 +26,7 @@ from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
-from llmmix.trainers import checkpoint_to_resume
+from llmmix.resuming import checkpoint_to_resume
 
 PROXIES = ("doremi", "doge")  # methods that train a proxy first
 

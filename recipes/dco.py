@@ -20,8 +20,8 @@ from llmmix.data import load_train_and_eval
 from llmmix.filtering import LikelihoodFilter, attach_filter, check_share
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
+from llmmix.resuming import checkpoint_to_resume
 from llmmix.steps import split_steps
-from llmmix.trainers import checkpoint_to_resume
 
 
 @dataclass

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from llmmix import DCOConfig, DCOTrainer
+from llmmix import DCOConfig, DCOTrainer, attach_weights
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
-from llmmix.dco import attach_weights
 from llmmix.filtering import attach_filter, check_share
 from llmmix.grading.verify import Verifier
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
+from llmmix.resuming import checkpoint_to_resume
 from llmmix.solve_rates import SolveRates
-from llmmix.trainers import checkpoint_to_resume
 
 
 @dataclass

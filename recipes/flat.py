@@ -15,7 +15,7 @@ from llmmix.cli import parse_args
 from llmmix.data import load_role
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
-from llmmix.trainers import checkpoint_to_resume
+from llmmix.resuming import checkpoint_to_resume
 from llmmix.unlearning.flat import check_retain
 from llmmix.unlearning.preparation import RetainArguments
 

@@ -15,7 +15,7 @@ from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
-from llmmix.trainers import checkpoint_to_resume
+from llmmix.resuming import checkpoint_to_resume
 
 
 def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
-from llmmix.trainers import checkpoint_to_resume
+from llmmix.resuming import checkpoint_to_resume
 
 
 def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: ModelConfig) -> None:

@@ -17,9 +17,9 @@ from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
+from llmmix.resuming import checkpoint_to_resume
 from llmmix.sftmix.pairing import CONFIDENCE
 from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
-from llmmix.trainers import checkpoint_to_resume
 
 
 def main(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-from llmmix import DCOConfig, DCOTrainer
-from llmmix.dco import attach_weights, dco_weight
+from llmmix import DCOConfig, DCOTrainer, attach_weights
+from llmmix.dco import dco_weight
 from llmmix.filtering import (
     FilteredSampler,
     LikelihoodFilter,

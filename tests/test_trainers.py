@@ -17,7 +17,7 @@ from llmmix import (
     attach_head,
 )
 from llmmix.dco import dco_loss
-from llmmix.trainers import checkpoint_to_resume
+from llmmix.resuming import checkpoint_to_resume
 
 QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
 

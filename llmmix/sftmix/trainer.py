@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.dco import dco_weight
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import FusedHeadOutput, attach_head
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
@@ -33,6 +34,7 @@ from llmmix.trainers import (
     log_metric,
     training_rows,
 )
+from llmmix.windows import window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,6 +69,7 @@ class SFTMixConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         if not self.mixup_alpha > 0:
             raise ValueError(f"`mixup_alpha` must be positive, got {self.mixup_alpha}.")
         if not self.mixup_weight >= 0:
@@ -136,6 +139,7 @@ class SFTMixTrainer(SFTTrainer):
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        end_unless_finite(self)
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it
             self._confident = confident_half(read_confidence(training_rows(self, "SFTMix")))
@@ -159,7 +163,9 @@ class SFTMixTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Count the pairs of the accumulation window, over every rank."""
-        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, tokens = super().get_batch_samples(
+            window(self, epoch_iterator), num_batches, device
+        )
         pairs = torch.tensor(sum(len(b["labels"]) // 2 for b in batches), device=device)
         self._window_pairs = self.accelerator.gather(pairs).sum()
         self._micro_step = 0

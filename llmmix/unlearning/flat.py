@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from llmmix.finite import check_finite_settings
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
@@ -44,6 +45,7 @@ from llmmix.unlearning.preparation import (
 )
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
+from llmmix.windows import window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -152,6 +154,7 @@ class FLATConfig(ForgetConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         self.divergence = check_divergence(self.divergence)
         for name, choices in (
             ("mean", ("arithmetic", "geometric")),
@@ -271,7 +274,7 @@ class FLATTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window["forget"][0]
 

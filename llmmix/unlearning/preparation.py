@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
 from llmmix.unlearning.guards import check_limit
@@ -62,6 +63,7 @@ class ForgetConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         check_limit("min_forget_prob", self.min_forget_prob, top=1)
         default_to_cpu(self)
         super().__post_init__()
@@ -158,6 +160,7 @@ def prepare_trainer(
     trainer.eval_dataset = prepared(trainer.eval_dataset, "eval_dataset")
     keep_outputs_in_fp32(trainer.accelerator)
     attach_head(model)
+    end_unless_finite(trainer)
     return prepared
 
 

@@ -33,6 +33,7 @@ from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_tra
 from llmmix.unlearning.references import Reference
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
+from llmmix.windows import window
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -185,7 +186,7 @@ class UnlearnTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window[self.objective.loss.subject][0]
 
