@@ -181,6 +181,11 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
     """A run for each model or adapter and each temperature, with a folder of its own."""
     if args.backend not in ("transformers", "vllm"):
         raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {args.backend!r}.")
+    if not args.verifier_timeout > 0 or args.verifier_workers < 1:
+        raise ValueError(
+            "`verifier_timeout` must be positive and `verifier_workers` 1 or more, got "
+            f"{args.verifier_timeout} and {args.verifier_workers}."
+        )
     if len(set(args.temperature)) < len(args.temperature):
         raise ValueError(f"`temperature` names one twice: {args.temperature}.")
     several = len(args.temperature) > 1

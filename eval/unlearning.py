@@ -306,8 +306,12 @@ def _check(args: UnlearningArguments) -> None:
         raise ValueError(f"`rouge_words` must be 'latin' or 'unicode', got {args.rouge_words!r}.")
     if unknown := sorted(set(args.probes or ()) - set(PROBES)):
         raise ValueError(f"`probes`: no {unknown[0]!r}; there are {', '.join(PROBES)}.")
-    if not 0 < args.leak_threshold <= 1:
-        raise ValueError(f"`leak_threshold` must lie in (0, 1], got {args.leak_threshold}.")
+    for name in ("leak_threshold", "min_k"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"`{name}` must lie in (0, 1], got {getattr(args, name)}.")
+    for name, least in {"leak_samples": 0, "leak_max_new_tokens": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"`{name}` must be {least} or more, got {getattr(args, name)}.")
     if args.leak_n and max(args.leak_n) > args.leak_samples:
         raise ValueError(
             f"`leak_n` of {max(args.leak_n)} needs as many samples; `leak_samples` is "
@@ -317,9 +321,9 @@ def _check(args: UnlearningArguments) -> None:
 
 def _function(path: str) -> Callable:
     module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())  # the user's module is in the working directory
     if not name:
         raise ValueError(f"`fluency` must be module:function, got {path!r}.")
+    sys.path.append(os.getcwd())  # where the user's module is; what is installed comes first
     return getattr(import_module(module), name)
 
 

@@ -12,21 +12,21 @@ import copy
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import re
-import runpy
 import shutil
 import sys
 import textwrap
-import traceback
 import warnings
 from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from llmmix.launching import UsageError, command_line, is_unread, run_processes, run_script
 
 KINDS = {"run": "llmmix.recipes", "eval": "llmmix.eval"}
-PACKAGES = ("llmmix", *KINDS.values())
 UPSTREAM = ("trl", "transformers")  # whose options come second in --help, but for these:
 INDENT = " " * 19  # of a summary in `llmmix ls`
 NAMED = ("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft")
@@ -36,7 +36,24 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     # TRL reports each run to the Hub by default; to allow that, set the variable to 0
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            args = _parser().parse_args(argv)
+            return COMMANDS[args.command](args)
+        finally:
+            sys.stdout.flush()  # fails here rather than at the end, if nobody reads any more
+    except UsageError as error:
+        print(f"llmmix: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        if not is_unread(sys.stdout):
+            raise
+        return 141  # as of a process that SIGPIPE has ended
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmmix",
         description="List, copy and launch recipes (fine-tuning, data mixing) and evaluations.",
@@ -63,20 +80,12 @@ def main(argv: list[str] | None = None) -> int:
             help="how processes share the work: ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or a "
             "file that `accelerate config` wrote",
         )
+        launch.add_argument("--launcher", type=int, help=argparse.SUPPRESS)  # by `command_line`
         launch.add_argument("name", help="a name that `llmmix ls` shows, or a file of your own")
         launch.add_argument(
             "flags", nargs=argparse.REMAINDER, help="flags of NAME, which follow it"
         )
-    args = parser.parse_args(argv)
-    try:
-        return COMMANDS[args.command](args)
-    except UsageError as error:
-        print(f"llmmix: {error}", file=sys.stderr)
-        return 2
-
-
-class UsageError(ValueError):
-    """A mistake on the command line, shown without a traceback."""
+    return parser
 
 
 def list_recipes(_args: argparse.Namespace) -> int:
@@ -118,39 +127,29 @@ def copy_recipe(args: argparse.Namespace) -> int:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Run a script here, under torchrun, or under `accelerate launch`.
+    """Run a script in this process, or on several.
 
     Raises:
-        UsageError: There is no such script, or `--accelerate_config` names no file.
+        UsageError: There is no such script, `--num_processes` is below 1, or `--accelerate_config`
+            names no file or is refused by accelerate.
     """
     package = KINDS[args.command]
     if args.name.endswith(".py"):
-        script, target = Path(args.name), [args.name]
+        script = Path(args.name)
         if not script.is_file():
             raise UsageError(f"no file {args.name}.")
     else:
         script = _find(args.name, package)
-        target = ["-m", f"{package}.{script.stem}"]
-    if args.accelerate_config is not None:
-        options = ["--config_file", _accelerate_config(args.accelerate_config)]
-        if args.num_processes is not None:
-            options += ["--num_processes", str(args.num_processes)]
-        return _become("accelerate.commands.launch", [*options, *target, *args.flags])
-    if (args.num_processes or 1) > 1:
-        # On a CPU, `accelerate launch` starts one process whatever it is told; torchrun starts all
-        options = ["--standalone", f"--nproc_per_node={args.num_processes}"]
-        # Without the dashes torchrun takes a flag such as `--n` for the start of one of its own
-        *module, name = target
-        return _become("torch.distributed.run", [*options, *module, "--", name, *args.flags])
+    title, count = f"llmmix {args.command} {args.name}", args.num_processes
+    if count is not None and count < 1:
+        raise UsageError(f"`--num_processes` must be 1 or more, got {count}.")
+    config = args.accelerate_config and _accelerate_config(args.accelerate_config)
+    several = config is not None or (count or 1) > 1
+    if several and not {"-h", "--help"} & set(args.flags):
+        command = command_line(args.command, args.name, args.flags)
+        return run_processes(command, title, count, config)
     sys.argv = [args.name, *args.flags]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except (ValueError, FileNotFoundError) as error:
-        if not _is_stated(error):
-            raise
-        print(f"llmmix {args.command} {args.name}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(script, title, shipped=_is_shipped(script), launcher=args.launcher)
 
 
 COMMANDS = {"ls": list_recipes, "cp": copy_recipe, "run": launch, "eval": launch}
@@ -173,7 +172,7 @@ def parse_args(
 
     Raises:
         UsageError: A key or flag names no field (the nearest one is suggested), or `--config` names
-            no file or one that holds no mapping.
+            no file or one that holds no mapping; or a value is NaN, or of another type.
     """
     from trl import TrlParser
 
@@ -189,6 +188,7 @@ def parse_args(
         formatter_class=functools.partial(_Help, first=_own_options(dataclass_types)),
         allow_abbrev=False,
     )
+    parser.error = _refuse
     # --config is taken here and not by TRL's parser, so that a mistake in it is named
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--config")
@@ -197,12 +197,24 @@ def parse_args(
     defaults = path.with_suffix(".yaml")
     for file in filter(None, [defaults if defaults.exists() else None, given.config]):
         parser.set_defaults_with_config(**_read_yaml(Path(file), fields))
-    *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    values, rest = parser.parse_known_args(argv)
     flags = [flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")]
     _check_keys(flags, fields, "the command line")
     if rest:
         raise UsageError(f"unexpected {' '.join(rest)!r} on the command line.")
-    return tuple(parsed)
+    for name, value in vars(values).items():
+        if any(isinstance(x, float) and math.isnan(x) for x in _listed(value)):
+            raise UsageError(f"`{name}` must be a number, got NaN.")
+    # A file of more flags that lies in the current folder is not for us
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(message)
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -253,6 +265,10 @@ def _command_of(script: Path) -> str:
         if script.resolve() in map(Path.resolve, _scripts(package)):
             return f"llmmix {command} {script.stem}"
     return f"llmmix run {script.name}"
+
+
+def _is_shipped(script: Path) -> bool:
+    return script.resolve() in {path.resolve() for p in KINDS.values() for path in _scripts(p)}
 
 
 def _summary(script: Path) -> str:
@@ -320,19 +336,7 @@ def _accelerate_config(name: str) -> str:
     return name
 
 
-def _is_stated(error: Exception) -> bool:
-    """Whether one of our own `raise` lines made this error: it needs no traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    folders = {_folder(name) for name in PACKAGES}
-    raised = (last.line or "").startswith("raise ")
-    return raised and bool(folders & set(Path(last.filename).parents))
-
-
-def _become(module: str, arguments: list[str]) -> int:
-    """Replace this process by `python -m module`, which then gets signals and gives the status."""
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
-
-
 if __name__ == "__main__":
+    if not sys.flags.safe_path and sys.path[0] == os.getcwd():  # as `python -m` puts it there
+        del sys.path[0]
     sys.exit(main())

@@ -30,20 +30,27 @@ PREFERENCE_FORMATS = (
 )
 
 
-def load_splits(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
+def load_splits(
+    name: str,
+    config: str | None = None,
+    streaming: bool = False,
+    *,
+    argument: str = "dataset_name",
+) -> DatasetDict:
     """All splits of a dataset.
 
     Args:
         name: Hub id, folder, file or built-in.
         config: Configuration of a hub dataset, or of a built-in (see `llmmix.builtin.dataset`).
         streaming: Load an `IterableDataset` where the source allows it.
+        argument: Name of `name` in error messages.
 
     Raises:
         FileNotFoundError: The file, or the text of `builtin:domains`, is not on this machine.
         ValueError: The file is of another format, or there is no such built-in.
     """
     if name.startswith("builtin:"):
-        return builtin.dataset(name, config)
+        return builtin.dataset(name, config, argument=argument)
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -53,13 +60,13 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise ValueError(
-                f"`dataset_name`: {name} is not one of {', '.join(FILE_FORMATS)}; convert it first."
+                f"`{argument}`: {name} is not one of {', '.join(FILE_FORMATS)}; convert it first."
             )
         return datasets.load_dataset(
             FILE_FORMATS[path.suffix], data_files=str(path), streaming=streaming
         )
     if path.suffix in FILE_FORMATS or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"`dataset_name`: no file or folder {name}.")
+        raise FileNotFoundError(f"`{argument}`: no file or folder {name}.")
     return datasets.load_dataset(name, name=config, streaming=streaming)
 
 
@@ -89,7 +96,12 @@ def _named(dataset_name: str | None) -> str:
 
 
 def load_role(
-    name: str | None, role: str, *, split: str = "train", config: str | None = None
+    name: str | None,
+    role: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    arguments: tuple[str, str] = ("dataset_name", "dataset_train_split"),
 ) -> Dataset | IterableDataset:
     """The rows that play a role, such as "forget" or "retain".
 
@@ -99,6 +111,7 @@ def load_role(
             one is taken.
         split: The split. If it is "train" and the dataset has a single split, that one is taken.
         config: Configuration of a hub dataset or of a built-in.
+        arguments: Names of `name` and of `split` in error messages.
 
     Raises:
         ValueError: No dataset was named, or it has no such split.
@@ -106,12 +119,12 @@ def load_role(
     name = _named(name)
     if "@" in name and not Path(name).exists():
         name, _, config = name.partition("@")
-    splits = load_splits(name, config)
+    splits = load_splits(name, config, argument=arguments[0])
     if split == "train" and role in splits:
         split = role
     elif split == "train" and len(splits) == 1:
         split = next(iter(splits))
-    return _split(splits, split, f"{role}: dataset_split")
+    return _split(splits, split, arguments[1])
 
 
 def _split(splits: DatasetDict, name: str, argument: str) -> Dataset | IterableDataset:

@@ -18,7 +18,7 @@ from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
 from llmmix.files import claim
-from llmmix.filtering import LikelihoodFilter, attach_filter
+from llmmix.filtering import LikelihoodFilter, attach_filter, check_share
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
@@ -36,6 +36,10 @@ class SelectionArguments:
         default=None,
         metadata={"help": "NCO: leave out rows whose F(N, p) is below this, such as 0.1."},
     )
+
+    def __post_init__(self) -> None:
+        if self.likelihood_threshold is not None:
+            check_share("likelihood_threshold", self.likelihood_threshold)
 
 
 def main(

@@ -17,7 +17,7 @@ from llmmix import DCOConfig, DCOTrainer, attach_weights
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
 from llmmix.files import claim
-from llmmix.filtering import attach_filter
+from llmmix.filtering import attach_filter, check_share
 from llmmix.grading.verify import Verifier
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
@@ -62,6 +62,15 @@ class SolveRateArguments:
             "module:function."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.solve_threshold is not None:
+            check_share("solve_threshold", self.solve_threshold)
+        if not 1 <= self.min_samples <= self.solve_samples:
+            raise ValueError(
+                f"`min_samples` must lie between 1 and `solve_samples`, got {self.min_samples} and "
+                f"{self.solve_samples}."
+            )
 
 
 def main(

@@ -22,6 +22,7 @@ from llmmix import DCOConfig, DCOTrainer, SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits
 from llmmix.files import claim, release
+from llmmix.launching import command_line
 from llmmix.models import resolve_checkpoint
 from llmmix.sftmix.scoring import add_confidence
 
@@ -96,14 +97,14 @@ def main(args: QuickstartArguments) -> None:
     fit(DCOTrainer(checkpoint, dco, train_dataset=train))
 
     n = [str(n) for n in (1, 4, 16, 64) if n <= args.num_samples]
-    command = [sys.executable, "-m", "llmmix.eval.pass_at_n", "--n", *n]
-    command += ["--model_name_or_path", *(str(folder / method) for method in METHODS)]
-    command += ["--dataset_name", "builtin:math", "--dataset_config", "1"]
-    command += ["--max_problems", str(args.test_rows), "--num_samples", str(args.num_samples)]
-    command += ["--max_new_tokens", "16", "--token_budget", "65536", "--verifier", "exact"]
-    command += ["--seed", str(args.seed)]
+    flags = ["--n", *n, "--model_name_or_path", *(str(folder / method) for method in METHODS)]
+    flags += ["--dataset_name", "builtin:math", "--dataset_config", "1"]
+    flags += ["--max_problems", str(args.test_rows), "--num_samples", str(args.num_samples)]
+    flags += ["--max_new_tokens", "16", "--token_budget", "65536", "--verifier", "exact"]
+    flags += ["--seed", str(args.seed), "--output_dir", str(folder)]
     release(folder)  # the evaluation claims it
-    subprocess.run([*command, "--output_dir", str(folder)], check=True)
+    if status := subprocess.run(command_line("eval", "pass_at_n", flags)).returncode:
+        sys.exit(status)  # it has told why
 
 
 if __name__ == "__main__":

@@ -34,8 +34,13 @@ def main(
     forget = load_role(script_args.dataset_name, "forget", split=split, config=config)
     retain = None
     if (name := retain_args.retain_dataset_name) is not None:
-        split = retain_args.retain_dataset_split
-        retain = load_role(name, "retain", split=split, config=config)
+        retain = load_role(
+            name,
+            "retain",
+            split=retain_args.retain_dataset_split,
+            config=config,
+            arguments=("retain_dataset_name", "retain_dataset_split"),
+        )
     claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     trainer = UnlearnTrainer(

@@ -35,6 +35,7 @@ from llmmix.cli import parse_args
 from llmmix.data import load_splits
 from llmmix.figures import draw_scatter, never_fatal
 from llmmix.files import claim, read_json, write_whole
+from llmmix.launching import end_with_caller
 from llmmix.models import resolve_checkpoint
 from llmmix.unlearning.evaluation.document import evaluate_unlearning
 from llmmix.unlearning.evaluation.summary import quality_metric
@@ -88,7 +89,7 @@ def main(args: StudyArguments) -> None:
         raise ValueError(f"`losses`: no {unknown[0]!r}; there are {', '.join(CONTENDERS)}.")
     folder, results = claim(args.output_dir), dict[str, list[dict]]()
     resolve_checkpoint("builtin:tiny")
-    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), end_with_caller) as pool:
         print("Teaching the model to be unlearned, and one that never meets those authors")
         taught = [pool.submit(teach, args, name) for name in ("original", "retrained")]
         original, retrained = (measured.result() for measured in taught)
@@ -221,8 +222,7 @@ def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
             f"\n{v.min():.{d}f} to {v.max():.{d}f}" if len(v) > 1 else ""
             for v, d in zip(found, digits, strict=True)
         ]
-        cells = zip(found, spread, strict=True)
-        table.add_row(name, *(f"{v.mean():.3f}{spread}" for v, spread in cells))
+        table.add_row(name, *(f"{v.mean():.3f}{s}" for v, s in zip(found, spread, strict=True)))
         points[name] = (found[2], found[1])
     Console().print(table)
     best = value(results["retrained"][0], "model_utility")

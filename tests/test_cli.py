@@ -11,12 +11,15 @@ import yaml
 from llmmix import cli
 from llmmix.cli import UsageError, parse_args
 
+MODEL = ["--model_name_or_path", "m"]
+
 
 @dataclass
 class Arguments:
     learning_rate: float = field(default=1.0)
     n_samples: int = field(default=1)
     names: list[str] | None = field(default=None)
+    rates: list[float] | None = field(default=None)
 
 
 @pytest.fixture
@@ -98,6 +101,18 @@ def test_cp_copies_a_recipe_that_runs_from_anywhere(tmp_path, capsys):
         (["eval", "pass_at_k"], "did you mean 'pass_at_n'"),
         (["run", "--accelerate_config", "fsdp9", "dco"], "is neither a file nor"),
         (["run", "dco", "--n_sample", "3"], "did you mean 'n_samples'"),
+        (
+            ["run", "dco", "--max_steps", "many"],
+            "--max_steps/--max-steps: invalid int value: 'many'",
+        ),
+        (["run", "dco", "--n_samples", "0"], "`n_samples` must be at least 1"),
+        (["run", "dco", "--likelihood_threshold", "2"], "`likelihood_threshold` must lie in"),
+        (["run", "dco_cot", "--solve_threshold", "0"], "`solve_threshold` must lie in"),
+        (["run", "dco_cot", "--solve_samples", "0"], "between 1 and `solve_samples`"),
+        (["eval", "pass_at_n", *MODEL, "--verifier_workers", "0"], "`verifier_workers` 1 or more"),
+        (["eval", "unlearning", *MODEL, "--forget", "f", "--min_k", "2"], "`min_k` must lie in"),
+        (["eval", "unlearning", *MODEL, "--forget", "f", "--leak_samples", "-1"], "`leak_samples`"),
+        (["run", "--num_processes", "0", "dco"], "`--num_processes` must be 1 or more"),
         (["run", "dco"], "`model_name_or_path` is missing"),
         (["run", "dco", "--model_name_or_path", "builtin:tiny"], "`dataset_name` is missing"),
     ],
@@ -106,30 +121,33 @@ def test_mistakes_are_one_line_and_status_2(argv, message, capsys, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llmmix.models.tiny_checkpoint", lambda name: "unused")
     assert cli.main(argv) == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
 
 
 @pytest.mark.parametrize(
-    ("argv", "module", "start"),
+    ("argv", "count", "config", "end"),
     [
-        (
-            ["run", "--num_processes", "2", "dco", "--n_samples", "3"],
-            "torch.distributed.run",
-            ["--standalone", "--nproc_per_node=2", "-m", "--", "llmmix.recipes.dco", "--n_samples"],
-        ),
-        (
-            ["run", "--accelerate_config", "fsdp2", "--num_processes", "4", "rpo"],
-            "accelerate.commands.launch",
-            ["--config_file"],
-        ),
+        (["run", "--num_processes", "2", "dco", "--n", "3"], 2, None, ["dco", "--n", "3"]),
+        (["eval", "--accelerate_config", "fsdp2", "pass_at_n"], None, "fsdp2.yaml", ["pass_at_n"]),
     ],
 )
-def test_launcher_flags_stand_before_the_name(argv, module, start, monkeypatch):
+def test_launcher_flags_stand_before_the_name(argv, count, config, end, monkeypatch):
+    """And each process runs the same command line alone."""
     started = []
-    monkeypatch.setattr(cli, "_become", lambda *given: started.append(given) or 0)
+    monkeypatch.setattr(cli, "run_processes", lambda *given: started.append(given) or 0)
     assert cli.main(argv) == 0
-    assert started[0][0] == module and started[0][1][: len(start)] == start
+    ((command, title, *how),) = started
+    assert command[command.index("-m") + 1 :][:2] == ["llmmix.cli", argv[0]]
+    assert "-P" in command and command[-len(end) :] == end
+    assert title == f"llmmix {argv[0]} {end[0]}"
+    assert how[0] == count and (how[1] == config or how[1].endswith(config))
+
+
+def test_help_is_asked_of_one_process(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--num_processes", "2", "quickstart", "--help"])
+    assert capsys.readouterr().out.count("usage:") == 1
 
 
 @pytest.mark.parametrize(("command", "name"), [("run", "aioli"), ("eval", "unlearning")])
@@ -154,7 +172,30 @@ def test_a_script_that_was_imported_runs_without_a_warning(capsys):
     assert "`model_name_or_path` is missing" in capsys.readouterr().err
 
 
-def test_a_mistyped_value_is_told_in_two_lines(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["run", "dco", "--max_steps", "many"])
-    assert len(capsys.readouterr().err.splitlines()) == 2
+def test_nan_is_no_value(script, tmp_path):
+    for flags in (["--learning_rate", "nan"], ["--learning_rate=-NaN"], ["--rates", "1", "nan"]):
+        with pytest.raises(UsageError, match=f"`{flags[0].split('=')[0][2:]}` must be a number"):
+            parse_args((Arguments,), script, flags)
+    (tmp_path / "bad.yaml").write_text("learning_rate: .nan\n")
+    with pytest.raises(UsageError, match="`learning_rate` must be a number, got NaN"):
+        parse_args((Arguments,), script, ["--config", str(tmp_path / "bad.yaml")])
+    given = ["--learning_rate", "inf", "--names", "nan"]
+    assert parse_args((Arguments,), script, given)[0] == Arguments(float("inf"), 4, ["nan"])
+
+
+def test_a_file_of_flags_in_the_current_folder_is_not_read(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mine"])
+    (tmp_path / "mine.args").write_text("--n_samples 16")
+    assert parse_args((Arguments,), script)[0] == Arguments(2e-5, 4)
+
+
+@pytest.mark.parametrize("argv", [["ls"], ["run", "quickstart", "--help"]])
+def test_a_reader_that_goes_leaves_no_traceback(argv):
+    """As `llmmix ls | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "llmmix.cli", *argv]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode in (0, 141)

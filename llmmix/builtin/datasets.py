@@ -15,7 +15,7 @@ SPLITS: dict[str, Callable[[str | None], dict[str, list[dict]]]] = {
 }
 
 
-def dataset(name: str, config: str | None = None) -> DatasetDict:
+def dataset(name: str, config: str | None = None, *, argument: str = "dataset_name") -> DatasetDict:
     """A built-in dataset.
 
     Args:
@@ -23,6 +23,7 @@ def dataset(name: str, config: str | None = None) -> DatasetDict:
         config: Levels to keep of `builtin:math` and `builtin:preferences`, such as "1" or "1,3";
             the size of `builtin:authors`; the domains of `builtin:domains`. All levels, the
             smallest size and the four real domains by default.
+        argument: Name of `name` in error messages.
 
     Raises:
         ValueError: `name` is no built-in dataset, or `config` names an unknown level, size or
@@ -30,6 +31,6 @@ def dataset(name: str, config: str | None = None) -> DatasetDict:
         FileNotFoundError: The text of a domain is not on the machine.
     """
     if name not in SPLITS:
-        raise ValueError(f"`dataset_name`: no built-in {name!r}; there are {', '.join(SPLITS)}.")
+        raise ValueError(f"`{argument}`: no built-in {name!r}; there are {', '.join(SPLITS)}.")
     splits = SPLITS[name](config)
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})

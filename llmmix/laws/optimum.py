@@ -87,7 +87,7 @@ class MixtureProposer:
             return "gradient" if self.smooth else "sample"
         if method not in ("gradient", "sample") or (method == "gradient" and not self.smooth):
             raise ValueError(
-                f"`method` must be auto, gradient or sample, got {method!r} for "
+                f"`search` (`method`) must be auto, gradient or sample, got {method!r} for "
                 f"{type(self).__name__}{'' if self.smooth else ', which has no gradient'}."
             )
         return method

@@ -146,7 +146,7 @@ def load_domains(
         config = None
         if "@" in source:
             source, _, config = source.partition("@")
-        rows, held_out = _split(load_splits(source, config), name, args)
+        rows, held_out = _split(load_splits(source, config, argument="domains"), name, args)
         _check_one_format(rows, name, args.dataset_text_field)
         for part, into in ((rows, train), (held_out, validation)):
             argument = f"domains: {name}"

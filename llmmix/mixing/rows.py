@@ -186,12 +186,12 @@ def mean_scored_tokens(dataset: Any, domains: list[str]) -> dict[str, float]:
     names = domain_column(dataset)
     if column is None or names is None:
         raise ValueError(
-            "`unit='tokens'`: the rows have no `labels` to count and no column `domain`. Give the "
-            "sampler `tokens_per_row`, or use `unit='examples'`."
+            "`weight_unit` (`unit`) 'tokens': the rows have no `labels` to count and no column "
+            "`domain`. Give the sampler `tokens_per_row`, or use 'examples'."
         )
     rows = dataset.with_format("numpy").select_columns([column])
     counts = np.array([np.sum(row[column][1:] != -100) for row in rows])
     means = {name: float(counts[names == name].mean()) for name in domains}
     if empty := [name for name, mean in means.items() if not mean]:
-        raise ValueError(f"`unit='tokens'`: no row of {empty} has a scored token.")
+        raise ValueError(f"`weight_unit` (`unit`) 'tokens': no row of {empty} has a scored token.")
     return means

@@ -248,9 +248,15 @@ def _check_options(unit: str, method: str, exhausted: str, seed: int) -> None:
         ("exhausted", exhausted, EXHAUSTED),
     ):
         if value not in choices:
-            raise ValueError(f"`{argument}` must be one of {choices}, got {value!r}.")
+            raise ValueError(f"{_flag(argument)} must be one of {choices}, got {value!r}.")
     if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(f"`seed` must be an integer from 0 to 2**64 - 1, got {seed!r}.")
+
+
+def _flag(argument: str) -> str:
+    """How an error names an argument: first by its flag, where a recipe's has another name."""
+    flag = {"unit": "weight_unit", "method": "draws"}.get(argument)
+    return f"`{flag}` (`{argument}`)" if flag else f"`{argument}`"
 
 
 def _check_tokens(
@@ -298,6 +304,6 @@ def _check_state(state: dict, ours: dict) -> None:
         theirs = state["settings"].get(name)
         if theirs != value:
             raise ValueError(
-                f"The mixture to resume has `{name}` {theirs}, and this one {value}: use the same "
-                "value, or begin a new run."
+                f"The mixture to resume has {_flag(name)} {theirs}, and this one {value}: use the "
+                "same value, or begin a new run."
             )

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from llmmix.launching import end_with_caller
 from llmmix.models import free_memory
 
 # Imported before a call is measured, so that it is no part of what the call adds in memory
@@ -107,7 +108,7 @@ def _in_its_own_process(case: Case, device: str) -> tuple[float, float, dict]:
     # Forked from a process that has imported everything and computed nothing
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, context, initializer=end_with_caller) as pool:
         return pool.submit(_first_call, case, device).result()
 
 

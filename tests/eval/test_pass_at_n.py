@@ -119,6 +119,8 @@ def test_temperature_zero_gives_one_answer_a_problem(tied_checkpoint, tmp_path):
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(samples) == 12
     assert len({(line["problem"], line["completion"]) for line in samples}) == 3
+
+
 def test_names_that_look_like_mathematics_and_a_report_that_fails(
     checkpoint, tmp_path, monkeypatch, capsys
 ):

@@ -215,3 +215,16 @@ def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path, monkeypatch
         for name in ("one", "two")
     )
     assert one == two
+
+
+def test_the_current_folder_is_the_last_place_of_a_named_function(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    (tmp_path / "colorsys.py").write_text("")
+    (tmp_path / "mine.py").write_text("import colorsys\nraise RuntimeError(colorsys.__file__)\n")
+    with pytest.raises(RuntimeError) as error:
+        main(UnlearningArguments([checkpoint], "builtin:authors", fluency="mine:score"))
+    assert not str(error.value).startswith(str(tmp_path))

@@ -94,7 +94,7 @@ def test_no_gradient_and_a_search_by_draws():
     law = trees().fit(*world())
     with pytest.raises(TypeError, match="GradientBoostedLaw has no gradient"):
         law.gradient(np.eye(4))
-    with pytest.raises(ValueError, match="`method` must be auto"):
+    with pytest.raises(ValueError, match=r"`search` \(`method`\) must be auto"):
         law.best_mixture(method="gradient")
 
 

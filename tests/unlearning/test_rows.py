@@ -238,12 +238,17 @@ def test_a_role_without_its_rows(tmp_path):
         load_role(None, "forget")
     two = {name: Dataset.from_dict({"text": [name]}) for name in ("a", "b")}
     DatasetDict(two).save_to_disk(tmp_path / "two")
-    with pytest.raises(ValueError, match=r"forget: dataset_split`: no split 'train'.*'a', 'b'"):
+    with pytest.raises(ValueError, match="`dataset_train_split`: no split 'train'.*'a', 'b'"):
         load_role(str(tmp_path / "two"), "forget")
     with pytest.raises(ValueError, match="no split 'c'"):
         load_role(str(tmp_path / "two"), "forget", split="c")
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_role(str(tmp_path / "none.jsonl"), "retain")
+    named = {"arguments": ("retain_dataset_name", "retain_dataset_split")}
+    with pytest.raises(FileNotFoundError, match="`retain_dataset_name`: no file or folder"):
+        load_role(str(tmp_path / "none.jsonl"), "retain", **named)
+    with pytest.raises(ValueError, match="`retain_dataset_split`: no split 'c'"):
+        load_role(str(tmp_path / "two"), "retain", split="c", **named)
 
 
 def test_the_builtin_authors_have_both_roles(plain):

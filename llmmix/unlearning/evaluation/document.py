@@ -216,7 +216,7 @@ def check_comparable(result: dict[str, Any], retained: dict[str, Any]) -> None:
     """
     if not {"version", "data", "definitions", "metrics"} <= set(retained):
         raise ValueError(
-            "`retained` is not a result of this evaluation: it lacks "
+            "`retain_log` (`retained`) is not a result of this evaluation: it lacks "
             f"{sorted({'version', 'data', 'definitions', 'metrics'} - set(retained))}."
         )
     found = {
@@ -227,8 +227,8 @@ def check_comparable(result: dict[str, Any], retained: dict[str, Any]) -> None:
     for what, (theirs, ours) in found.items():
         if theirs != ours:
             raise ValueError(
-                f"`retained` was measured with another {what}: {theirs!r}, here {ours!r}. Measure "
-                "the retain model again, as this one is."
+                f"`retain_log` (`retained`) was measured with another {what}: {theirs!r}, here "
+                f"{ours!r}. Measure the retain model again, as this one is."
             )
 
 

@@ -60,12 +60,12 @@ class LeakScorer:
             name = "rouge" if missing else "extraction"
         if name == "extraction" and missing:
             raise ValueError(
-                f"`scorer` 'extraction' needs a `secret` in every row; {missing} of {len(rows)} "
-                "have none. Add the column, or use 'rouge'."
+                f"`leak_scorer` (`scorer`) 'extraction' needs a `secret` in every row; {missing} "
+                f"of {len(rows)} have none. Add the column, or use 'rouge'."
             )
         self.name = name
         self.references = secrets if name == "extraction" else list(rows["answer"])
-        self._verifier = None if name in SCORERS else Verifier(name)
+        self._verifier = None if name in SCORERS else _verifier(name)
         self._of_text = lru_cache(100_000)(self._scorer(tokenize))
 
     def _scorer(self, tokenize: Tokenize | None) -> Callable[[str, str], float]:
@@ -98,6 +98,14 @@ class LeakScorer:
         if self._verifier is not None:
             return float("nan") if record["verdict"] == "failed" else record["verdict"] == "right"
         return self._of_text(record["completion"], record["answer"])
+
+
+def _verifier(name: str) -> Verifier:
+    try:
+        return Verifier(name)
+    except ValueError as error:
+        message = str(error).replace("`verifier`", "`leak_scorer` (`scorer`)")
+        raise ValueError(message) from error
 
 
 def leak_at_n(

@@ -150,8 +150,8 @@ def relearning_parts(count: int, share: float = 0.5, seed: int = 0) -> tuple[lis
     learned = round(share * count)
     if not 0 < learned < count:
         raise ValueError(
-            f"`share` of {share} parts {count} rows into {learned} to relearn and "
-            f"{count - learned} to measure on; each needs one."
+            f"`relearn_share` (`share`) of {share} parts {count} rows into {learned} to relearn "
+            f"and {count - learned} to measure on; each needs one."
         )
     order = list(range(count))
     random.Random(f"relearn {seed}").shuffle(order)

@@ -31,7 +31,10 @@ def load_roles(
         raise ValueError(f"`facts` names one twice, or like another set: {', '.join(facts)}.")
     wanted = [(role, role, name) for role, name in names.items() if name is not None]
     wanted += [(title, "facts", name) for title, name in zip(titles, facts, strict=True)]
-    found = {title: load_role(name, role, config=config) for title, role, name in wanted}
+    found = {
+        title: load_role(name, role, config=config, arguments=(role, role))
+        for title, role, name in wanted
+    }
     if max_rows is None:
         return found
     return {title: rows.take(min(max_rows, len(rows))) for title, rows in found.items()}

@@ -109,7 +109,7 @@ def test_extraction_needs_secrets(rows):
     with pytest.raises(ValueError, match="1 of 2 have none. Add the column, or use 'rouge'"):
         LeakScorer("extraction", partly)
     assert LeakScorer("auto", partly).references == rows["answer"][:]
-    with pytest.raises(ValueError, match="`verifier`: no 'rough'"):
+    with pytest.raises(ValueError, match=r"`leak_scorer` \(`scorer`\): no 'rough'"):
         LeakScorer("rough", rows)
 
 
