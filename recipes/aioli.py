@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix import mixing
@@ -26,9 +25,10 @@ from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import write_report
-from llmmix.resuming import checkpoint_to_resume
+from llmmix.resuming import checkpoint_to_resume, stage_to_resume
 
-PROXIES = ("doremi", "doge")  # methods that train a proxy first
+# Methods that train other models first, and the subfolders of those
+STAGES = {"doremi": ("reference", "proxy"), "doge": ("proxy",)}
 
 
 @dataclass
@@ -58,6 +58,7 @@ def main(
     method = method_args.method
     config = config_of(method, method_args.method_options)
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args, STAGES.get(method, ()))
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
     out = Path(str(training_args.output_dir))
@@ -79,18 +80,15 @@ def main(
         sampler = args.sampler(train, weights)
         callback = make_callback(sampler, measured_rows=args.measured_rows)
         mixing.attach_mixture(trainer, sampler, callback)
-        resume = checkpoint_to_resume(args)
-        if folder != out or (resume is True and method in PROXIES):
-            # A stage may be finished or not begun: resume from its last checkpoint, if it has one
-            resume = get_last_checkpoint(folder) if resume and folder.exists() else None
-        trainer.train(resume_from_checkpoint=resume)
+        newest = resume if folder == out else stage_to_resume(args)
+        trainer.train(resume_from_checkpoint=newest)
         trainer.save_model()
         trainer.save_state()
         trainer.accelerator.print(f"Model saved to {folder}")
         return trainer, callback
 
     weights: Any = mixing.stratified(len(train)) if method == "stratified" else None
-    if method in PROXIES:
+    if method in STAGES:
         weights = train_proxy(method, config, fit, out)
     callbacks: dict[str, Callable] = {
         "aioli": partial(mixing.AioliCallback, config=aioli_config),

@@ -20,6 +20,7 @@ from llmmix.resuming import checkpoint_to_resume
 def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: ModelConfig) -> None:
     """Load, train, save."""
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     trainer = RPOTrainer(
         checkpoint,
@@ -30,7 +31,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

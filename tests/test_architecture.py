@@ -19,7 +19,17 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high: a module imports its own layer and those below
 LAYERS = [
-    {"cli", "finite", "fused", "logprobs", "processes", "resuming", "steps", "windows"},
+    {
+        "checkpoints",
+        "cli",
+        "finite",
+        "fused",
+        "logprobs",
+        "processes",
+        "resuming",
+        "steps",
+        "windows",
+    },
     {"head"},
     {"builtin", "data", "figures", "files", "models"},
     {"trainers"},
