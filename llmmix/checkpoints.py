@@ -14,14 +14,24 @@ from pathlib import Path
 
 STATE = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-WEIGHTS = (  # any of them; the last two are of FSDP
+DEEPSPEED = "latest"  # names the folder where DeepSpeed keeps weights, optimizer and scheduler
+WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    *("adapter_model.safetensors", "adapter_model.bin"),
-    *("*/adapter_model.safetensors", "*/adapter_model.bin"),
-    *("pytorch_model_fsdp_*", "pytorch_model_fsdp.bin"),
+    *("adapter_model.*", "*/adapter_model.*"),
+    *("pytorch_model_fsdp.bin", "pytorch_model_fsdp_*"),
+    DEEPSPEED,
 )
-OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*")
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", DEEPSPEED)
+SCHEDULER = ("scheduler.pt", DEEPSPEED)
+RANDOM = ("rng_state*.pth",)
+NEEDED = {  # one of the files or folders of each
+    (*OPTIMIZER, *SCHEDULER, *RANDOM): "it holds the model alone (`save_only_model`)",
+    WEIGHTS: "it has no weights",
+    OPTIMIZER: "it has no optimizer state",
+    SCHEDULER: "it has no scheduler.pt",
+    RANDOM: "it has no random state (rng_state.pth)",
+}
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:
@@ -59,21 +69,9 @@ def _faults(checkpoint: Path) -> Iterator[str]:
 
 def _missing(checkpoint: Path) -> Iterator[str]:
     """What a checkpoint whose files are whole lacks."""
-
-    def lacks(*patterns: str) -> bool:
-        return not any(any(checkpoint.glob(pattern)) for pattern in patterns)
-
-    if lacks(*OPTIMIZERS, "latest", "scheduler.pt", "rng_state*.pth"):
-        yield "it holds the model alone (`save_only_model`)"
-    if lacks("latest"):  # DeepSpeed keeps these in a folder of its own
-        if lacks(*WEIGHTS):
-            yield "it has no weights"
-        if lacks(*OPTIMIZERS):
-            yield "it has no optimizer state"
-        if lacks("scheduler.pt"):
-            yield "it has no scheduler.pt"
-    if lacks("rng_state*.pth"):
-        yield "it has no random state (rng_state.pth)"
+    for patterns, fault in NEEDED.items():
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            yield fault
     for adapter in (*checkpoint.glob("adapter_model.*"), *checkpoint.glob("*/adapter_model.*")):
         if not adapter.with_name("adapter_config.json").is_file():
             yield f"{adapter.relative_to(checkpoint)} has no adapter_config.json beside it"
@@ -96,7 +94,7 @@ def _fault_of(path: Path) -> str | None:
         return "is not whole"
     if kind in (".pt", ".pth", ".bin") and not _is_whole_zip(path):
         return "is not whole"
-    if path.name == "latest":
+    if path.name == DEEPSPEED:
         return _fault_of_deepspeed(path)
     if kind != ".json":
         return None
