@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 
 from llmmix.checkpoints import STATE, checkpoints_of, why_incomplete
@@ -148,3 +154,25 @@ class ResumedCallback(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """The entry that transformers writes into `trainer_state.json`."""
         return {"args": {}, "attributes": self.saved()}
+
+
+class TokenCount(ResumedCallback):
+    """Keeps the count that TRL logs as `num_tokens`, which would begin anew in a resumed run."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer: Any = trainer
+
+    def saved(self) -> dict:
+        """The tokens trained on so far."""
+        return {"tokens": self._trainer._total_train_tokens}
+
+    def resume(self, saved: dict, state: TrainerState) -> None:
+        """Count on from the checkpoint's."""
+        self._trainer._total_train_tokens = saved["tokens"]
+
+
+def keep_token_count(trainer: Trainer) -> None:
+    """Have a trainer of TRL count on its tokens when it is resumed; another has no such count."""
+    kept = any(isinstance(other, TokenCount) for other in trainer.callback_handler.callbacks)
+    if hasattr(trainer, "_total_train_tokens") and not kept:
+        trainer.add_callback(TokenCount(trainer))
