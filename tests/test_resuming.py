@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -138,16 +137,6 @@ def test_every_rank_goes_where_the_main_one_goes(out, monkeypatch):
 # A command is killed, and given again
 
 
-class Steps(TrainerCallback):
-    """Counts the steps that a process takes."""
-
-    def __init__(self):
-        self.taken = 0
-
-    def on_step_end(self, *args, **kwargs):
-        self.taken += 1
-
-
 @pytest.mark.parametrize("cut", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
 def test_one_command_begins_and_goes_on(cut, trained, checkpoint, tmp_path):
     argv = command(checkpoint, trained / "rows.jsonl", tmp_path / "out")
@@ -174,28 +163,53 @@ def test_true_says_so_before_the_reference_of_sftmix(trained, checkpoint, tmp_pa
 FEW = {"max_steps": 2, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
 
 
+def take_no_step(trainer):
+    trainer.training_step = None  # a step would fail
+    return trainer
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_finished_run_trains_no_step_more_until_it_is_given_more(run, name, tmp_path):
+    """Finished in the middle of an epoch, where transformers trains one."""
     trainer, config, given = METHODS[name]
-    given = {**FEW, **given, "output_dir": str(tmp_path / "out"), "warmup_steps": 0}
+    given = {**FEW, **given, "output_dir": str(tmp_path / "out")}
     done = run(trainer, config, **given)
-    steps = Steps()
-    given |= {"prepare": lambda trainer: trainer.add_callback(steps)}
-    same = run(trainer, config, resume=str(tmp_path / "out/checkpoint-2"), **given)
-    assert steps.taken == 0
+    checkpoint = str(tmp_path / "out/checkpoint-2")
+    same = run(trainer, config, resume=checkpoint, prepare=take_no_step, **given)
     assert torch.equal(same[0], done[0]) and torch.equal(same[1], done[1])
-    given["max_steps"] = 3
-    run(trainer, config, resume=str(tmp_path / "out/checkpoint-2"), **given)
-    assert steps.taken == 1
+    longer = run(trainer, config, resume=checkpoint, **{**given, "max_steps": 3})
+    assert len(longer[0]) == 3
 
 
 def test_a_finished_run_that_filters_and_samples_does_so_no_more(make, tmp_path):
     done = chain_of_thought(make("out", **FEW))
     done.train()
-    again, steps = chain_of_thought(make("out", **FEW)), Steps()
-    again.add_callback(steps)
+    again = take_no_step(chain_of_thought(make("out", **FEW)))
     again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
-    assert steps.taken == 0 and again.state.global_step == 2
+    assert again.state.global_step == 2
     for one, other in zip(done.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert Path(str(again.args.output_dir)).name == "out"
+
+
+def test_a_resumed_run_counts_on_its_tokens(run, tmp_path):
+    """TRL would count from 0."""
+    trainer, config, given = METHODS["dco"]
+    folder, counts = str(tmp_path / "out"), []
+
+    def log(trainer):
+        trainer.add_callback(Log(counts))
+
+    run(trainer, config, **{**FEW, **given, "output_dir": folder, "max_steps": 3}, prepare=log)
+    whole = counts.copy()
+    counts.clear()
+    given = {**FEW, **given, "output_dir": folder, "max_steps": 3}
+    run(trainer, config, resume=f"{folder}/checkpoint-2", prepare=log, **given)
+    assert len(whole) == 3 and counts == whole[2:]
+
+
+class Log(TrainerCallback):
+    def __init__(self, counts):
+        self.counts = counts
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.counts += [logs["num_tokens"]] if "num_tokens" in logs else []
