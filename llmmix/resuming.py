@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from llmmix.checkpoints import STATE, checkpoints_of, why_incomplete
+from llmmix.completeness import STATE, checkpoints_of, why_incomplete
 from llmmix.processes import main_process_says, warn_once
 
 

@@ -3,8 +3,9 @@
 A server imports torch and the recipes once, and forks a process for each attempt. Half of the kills
 hit at a change of a file under the output folder, mostly in the midst of saving, and the seed says
 at which; some of these cut the file that was just written, as a kill within a write does. The other
-half hit at a random time. A life is made of attempts, until one ends by itself: what it leaves must
-be what a run that was never stopped leaves. Lives begin anew until there were enough kills.
+half hit when the process has worked for a random time. A life is made of attempts, until one ends
+by itself: what it leaves must be what a run that was never stopped leaves. Lives begin anew until
+there were enough kills.
 """
 
 import gc
@@ -38,7 +39,7 @@ RUNS: dict[str, list[str]] = {  # recipe, rows and flags; rows are files that `p
     "dco": ["dco", "math", "--n_samples", "8"],
     "filter": ["dco", "math", "--n_samples", "8", "--likelihood_threshold", "1e-9"],
     "dco_cot": ["dco_cot", "math", *SAMPLED],
-    "lora": ["dco", "math", "--use_peft", "--lora_target_modules", "q_proj"],
+    "lora": ["dco", "math", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"],
     "sftmix": ["sftmix", "math", "--num_checkpoints", "2"],
     "rpo": ["rpo", "preferences"],
     "flat": ["flat", "forget"],
@@ -81,15 +82,22 @@ def command(run: str, out: str) -> list[str]:
     return [*argv, "--resume_from_checkpoint", "auto", *SMALL, *flags]
 
 
-def attempt(folder: Path, argv: list[str], out: str, kill_at: int, cut: float) -> None:
-    """Run a command in a process of its own, to its end or to a change of a file.
+KILLED = (-signal.SIGKILL, -signal.SIGPROF)
+
+
+def attempt(
+    folder: Path, argv: list[str], out: str, kill_at: int, cut: float, kill_after: float
+) -> None:
+    """Run a command in a process of its own, to its end or until it is killed.
 
     Args:
         folder: Where it runs.
         argv: Arguments of `llmmix`.
-        out: Output folder, whose changes are counted into `out.changes`.
-        kill_at: Number of the change before which the process kills itself; 0 for never.
+        out: Output folder. At the end, `out.work` says how many of its files were changed and how
+            long the process worked.
+        kill_at: Number of the change before which the process dies; 0 for never.
         cut: Share that is then kept of the file that was just written to a checkpoint.
+        kill_after: Seconds of work after which the process dies; 0 for never.
     """
     os.chdir(folder)
     for stream in (1, 2):
@@ -114,8 +122,9 @@ def attempt(folder: Path, argv: list[str], out: str, kill_at: int, cut: float) -
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(note)
+    signal.setitimer(signal.ITIMER_PROF, kill_after)  # SIGPROF ends a process as SIGKILL does
     status = cli.main(argv)
-    Path(f"{out}.changes").write_text(str(changes))
+    Path(f"{out}.work").write_text(json.dumps([changes, time.process_time()]))
     sys.stdout.flush()
     os._exit(status)
 
@@ -170,11 +179,10 @@ class Killer:
         self.kills, self.lives = 0, 0
         self.processes = get_context("forkserver")
         self.processes.set_forkserver_preload(PRELOADED)
-        for _ in range(2):  # the first fills the caches; the second is as long as those to come
-            begun = time.monotonic()
+        for _ in range(2):  # the first fills the caches; the second works as long as those to come
             self.never_stopped = self.attempt("never_stopped")
-        self.seconds = time.monotonic() - begun
-        self.changes = int((folder / f"{run}-never_stopped.changes").read_text())
+        work = (folder / f"{run}-never_stopped.work").read_text()
+        self.changes, self.seconds = json.loads(work)
 
     def life(self) -> dict[str, Any]:
         """Attempts until one ends by itself; what it leaves."""
@@ -182,35 +190,27 @@ class Killer:
         left = None
         while left is None:
             when = self.random.uniform(0, 0.6)
+            kill_at, kill_after = 1 + int(when * self.changes), when * self.seconds
+            by_time = self.random.random() < 0.5
+            kill_at, kill_after = (0, kill_after) if by_time else (kill_at, 0.0)
             cut = self.random.choice((0.0, 0.5, 1.0))
-            if self.random.random() < 0.5:
-                left = self.attempt(f"life_{self.lives}", kill_after=when * self.seconds)
-            else:
-                kill_at = 1 + int(when * self.changes)
-                left = self.attempt(f"life_{self.lives}", kill_at=kill_at, cut=cut)
+            left = self.attempt(f"life_{self.lives}", kill_at, cut, kill_after)
         return left
 
     def attempt(
-        self, out: str, kill_at: int = 0, cut: float = 1.0, kill_after: float | None = None
+        self, out: str, kill_at: int = 0, cut: float = 1.0, kill_after: float = 0.0
     ) -> dict[str, Any] | None:
-        """One attempt (see `attempt`); what it leaves, or None if it was killed.
+        """One attempt, in a folder that is removed if it ends by itself.
 
-        Args:
-            out: Output folder, which is removed when the attempt ends by itself.
-            kill_at: Change of a file at which the process kills itself.
-            cut: Share kept of the file that was written last.
-            kill_after: Seconds after which the process is killed.
+        Returns:
+            What it leaves, or None if it was killed.
         """
         name = f"{self.run}-{out}"
-        argv = command(self.run, name)
-        process = self.processes.Process(
-            target=attempt, args=(self.folder, argv, name, kill_at, cut)
-        )
+        given = (self.folder, command(self.run, name), name, kill_at, cut, kill_after)
+        process = self.processes.Process(target=attempt, args=given)
         process.start()
-        process.join(kill_after)
-        process.kill()
         process.join()
-        if process.exitcode == -signal.SIGKILL:
+        if process.exitcode in KILLED:
             self.kills += 1
             return None
         log = (self.folder / f"{name}.log").read_text()

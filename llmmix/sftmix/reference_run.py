@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 
-from llmmix.checkpoints import complete_checkpoints
+from llmmix.completeness import complete_checkpoints
 from llmmix.files import checkpoint_id
 from llmmix.models import free_memory
 from llmmix.processes import main_process_says

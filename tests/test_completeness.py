@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from llmmix import DCOConfig, DCOTrainer
-from llmmix.checkpoints import checkpoints_of, complete_checkpoints, why_incomplete
+from llmmix.completeness import checkpoints_of, complete_checkpoints, why_incomplete
 from tests.test_invariants import SETTINGS
 
 # Absent, the run goes on to the same digits
