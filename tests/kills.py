@@ -35,19 +35,21 @@ SMALL = (
 MIXED = "--validation_rows 4 --measured_rows 4".split()
 SAMPLED = "--max_new_tokens 4 --solve_samples 2 --unfiltered_steps 1 --refresh_every 2".split()
 RETAIN = ["--retain_dataset_name", "retain.jsonl"]
+LORA = "--use_peft --lora_target_modules q_proj v_proj".split()
+KEEP_ONE, KEEP_TWO = (["--save_total_limit", limit] for limit in ("1", "2"))
 RUNS: dict[str, list[str]] = {  # recipe, rows and flags; rows are files that `prepare` writes
-    "dco": ["dco", "math", "--n_samples", "8"],
+    "dco": ["dco", "math", "--n_samples", "8", *KEEP_ONE],
     "filter": ["dco", "math", "--n_samples", "8", "--likelihood_threshold", "1e-9"],
     "dco_cot": ["dco_cot", "math", *SAMPLED],
-    "lora": ["dco", "math", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"],
+    "lora": ["dco", "math", *LORA, *KEEP_TWO],
     "sftmix": ["sftmix", "math", "--num_checkpoints", "2"],
     "rpo": ["rpo", "preferences"],
     "flat": ["flat", "forget"],
-    "npo": ["unlearn", "forget", *RETAIN],
+    "npo": ["unlearn", "forget", *RETAIN, *KEEP_ONE],
     "pdu": ["unlearn", "forget", *RETAIN, "--loss", "pdu", "--epsilon", "0.1"],
-    "mixture": ["mixture", "", *MIXED],
+    "mixture": ["mixture", "", *MIXED, *KEEP_TWO],
     "aioli": ["aioli", "", *MIXED],
-    "doremi": ["aioli", "", *MIXED, "--method", "doremi", "--max_steps", "3"],
+    "doremi": ["aioli", "", *MIXED, "--method", "doremi", "--max_steps", "3", *KEEP_ONE],
     "sweep": ["mixture_sweep", "", *MIXED, "--mixtures", "2", "--save_strategy", "steps"],
 }
 PRELOADED = ["tests.kills", "matplotlib.pyplot", "pytest"]
@@ -115,7 +117,8 @@ def attempt(
             return
         if event == "open" and not (given[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
-        if isinstance(given[0], str | Path) and os.path.abspath(given[0]).startswith(root):
+        place = place_of(-1 if event == "open" else given[-1])
+        if os.path.join(place, str(given[0])).startswith(root):
             changes += 1
             if changes == kill_at:
                 cut_newest(Path(root), cut)
@@ -127,6 +130,12 @@ def attempt(
     Path(f"{out}.work").write_text(json.dumps([changes, time.process_time()]))
     sys.stdout.flush()
     os._exit(status)
+
+
+def place_of(descriptor: int) -> str:
+    """The folder of a relative path: rotation deletes the files of one that it has opened."""
+    opened = Path(f"/proc/self/fd/{descriptor}")
+    return str(opened.resolve()) if opened.exists() else os.getcwd()
 
 
 def cut_newest(folder: Path, share: float) -> None:

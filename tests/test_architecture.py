@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 # Low to high: a module imports its own layer and those below
 LAYERS = [
     {
-        "checkpoints",
         "cli",
+        "completeness",
         "finite",
         "fused",
         "logprobs",

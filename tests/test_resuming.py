@@ -127,13 +127,6 @@ def test_a_limit_of_checkpoints_deletes_no_good_ones_for_a_half_saved_one(
     assert newest_checkpoint(out) == str(out / "checkpoint-3")
 
 
-def test_every_rank_goes_where_the_main_one_goes(out, monkeypatch):
-    monkeypatch.setattr(
-        "llmmix.resuming.main_process_says", lambda seen: ("/main/checkpoint-5", {})
-    )
-    assert checkpoint_to_resume(asked(out, "auto")) == "/main/checkpoint-5"
-
-
 # A command is killed, and given again
 
 
