@@ -29,8 +29,10 @@ KINDS = {"run": "llmmix.recipes", "eval": "llmmix.eval"}
 PACKAGES = ("llmmix", *KINDS.values())
 UPSTREAM = ("trl", "transformers")  # whose options come second in --help, but for these:
 INDENT = " " * 19  # of a summary in `llmmix ls`
-NAMED = ("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft")
-NAMED += ("resume_from_checkpoint",)
+NAMED = (
+    *("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft"),
+    "resume_from_checkpoint",
+)
 RESUME = (
     "auto: go on from the newest complete checkpoint, and start where there is none. true: refuse "
     "to start. Or a checkpoint's folder. By default the run starts."
