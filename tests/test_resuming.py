@@ -1,7 +1,10 @@
 """Which checkpoint a run goes on from, and that a finished run goes nowhere."""
 
+import errno
+import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,17 +133,29 @@ def test_a_limit_of_checkpoints_deletes_no_good_ones_for_a_half_saved_one(
 # A command is killed, and given again
 
 
-@pytest.mark.parametrize("cut", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
-def test_one_command_begins_and_goes_on(cut, trained, checkpoint, tmp_path):
+def test_one_command_begins_and_goes_on_after_a_full_disk(
+    trained, checkpoint, tmp_path, monkeypatch, warned
+):
+    def save(content, path, **options):
+        if Path(path).parent.name == "checkpoint-2":
+            Path(path).write_bytes(b"PK, and no more")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved(content, path, **options)
+
     argv = command(checkpoint, trained / "rows.jsonl", tmp_path / "out")
     argv += ["--resume_from_checkpoint", "auto"]
-    assert cli.main([*argv, "--max_steps", "2"]) == 0
-    path = tmp_path / "out/checkpoint-2" / cut
-    path.write_bytes(path.read_bytes()[:100])
-    (tmp_path / "out/checkpoint-2/trainer_state.json").unlink()
+    saved = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        cli.main(argv)
+    monkeypatch.undo()
     assert cli.main(argv) == 0
+    assert f"goes on from {tmp_path / 'out/checkpoint-1'}" in warned.text
     same = (tmp_path / "out/model.safetensors", trained / "out/model.safetensors")
     assert same[0].read_bytes() == same[1].read_bytes()
+    log = (tmp_path / "out/trainer_state.json", trained / "out/trainer_state.json")
+    steps = [[e["step"] for e in json.loads(path.read_text())["log_history"]] for path in log]
+    assert steps[0] == steps[1] == [1, 2, 3, 3]  # the last is the summary
 
 
 def test_true_says_so_before_the_reference_of_sftmix(trained, checkpoint, tmp_path, capsys):
@@ -182,6 +197,9 @@ def test_a_finished_run_that_filters_and_samples_does_so_no_more(make, tmp_path)
     assert again.state.global_step == 2
     for one, other in zip(done.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
+    longer = chain_of_thought(make("out", **{**FEW, "max_steps": 3}))
+    longer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert longer.state.global_step == 3
 
 
 def test_a_resumed_run_counts_on_its_tokens(run, tmp_path):
