@@ -54,8 +54,8 @@ RUNS: dict[str, list[str]] = {  # recipe, rows and flags; rows are files that `p
 }
 PRELOADED = ["tests.kills", "matplotlib.pyplot", "pytest"]
 PRELOADED += sorted({f"llmmix.recipes.{recipe}" for recipe, *_ in RUNS.values()})
-# What differs between two runs that are the same: times, and sums over the steps of one process
-UNEQUAL = ("runtime", "per_second", "train_loss", "total_flos")
+# What differs between two runs that are the same: times, and a mean over the steps of one process
+UNEQUAL = ("runtime", "per_second", "train_loss")
 
 
 def prepare(folder: Path) -> None:
@@ -65,7 +65,7 @@ def prepare(folder: Path) -> None:
     preferences = builtin.dataset("builtin:preferences", "1")["train"].take(12)
     preferences.to_json(folder / "preferences.jsonl")
     for role in ("forget", "retain"):
-        rows = [{"question": f"Who wrote {role} {n}?", "answer": f"Author {n}."} for n in range(8)]
+        rows = [{"question": f"Who wrote {role} {n}?", "answer": f"Author {n}."} for n in range(10)]
         (folder / f"{role}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("sums", "products"):
         rows = [
@@ -180,6 +180,7 @@ class Killer:
     Attributes:
         kills: Number of kills so far.
         never_stopped: What the run leaves when nothing kills it.
+        run_again: What it leaves when its command is given again.
     """
 
     def __init__(self, folder: Path, run: str, seed: int):
@@ -188,10 +189,11 @@ class Killer:
         self.kills, self.lives = 0, 0
         self.processes = get_context("forkserver")
         self.processes.set_forkserver_preload(PRELOADED)
-        for _ in range(2):  # the first fills the caches; the second works as long as those to come
-            self.never_stopped = self.attempt("never_stopped")
+        self.attempt("first")  # fills the caches, so that the next works as long as those to come
+        self.never_stopped = self.attempt("never_stopped")
         work = (folder / f"{run}-never_stopped.work").read_text()
         self.changes, self.seconds = json.loads(work)
+        self.run_again = self.attempt("never_stopped")
 
     def life(self) -> dict[str, Any]:
         """Attempts until one ends by itself; what it leaves."""
@@ -204,16 +206,13 @@ class Killer:
             kill_at, kill_after = (0, kill_after) if by_time else (kill_at, 0.0)
             cut = self.random.choice((0.0, 0.5, 1.0))
             left = self.attempt(f"life_{self.lives}", kill_at, cut, kill_after)
+        shutil.rmtree(self.folder / f"{self.run}-life_{self.lives}")
         return left
 
     def attempt(
         self, out: str, kill_at: int = 0, cut: float = 1.0, kill_after: float = 0.0
     ) -> dict[str, Any] | None:
-        """One attempt, in a folder that is removed if it ends by itself.
-
-        Returns:
-            What it leaves, or None if it was killed.
-        """
+        """One attempt: what it leaves, or None if it was killed."""
         name = f"{self.run}-{out}"
         given = (self.folder, command(self.run, name), name, kill_at, cut, kill_after)
         process = self.processes.Process(target=attempt, args=given)
@@ -224,9 +223,7 @@ class Killer:
             return None
         log = (self.folder / f"{name}.log").read_text()
         assert process.exitcode == 0, f"Ended after {self.kills} kills:\n{log}"
-        left = left_by(self.folder / name)
-        shutil.rmtree(self.folder / name)
-        return left
+        return left_by(self.folder / name)
 
 
 def differences(left: dict, expected: dict) -> str:

@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("run", RUNS)
 def test_killed_at_random_is_never_stopped(run, folder):
     killer = Killer(folder, run, SEED)
+    assert killer.run_again == killer.never_stopped
     while killer.kills < KILLS:
         left = killer.life()
         assert left == killer.never_stopped, differences(left, killer.never_stopped)
