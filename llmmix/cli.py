@@ -29,7 +29,14 @@ from llmmix.launching import UsageError, command_line, is_unread, run_processes,
 KINDS = {"run": "llmmix.recipes", "eval": "llmmix.eval"}
 UPSTREAM = ("trl", "transformers")  # whose options come second in --help, but for these:
 INDENT = " " * 19  # of a summary in `llmmix ls`
-NAMED = ("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft")
+NAMED = (
+    *("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft"),
+    "resume_from_checkpoint",
+)
+RESUME = (
+    "auto: go on from the newest complete checkpoint, and start where there is none. true: refuse "
+    "to start. Or a checkpoint's folder. By default the run starts."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,6 +247,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
             super().add_arguments(rest)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.dest == "resume_from_checkpoint":
+            return RESUME  # the Trainer's own help leaves it to the scripts
         told = re.search(r"\bdefault(s to|:| is|ing)|by default", action.help or "", re.IGNORECASE)
         bare = told or action.default is None or action.default == []
         text = action.help if bare else super()._get_help_string(action)

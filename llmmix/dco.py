@@ -30,6 +30,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
+from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
     ForwardRecorder,
     check_own_loss,
@@ -223,6 +224,7 @@ class DCOTrainer(SFTTrainer):
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
         end_unless_finite(self)
+        keep_token_count(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False
 

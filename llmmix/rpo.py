@@ -29,6 +29,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
+from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
     ForwardRecorder,
     check_preference_datasets,
@@ -192,6 +193,7 @@ class RPOTrainer(DPOTrainer):
             # TRL has prepared the reference already: attaching replaced the forward under autocast
             reference.forward = self.accelerator.autocast()(reference.forward)
         end_unless_finite(self)
+        keep_token_count(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep log-probabilities in fp32, set before TRL prepares the reference model."""

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from llmmix import mixing
@@ -27,9 +26,10 @@ from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume
+from llmmix.resuming import checkpoint_to_resume, stage_to_resume
 
-PROXIES = ("doremi", "doge")  # methods that train a proxy first
+# Methods that train other models first, and the subfolders of those
+STAGES = {"doremi": ("reference", "proxy"), "doge": ("proxy",)}
 
 
 @dataclass
@@ -62,6 +62,7 @@ def main(
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
     out = claim(training_args.output_dir)
+    resume = checkpoint_to_resume(training_args, STAGES.get(method, ()))
 
     def fit(folder: Path, make_callback: Callable, weights: Any = None):
         """Train into a folder; returns the trainer and the callback that moved its mixture."""
@@ -80,18 +81,15 @@ def main(
         sampler = args.sampler(train, weights)
         callback = make_callback(sampler, measured_rows=args.measured_rows)
         mixing.attach_mixture(trainer, sampler, callback)
-        resume = checkpoint_to_resume(args)
-        if folder != out or (resume is True and method in PROXIES):
-            # A stage may be finished or not begun: resume from its last checkpoint, if it has one
-            resume = get_last_checkpoint(folder) if resume and folder.exists() else None
-        trainer.train(resume_from_checkpoint=resume)
+        newest = resume if folder == out else stage_to_resume(args)
+        trainer.train(resume_from_checkpoint=newest)
         trainer.save_model()
         trainer.save_state()
         trainer.accelerator.print(f"Model saved to {folder}")
         return trainer, callback
 
     weights: Any = mixing.stratified(len(train)) if method == "stratified" else None
-    if method in PROXIES:
+    if method in STAGES:
         weights = train_proxy(method, config, fit, out)
     callbacks: dict[str, Callable] = {
         "aioli": partial(mixing.AioliCallback, config=aioli_config),

@@ -51,6 +51,7 @@ def main(
     """Load, train, save."""
     claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     if selection_args.stepwise:
@@ -68,7 +69,7 @@ def main(
     )
     if (threshold := selection_args.likelihood_threshold) is not None:
         attach_filter(trainer, LikelihoodFilter(trainer, threshold=threshold))
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

@@ -82,6 +82,7 @@ def main(
     """Load, train, save."""
     claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     trainer = DCOTrainer(
         checkpoint,
@@ -106,7 +107,7 @@ def main(
     if (threshold := solve_args.solve_threshold) is not None:
         steps = solve_args.unfiltered_steps
         attach_filter(trainer, rates.below(threshold), warmup_steps=steps)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

@@ -23,6 +23,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
     """Load, mix, train, save."""
     claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
     trainer = SFTTrainer(
@@ -37,7 +38,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
     sampler = training_args.sampler(train)
     measured = training_args.measured_rows
     attach_mixture(trainer, sampler, MixtureCallback(sampler, measured_rows=measured))
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

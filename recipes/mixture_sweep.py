@@ -6,7 +6,8 @@
 The mixtures are a grid or random draws. `llmmix eval mixture_laws` fits laws to the tables: they
 have a line for each run, with the shares of the domains in ratios.csv and the validation losses in
 metrics.csv, joined by `run_id`. A sweep that was stopped continues: runs that are in both tables
-are not trained again; a line that is not whole counts as none.
+are not trained again (a line that is not whole counts as none), and with
+`--resume_from_checkpoint auto` a run that was cut off goes on from its last checkpoint.
 """
 
 import copy
@@ -20,6 +21,7 @@ from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, 
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
+from llmmix.resuming import stage_to_resume
 
 
 def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: SweepArguments) -> None:
@@ -56,7 +58,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
         )
         sampler = args.sampler(train, weights)
         attach_mixture(trainer, sampler, MixtureCallback(sampler, measured_rows=args.measured_rows))
-        trainer.train()
+        trainer.train(resume_from_checkpoint=stage_to_resume(args))
         if sweep_args.keep_models:
             trainer.save_model()
         trainer.accelerator.wait_for_everyone()

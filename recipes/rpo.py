@@ -22,6 +22,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
     """Load, train, save."""
     claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     trainer = RPOTrainer(
         checkpoint,
@@ -32,7 +33,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

@@ -30,6 +30,7 @@ def main(
     """Load, score if need be, train, save."""
     folder = claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     if CONFIDENCE not in (train_dataset.column_names or []) and training_args.mixup_weight:
         train_dataset = add_confidence(
@@ -53,7 +54,7 @@ def main(
     if trainer.accelerator.is_main_process and training_args.mixup_weight:
         with replacing(folder / "confidence.jsonl") as partial:
             train_dataset.to_json(partial)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

@@ -18,10 +18,11 @@ if not torch.cuda.is_available():
 
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llmmix import builtin, files
+from tests.checkpoint import save_random_checkpoint
 from tests.ranks import run_on_two_ranks
 
 gc.freeze()  # what the imports left: each trainer collects garbage, and would go through it anew
@@ -48,24 +49,7 @@ def tokenizer():
 def checkpoint(tmp_path_factory, tokenizer):
     """A folder with a random two-layer Llama and its tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            initializer_range=0.2,  # far from uniform, so that losses differ between rows
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_random_checkpoint(folder, tokenizer)
     return str(folder)
 
 

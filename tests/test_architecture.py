@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {
         "cli",
+        "completeness",
         "finite",
         "fused",
         "launching",
@@ -83,6 +84,7 @@ PRIVATE = {
     "_set_signature_columns_if_needed": Trainer,
     "_signature_columns": Trainer,
     "_tag_names": SFTTrainer,
+    "_total_train_tokens": SFTTrainer,
 }
 
 

@@ -22,7 +22,7 @@ from llmmix.files import (
     replacing,
     write_whole,
 )
-from tests.kills import another_process_in, dies_at
+from tests.dying import another_process_in, dies_at
 
 OLD, NEW = {"old": [1, 2]}, {"new": ["é"] * 9}
 

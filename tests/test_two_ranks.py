@@ -32,6 +32,12 @@ def test_two_processes_filter_and_sample_as_one(make, two_ranks):
     torch.testing.assert_close(weights_of_two, weights, rtol=1e-4, atol=1e-6)
 
 
+def test_every_rank_resumes_where_the_main_one_does(two_ranks):
+    """Though the other sees no files."""
+    newest = max((two_ranks / "mixing/moving").glob("checkpoint-*"), key=lambda path: path.name)
+    assert (two_ranks / "printed.txt").read_text().count(f"resumed from {newest}\n") == 4
+
+
 def test_a_head_whose_weight_is_sharded_trains_as_on_one_process(two_ranks):
     assert (two_ranks / "printed.txt").read_text().count(
         "fsdp2 "

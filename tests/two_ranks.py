@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import load_dataset
 from transformers import AutoTokenizer, Trainer
 
 from llmmix import DCOConfig, DCOTrainer
+from llmmix.resuming import checkpoint_to_resume
 from tests import sharded, test_filtering, test_invariants
 from tests.mixing import two_ranks as mixing
 from tests.unlearning import two_ranks as unlearning
@@ -48,8 +50,17 @@ def main(checkpoint: str, folder: Path) -> None:
     )
     train(test_filtering.chain_of_thought(filtered), "filtered", folder)
     mixing.run(checkpoint, folder / "mixing")
+    resume_as_the_main_rank_does(folder)
     unlearning.run(checkpoint, folder / "unlearning")
     sharded.compare("fsdp2")
+
+
+def resume_as_the_main_rank_does(folder: Path) -> None:
+    """Each rank prints where it resumes, as if the main one alone saw the run's files."""
+    here = folder / "mixing/moving" if PartialState().is_main_process else folder / "nowhere"
+    for given in ("auto", "true"):
+        config = DCOConfig(str(here), resume_from_checkpoint=given)
+        print(f"resumed from {checkpoint_to_resume(config)}\n", end="")
 
 
 def train(trainer: Trainer, name: str, folder: Path) -> None:

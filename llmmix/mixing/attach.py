@@ -17,6 +17,7 @@ from transformers import Trainer
 from llmmix.finite import end_unless_finite
 from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.resuming import keep_token_count
 
 
 def attach_mixture(
@@ -51,6 +52,7 @@ def attach_mixture(
     callback.bind(trainer)
     trainer.add_callback(callback)
     end_unless_finite(trainer)
+    keep_token_count(trainer)
     return callback
 
 

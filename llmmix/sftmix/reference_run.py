@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 
+from llmmix.completeness import complete_checkpoints
 from llmmix.files import checkpoint_id, read_json, write_whole
 from llmmix.models import free_memory
 from llmmix.processes import main_process_says
+from llmmix.resuming import newest_checkpoint
 from llmmix.sftmix.pairing import CONFIDENCE
 from llmmix.sftmix.trainer import SFTMixConfig, SFTMixTrainer
 
@@ -82,7 +84,8 @@ def train_reference(
     reference_args.save_strategy = "steps"
     # Below 1 it is a share of the run; a run's last step is saved in any case
     reference_args.save_steps = 1 / num_checkpoints if num_checkpoints > 1 else 10**9
-    reference_args.save_total_limit = None
+    # All are kept until the end, and whole: an interrupted run goes on from the last
+    reference_args.save_total_limit, reference_args.save_only_model = None, False
     trainer = SFTMixTrainer(
         model,
         args=reference_args,
@@ -90,10 +93,9 @@ def train_reference(
         peft_config=peft_config,
         quantization_config=quantization_config,
     )
-    kept = main_process_says(_complete_checkpoints(folder))
-    trainer.train(resume_from_checkpoint=kept[-1] if kept else None)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     trainer.accelerator.wait_for_everyone()
-    kept = main_process_says(_complete_checkpoints(folder))
+    kept = main_process_says([str(path) for path in complete_checkpoints(folder)])
     if trainer.accelerator.is_main_process:
         write_whole(finished, json.dumps(kept))
         for state in folder.glob("checkpoint-*/optimizer.*"):
@@ -113,15 +115,6 @@ def plain_sft(args: SFTMixConfig, output_dir: Path) -> SFTMixConfig:
     plain.report_to, plain.push_to_hub = [], False
     plain.resume_from_checkpoint = None
     return plain
-
-
-def _complete_checkpoints(folder: Path) -> list[str]:
-    """Checkpoints in order of their steps; one cut off while it was saved lacks its state."""
-    steps = {
-        int(state.parent.name.rpartition("-")[2]): str(state.parent)
-        for state in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    return [steps[step] for step in sorted(steps)]
 
 
 def _relevant_settings(args: SFTMixConfig) -> str:

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from llmmix.dco import dco_weight
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import FusedHeadOutput, attach_head
+from llmmix.resuming import keep_token_count
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
     PairSampler,
@@ -140,6 +141,7 @@ class SFTMixTrainer(SFTTrainer):
         keep_outputs_in_fp32(self.accelerator)
         attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
         end_unless_finite(self)
+        keep_token_count(self)
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it
             self._confident = confident_half(read_confidence(training_rows(self, "SFTMix")))

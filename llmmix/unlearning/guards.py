@@ -72,6 +72,17 @@ class UnlearningGuard(ResumedCallback):
         self.step = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
         self._sums.clear()
         self._recent.append(self.step)
+        self._end_if_enough(state, control)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on, unless the run that is resumed had ended."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._end_if_enough(state, control)
+
+    def _end_if_enough(self, state: TrainerState, control: TrainerControl) -> None:
+        """End the run where the means of the last steps say so."""
         steps = min(STEPS_AVERAGED, math.ceil(state.max_steps / max(state.num_train_epochs, 1)))
         recent = list(self._recent)[-steps:]
         if len(recent) < steps or control.should_training_stop:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmmix.cli import parse_args
 from llmmix.grading.sample_log import prompt_id
-from tests.kills import another_process_in
+from tests.dying import another_process_in
 
 SMALL = {"dataset_config": "1", "max_problems": 3, "num_samples": 4, "n": [4, 1]}
 SMALL |= {"max_new_tokens": 6, "verifier": "exact"}

@@ -1,7 +1,7 @@
 import pytest
 
 from llmmix.grading import SampleLog
-from tests.kills import dies_at
+from tests.dying import dies_at
 
 SETTINGS = {"seed": 0}
 RECORDS = [{"problem": 0, "sample": n, "completion": "é\n" * n} for n in range(3)]

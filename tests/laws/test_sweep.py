@@ -6,7 +6,7 @@ import pytest
 
 from llmmix.laws.sweep import add, finished
 from llmmix.laws.tables import read_runs
-from tests.kills import dies_at
+from tests.dying import dies_at
 
 NAMES = ["a", 'b, "c"', "two\nlines"]
 RUNS = {f"run-{i:04d}": dict(zip(NAMES, (5.8123 + i, 0.25, 1e-7), strict=True)) for i in range(3)}

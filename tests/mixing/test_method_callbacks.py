@@ -169,6 +169,21 @@ def test_killed_and_resumed_is_never_stopped(make, method, tmp_path):
             assert str(one) == str(other)  # NaN is NaN
 
 
+@methods
+def test_a_finished_run_trains_no_step_more(make, method, tmp_path):
+    done, callback = make(method, "run", save_strategy="steps", save_steps=7)
+    done.train()
+    record = (tmp_path / "run/mixture.jsonl").read_text()
+    again, same = make(method, "run")
+    again.training_step = None  # a step would fail
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-7"))
+    assert torch.equal(weights_of(again), weights_of(done))
+    assert same.sampler.state_dict() == callback.sampler.state_dict()
+    ended = [line for line in record.splitlines() if '"spent"' not in line]
+    lines = (tmp_path / "run/mixture.jsonl").read_text().splitlines()
+    assert [line for line in lines if '"spent"' not in line] == ended
+
+
 # Signals by hand
 
 

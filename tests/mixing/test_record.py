@@ -5,7 +5,7 @@ import pytest
 
 from llmmix.files import RECORD, read_record
 from llmmix.mixing.record import MixtureRecord, drawn_shares
-from tests.kills import dies_at
+from tests.dying import dies_at
 
 HEADER = {"domains": ["a", "b"]}
 

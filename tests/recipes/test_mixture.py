@@ -3,19 +3,21 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from llmmix import cli
 from llmmix.files import CLAIM, read_record
 from llmmix.laws.sweep import SweepArguments, choose_mixtures
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.record import drawn_shares
-from tests.kills import another_process_in
+from tests.dying import another_process_in
 
 SMALL = (
     "--max_steps 6 --per_device_train_batch_size 4 --validation_rows 4 --logging_steps 2".split()
@@ -124,6 +126,39 @@ def test_a_sweep_writes_two_tables_and_goes_on(files, checkpoint):
     assert run("mixture_sweep", files, checkpoint, *flags, domains=("text", "pairs")) == 0
     after = (files / "out" / "metrics.csv").read_text()
     assert after.startswith(before) and len(after.splitlines()) == 4
+
+
+def test_true_says_so_before_a_proxy_is_trained(files, checkpoint, capsys):
+    flags = ["--method", "doge", "--resume_from_checkpoint", "true"]
+    assert run("aioli", files, checkpoint, *flags, domains=("text", "pairs")) == 2
+    assert "Give `auto`" in capsys.readouterr().err
+    assert not (files / "out" / "proxy").exists()
+
+
+def test_a_stage_of_doge_goes_on_from_its_complete_checkpoint(files, checkpoint, caplog):
+    flags = ["--method", "doge", "--save_strategy", "steps", "--save_steps", "1"]
+    flags += ["--max_steps", "2", "--resume_from_checkpoint"]
+    assert run("aioli", files, checkpoint, *flags, "auto", domains=("text", "pairs")) == 0
+    whole = (files / "out/proxy/model.safetensors").read_bytes()
+    for step in (1, 2):
+        shutil.rmtree(files / f"out/checkpoint-{step}")
+    (files / "out/proxy/checkpoint-2/trainer_state.json").unlink()
+    caplog.clear()
+    assert run("aioli", files, checkpoint, *flags, "true", domains=("text", "pairs")) == 0
+    assert f"goes on from {files / 'out/proxy/checkpoint-1'}" in caplog.text
+    assert (files / "out/proxy/model.safetensors").read_bytes() == whole
+
+
+def test_a_run_of_a_sweep_goes_on_from_its_checkpoint(files, checkpoint, monkeypatch):
+    flags = ["--mixtures", "1", "--max_steps", "2", "--save_strategy", "steps"]
+    flags += ["--save_steps", "1", "--keep_models", "true", "--resume_from_checkpoint", "auto"]
+    assert run("mixture_sweep", files, checkpoint, *flags, domains=("text", "pairs")) == 0
+    metrics = (files / "out/metrics.csv").read_text()
+    for name in ("ratios", "metrics"):
+        (files / f"out/{name}.csv").unlink()
+    monkeypatch.setattr(SFTTrainer, "training_step", None)  # a step would fail
+    assert run("mixture_sweep", files, checkpoint, *flags, domains=("text", "pairs")) == 0
+    assert (files / "out/metrics.csv").read_text() == metrics
 
 
 def test_a_sweep_of_other_mixtures_is_refused(files, checkpoint, capsys):

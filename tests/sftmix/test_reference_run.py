@@ -23,19 +23,27 @@ def test_reference_keeps_its_checkpoints_and_is_trained_once(
     assert train_reference(rows, args, checkpoint, 2, lora) == kept
 
 
-def test_interrupted_reference_goes_on_from_its_checkpoint(checkpoint, rows, args, monkeypatch):
+@pytest.mark.parametrize("half_saved", [False, True])
+def test_interrupted_reference_goes_on_from_its_checkpoint(
+    half_saved, checkpoint, rows, args, monkeypatch
+):
+    """From its last complete one, even where the main run saves the model alone."""
+
     class Killed(reference_run.SFTMixTrainer):
         def training_step(self, *given, **kwargs):
             if self.state.global_step == 3:
                 raise KeyboardInterrupt
             return super().training_step(*given, **kwargs)
 
+    args.save_only_model = True
     whole = train_reference(rows, args, checkpoint, 2)
     expected = mean_nlls(rows, args, whole[-1])
     shutil.rmtree(args.output_dir)
     monkeypatch.setattr(reference_run, "SFTMixTrainer", Killed)
     with pytest.raises(KeyboardInterrupt):
         train_reference(rows, args, checkpoint, 2)
+    if half_saved:
+        (Path(whole[0]) / "trainer_state.json").unlink()
     monkeypatch.undo()
     steps = []
 
@@ -46,21 +54,9 @@ def test_interrupted_reference_goes_on_from_its_checkpoint(checkpoint, rows, arg
 
     monkeypatch.setattr(reference_run, "SFTMixTrainer", Counted)
     kept = train_reference(rows, args, checkpoint, 2)
-    assert steps == [2, 3]
+    assert steps == ([0, 1, 2, 3] if half_saved else [2, 3])
+    assert kept == whole
     np.testing.assert_array_equal(mean_nlls(rows, args, kept[-1]), expected)
-
-
-def test_a_half_saved_checkpoint_is_passed_over(tmp_path):
-    for name, complete in (
-        ("checkpoint-9", True),
-        ("checkpoint-10", True),
-        ("checkpoint-11", False),
-    ):
-        (tmp_path / name).mkdir()
-        if complete:
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    kept = reference_run._complete_checkpoints(tmp_path)
-    assert [Path(path).name for path in kept] == ["checkpoint-9", "checkpoint-10"]
 
 
 def test_no_checkpoint_is_refused(checkpoint, rows, args):

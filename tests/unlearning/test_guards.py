@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from llmmix.unlearning.guards import STEPS_AVERAGED, UnlearningGuard, check_limit
-from tests.unlearning.runs import lora
+from tests.unlearning.runs import lora, weights_of
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -132,6 +132,19 @@ def test_enough_forgotten_ends_training_after_an_epoch(make, name, caplog):
     assert trainer.state.global_step == 3  # ten rows by four
     assert "Training ends at step 3: forget_prob has been" in caplog.text
     assert "over the last 3 steps, below min_forget_prob=0.999." in caplog.text
+
+
+def test_a_run_that_was_ended_and_is_resumed_trains_no_step_more(make):
+    given = {"min_forget_prob": 0.999, "max_steps": 20, "save_strategy": "steps", "save_steps": 1}
+    ended = make("npo", **given)
+    ended.train()
+    again = make("npo", **given)
+    again.training_step = None  # a step would fail
+    again.train(resume_from_checkpoint=f"{ended.args.output_dir}/checkpoint-3")
+    assert torch.equal(weights_of(again), weights_of(ended))
+    longer = make("npo", **{**given, "min_forget_prob": None, "max_steps": 4})
+    longer.train(resume_from_checkpoint=f"{ended.args.output_dir}/checkpoint-3")
+    assert longer.state.global_step == 4
 
 
 @pytest.mark.parametrize("peft", [None, lora()])

@@ -98,6 +98,22 @@ def test_resumed_is_never_stopped_to_the_last_digit(make, name, tmp_path):
         assert multipliers[0] == 1.0
 
 
+@pytest.mark.parametrize("name", by_path())
+def test_a_finished_run_trains_no_step_more_until_it_is_given_more(make, name):
+    """Finished in the middle of an epoch, where transformers trains one."""
+    given = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    given["lr_scheduler_type"] = "constant"
+    done = make(name, **given)
+    steps, weights = finish(done)
+    checkpoint = f"{done.args.output_dir}/checkpoint-2"
+    again = make(name, **given)
+    again.training_step = None  # a step would fail
+    resumed, same = finish(again, resume_from_checkpoint=checkpoint)
+    assert_same((steps, weights), (resumed, same), 0)
+    longer = make(name, **{**given, "max_steps": 3})
+    assert len(finish(longer, resume_from_checkpoint=checkpoint)[0]) == 3
+
+
 def test_resumed_at_the_end_of_an_epoch(make, tmp_path):
     given = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 9}
     steps, weights = finish(make("dpo", folder=tmp_path / "a", **given))  # three steps an epoch

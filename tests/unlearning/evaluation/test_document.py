@@ -17,7 +17,7 @@ from llmmix.unlearning.evaluation.membership import membership_auc
 from llmmix.unlearning.evaluation.scores import score_answers
 from llmmix.unlearning.evaluation.texts import rouge, unicode_words
 from llmmix.unlearning.evaluation.truth import option_probability, truth_ratio
-from tests.kills import dies_at
+from tests.dying import dies_at
 
 
 @pytest.fixture(scope="module")

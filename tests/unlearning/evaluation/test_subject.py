@@ -3,7 +3,7 @@
 import pytest
 
 from llmmix.unlearning.evaluation.subject import keep_in_cache
-from tests.kills import dies_at
+from tests.dying import dies_at
 
 VALUE = [{"nll": 1.5, "said": "é"}, None]
 
