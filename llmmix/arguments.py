@@ -5,6 +5,7 @@ that theirs extends: what is new in ours takes its default.
 """
 
 from dataclasses import fields
+from os import PathLike
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
@@ -46,7 +47,7 @@ def own_config(args: Any, config: type[Config], output_dir: str) -> Config:
 
 
 def check_types(model: Any, train_dataset: Any, others: dict[str, Any]) -> None:
-    """Refuse a model, collator or dataset that is none, as one given in another's place is.
+    """Refuse a model, collator or dataset of another type, such as what stands in its place.
 
     Args:
         model: A model, or its name.
@@ -56,8 +57,12 @@ def check_types(model: Any, train_dataset: Any, others: dict[str, Any]) -> None:
     Raises:
         TypeError: One of them is of a type that no trainer takes.
     """
+    if isinstance(model, PathLike):
+        raise TypeError(f"`model` must be a model or its name, a `str`: give {str(model)!r}.")
     if not isinstance(model, str):
         causal_lm(model)
+    if (reference := others.get("ref_model")) is not None:
+        causal_lm(reference, "ref_model")
     collator = others.get("data_collator")
     if collator is not None and not callable(collator):
         raise TypeError(

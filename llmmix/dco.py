@@ -38,6 +38,7 @@ from llmmix.trainers import (
     check_unsharded,
     default_to_cpu,
     keep_outputs_in_fp32,
+    length_limit,
     log_dropped,
     log_metric,
 )
@@ -231,7 +232,7 @@ class DCOTrainer(SFTTrainer):
         check_own_loss("DCO", args, kwargs)
         train_dataset = check_sft_datasets(args, train_dataset, kwargs)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        log_dropped(train_dataset, self.train_dataset, args.max_length)
+        log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_heads(self)

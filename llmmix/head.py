@@ -53,8 +53,8 @@ class NotComputed:
         name = vars(self).get("_name")  # a copy is asked for methods before it has its name
         raise AttributeError(
             f"The fused head did not compute `{name}`: name it in `outputs=` of "
-            "`attach_head`, or attach with `llmmix.trainers.attach_heads(trainer)`, which asks for "
-            "what the trainer reads."
+            "`attach_head`, or attach with `llmmix.attach_heads(trainer)`, which asks for what the "
+            "trainer reads."
         )
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = __neg__ = _refuse
@@ -143,7 +143,7 @@ def attach_head(
     base.forward = types.MethodType(forward, base)
 
 
-def causal_lm(model: Any) -> PreTrainedModel:
+def causal_lm(model: Any, argument: str = "model") -> PreTrainedModel:
     """The model that `attach_head` attaches to: `model` itself, or what PEFT has wrapped.
 
     Raises:
@@ -156,8 +156,8 @@ def causal_lm(model: Any) -> PreTrainedModel:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
         raise TypeError(
-            "`model` must be a Hugging Face causal language model with an output embedding (for a "
-            f"trainer, or the name of one as a `str`), got {type(model).__name__}."
+            f"`{argument}` must be a Hugging Face causal language model with an output embedding, "
+            f"got {type(model).__name__}."
         )
     return base
 

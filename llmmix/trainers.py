@@ -92,7 +92,7 @@ def check_sft_datasets(
     """
     if trainer_arguments.get("formatting_func") is not None:
         return train_dataset  # the function makes the text, from columns of any name
-    if leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
+    if _leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
         return train_dataset  # the collator makes the batch, from columns of any name
     tokenizer = None if args.chat_template_path else trainer_arguments.get("processing_class")
 
@@ -145,10 +145,15 @@ def _check_evaluated(
     trainer_arguments["eval_dataset"] = checked
 
 
-def leaves_rows_alone(args: SFTConfig) -> bool:
-    """Whether TRL is asked to take the rows as they are (`skip_prepare_dataset`)."""
+def _leaves_rows_alone(args: SFTConfig) -> bool:
+    """Whether TRL is asked to take the rows as they are."""
     given = args.dataset_kwargs
     return isinstance(given, dict) and bool(given.get("skip_prepare_dataset"))
+
+
+def length_limit(args: SFTConfig) -> int | None:
+    """Tokens after which TRL cuts a row; None for no limit."""
+    return None if _leaves_rows_alone(args) else args.max_length
 
 
 def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None:

@@ -143,13 +143,19 @@ def test_what_stands_in_anothers_place_is_refused_at_once(checkpoint, rows, name
         ({"train_dataset": "rows.jsonl"}, "`train_dataset` .*got str"),
         ({"eval_dataset": [1]}, "`eval_dataset` must be a `Dataset`.*got list"),
         ({"eval_dataset": {"a": given, "b": 3}}, r"`eval_dataset\['b'\]` .*got int"),
-        ({"model": Path(checkpoint)}, f"{causal_lm}.*as a `str`.*got PosixPath"),
+        ({"model": Path(checkpoint)}, "`model` must be a model or its name, a `str`: give"),
         ({"model": None}, f"{causal_lm}.*got NoneType"),
         ({"model": nn.Linear(2, 2)}, f"{causal_lm}.*got Linear"),
         ({"model": classifier}, f"{causal_lm}.*got LlamaForSequenceClassification"),
     ):
         with pytest.raises(TypeError, match=message):
             trainer(**{"model": checkpoint, "train_dataset": given, **arguments})
+
+
+def test_a_config_in_the_place_of_the_reference_is_refused_at_once(checkpoint, rows):
+    args = RPOConfig("out", **ONE_STEP)
+    with pytest.raises(TypeError, match="`ref_model` must be a Hugging Face.*got RPOConfig"):
+        RPOTrainer(checkpoint, args, train_dataset=rows("rpo"))
 
 
 def test_every_one_of_several_evaluation_sets_is_checked(checkpoint, rows):

@@ -22,8 +22,8 @@ from llmmix import (
     RPOTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    attach_heads,
 )
-from llmmix.trainers import attach_heads
 
 SETTINGS = {
     "max_steps": 2,

@@ -17,10 +17,10 @@ from llmmix import (
     SFTMixConfig,
     SFTMixTrainer,
     attach_head,
+    attach_heads,
 )
 from llmmix.dco import dco_loss
 from llmmix.resuming import checkpoint_to_resume
-from llmmix.trainers import attach_heads
 
 QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
 

@@ -32,6 +32,7 @@ from llmmix.trainers import (
     check_unsharded,
     default_to_cpu,
     keep_outputs_in_fp32,
+    length_limit,
     log_dropped,
     log_metric,
     training_rows,
@@ -155,7 +156,7 @@ class SFTMixTrainer(SFTTrainer):
         if args.mixup_weight:
             check_confidence(train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        log_dropped(train_dataset, self.train_dataset, args.max_length)
+        log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_heads(self)
