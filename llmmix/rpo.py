@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from llmmix.arguments import check_types, own_config
-from llmmix.finite import end_unless_finite
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.models import eval_mode
 from llmmix.trainers import (
     ForwardRecorder,
@@ -132,6 +132,7 @@ class RPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         _check_eta(self.rpo_eta)
         if self.sft_reduction not in ("sum", "mean"):
             raise ValueError(
