@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.sftmix.trainer import SFTMixTrainer as SFTMixTrainer
     from llmmix.solve_rates import SolveRates as SolveRates
     from llmmix.steps import split_steps as split_steps
+    from llmmix.trainers import attach_heads as attach_heads
     from llmmix.unlearning.config import UnlearnConfig as UnlearnConfig
     from llmmix.unlearning.flat import FLATConfig as FLATConfig
     from llmmix.unlearning.flat import FLATTrainer as FLATTrainer
@@ -52,6 +53,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "filtering": ["LikelihoodFilter", "attach_filter"],
         "solve_rates": ["SolveRates"],
         "steps": ["split_steps"],
+        "trainers": ["attach_heads"],
         "sampling": ["sample"],
         "grading.verify": ["Verifier"],
         "grading.estimators": ["pass_at_n"],

@@ -25,19 +25,21 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from llmmix.arguments import check_types, own_config
 from llmmix.finite import check_finite_settings, end_unless_finite
-from llmmix.head import attach_head
 from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
     ForwardRecorder,
+    attach_heads,
     check_own_loss,
     check_sft_datasets,
     check_unsharded,
     default_to_cpu,
     keep_outputs_in_fp32,
+    length_limit,
     log_dropped,
     log_metric,
 )
@@ -184,11 +186,15 @@ class DCOTrainer(SFTTrainer):
 
     Args:
         model: Checkpoint, or a loaded model.
-        args: The configuration.
+        args: A `DCOConfig`, or `SFTConfig` or `TrainingArguments`, which become one.
+        data_collator: As in `SFTTrainer`, like the four below.
         train_dataset: The training rows.
+        eval_dataset: The rows to evaluate on, or several such by their names.
+        processing_class: The tokenizer.
         **kwargs: The other arguments of `SFTTrainer`.
 
     Raises:
+        TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
         ValueError: Batches are packed or padding-free, which merges the examples whose probability
             the loss is about; context or sequence parallelism is on, which splits them; or another
             loss is asked for.
@@ -197,7 +203,7 @@ class DCOTrainer(SFTTrainer):
     args: DCOConfig  # these two are narrower than in TRL
     model: PreTrainedModel
 
-    _tag_names = ["llmmix", "dco"]
+    _tag_names = [*SFTTrainer._tag_names, "llmmix", "dco"]
     _name = "DCO"
     _paper = {
         "title": "Rethinking Fine-Tuning when Scaling Test-Time Compute: Limiting Confidence "
@@ -211,18 +217,27 @@ class DCOTrainer(SFTTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
-        args: DCOConfig | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list], dict] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ):
-        args = args or DCOConfig("dco-output")
+        args = own_config(args, DCOConfig, "dco-output")
+        kwargs |= {
+            "data_collator": data_collator,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
+        check_types(model, train_dataset, kwargs)
         check_own_loss("DCO", args, kwargs)
         train_dataset = check_sft_datasets(args, train_dataset, kwargs)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        log_dropped(train_dataset, self.train_dataset, args.max_length)
+        log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
-        attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        attach_heads(self)
         end_unless_finite(self)
         keep_token_count(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log

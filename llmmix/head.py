@@ -25,7 +25,12 @@ from transformers.utils import ModelOutput, is_peft_available
 
 from llmmix.fused.sharding import gathered, whole
 from llmmix.fused.tiles import HeadScaling
-from llmmix.logprobs import HeadStatistics, keeps_probabilities, linear_statistics
+from llmmix.logprobs import (
+    STATISTICS,
+    HeadStatistics,
+    keeps_probabilities,
+    linear_statistics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +39,36 @@ logger = logging.getLogger(__name__)
 HeadObjective = Callable[[Tensor, Tensor, "HeadAtHand"], dict[str, Tensor]]
 
 
+class NotComputed:
+    """Stands for a field that `attach_head` was not asked for: what uses it, gets one clear error.
+
+    Args:
+        name: Name of the field.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        name = vars(self).get("_name")  # a copy is asked for methods before it has its name
+        raise AttributeError(
+            f"The fused head did not compute `{name}`: name it in `outputs=` of "
+            "`attach_head`, or attach with `llmmix.attach_heads(trainer)`, which asks for what the "
+            "trainer reads."
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
+
+    def __repr__(self) -> str:
+        return "not computed"
+
+
 @dataclass
 class FusedHeadOutput(ModelOutput):
     """The output of a model with the fused head. Per-token fields are zero where the label is -100.
+
+    A per-token field that `attach_head` was not asked for raises an AttributeError when it is used.
 
     Args:
         loss: Negative log-likelihood summed over scored tokens, divided by `num_items_in_batch`
@@ -62,6 +94,16 @@ class FusedHeadOutput(ModelOutput):
     aux_loss: Tensor | None = None
     objective: dict[str, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Past `__setattr__`, which would make them items of the output
+        fields = vars(self)
+        fields.update({name: NotComputed(name) for name in STATISTICS if fields[name] is None})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A copy passes them on
+        super().__setattr__(name, None if isinstance(value, NotComputed) else value)
+
 
 def attach_head(
     model: nn.Module,
@@ -86,12 +128,7 @@ def attach_head(
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from.
     """
-    base = _base_model(model)
-    if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
-        raise TypeError(
-            f"`model` must be a Hugging Face causal language model with an output embedding, "
-            f"got {type(model).__name__}."
-        )
+    base = causal_lm(model)
     own_forward = _own_forward(base)
 
     # `generate` checks its arguments against the signature of the model's own forward
@@ -106,12 +143,23 @@ def attach_head(
     base.forward = types.MethodType(forward, base)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    if not is_peft_available():
-        return model
-    from peft import PeftModel
+def causal_lm(model: Any, argument: str = "model") -> PreTrainedModel:
+    """The model that `attach_head` attaches to: `model` itself, or what PEFT has wrapped.
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    Raises:
+        TypeError: It has no output embeddings to take log-probabilities from.
+    """
+    base = model
+    if is_peft_available():
+        from peft import PeftModel
+
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
+        raise TypeError(
+            f"`{argument}` must be a Hugging Face causal language model with an output embedding, "
+            f"got {type(model).__name__}."
+        )
+    return base
 
 
 def _own_forward(model: PreTrainedModel) -> Callable:

@@ -16,7 +16,7 @@ It is neither the `rpo_alpha` of older TRL (arXiv 2404.19733, another paper) nor
 Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,16 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
+from llmmix.arguments import check_types, own_config
 from llmmix.finite import check_finite_settings, end_unless_finite
-from llmmix.head import attach_head
+from llmmix.models import eval_mode
 from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
     ForwardRecorder,
+    attach_heads,
     check_preference_datasets,
     default_to_cpu,
     keep_outputs_in_fp32,
@@ -157,15 +159,22 @@ class RPOTrainer(DPOTrainer):
     Args:
         model: Checkpoint, or a loaded model.
         ref_model: The reference model; by default the model as it is at the start.
-        args: The configuration.
+        args: An `RPOConfig`, or `DPOConfig` or `TrainingArguments`, which become one.
+        data_collator: As in `DPOTrainer`, like the four below.
         train_dataset: The training rows.
+        eval_dataset: The rows to evaluate on, or several such by their names.
+        processing_class: The tokenizer.
         **kwargs: The other arguments of `DPOTrainer`.
+
+    Raises:
+        TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
     """
 
+    _attached = False
     args: RPOConfig  # these two are narrower than in TRL
     model: PreTrainedModel
 
-    _tag_names = ["llmmix", "rpo"]
+    _tag_names = [*DPOTrainer._tag_names, "llmmix", "rpo"]
     _name = "RPO"
     _paper = {
         "title": "Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an "
@@ -177,21 +186,24 @@ class RPOTrainer(DPOTrainer):
         self,
         model: "str | PreTrainedModel | PeftModel",
         ref_model: PreTrainedModel | None = None,
-        args: RPOConfig | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list], dict] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ):
-        args = args or RPOConfig("rpo-output")
+        args = own_config(args, RPOConfig, "rpo-output")
+        kwargs |= {
+            "data_collator": data_collator,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
+        check_types(model, train_dataset, kwargs | {"ref_model": ref_model})
         train_dataset = check_preference_datasets(train_dataset, kwargs)
         super().__init__(model, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
-        outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
-        attach_head(self.model, outputs=outputs + ("log_sum_sq_probs",) * args.use_weighting)
-        if self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            attach_head(reference)
-            # TRL has prepared the reference already: attaching replaced the forward under autocast
-            reference.forward = self.accelerator.autocast()(reference.forward)
+        self._attach_own_heads()
         end_unless_finite(self)
         keep_token_count(self)
 
@@ -202,6 +214,31 @@ class RPOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
+
+    def _attach_own_heads(self) -> None:
+        """Attach our head once, and have no log-probabilities of another head taken from a cache.
+
+        TRL keeps those of a reference by the model and the tokenized rows alone.
+        """
+        if self._attached:
+            return
+        attach_heads(self)
+        args = self.args
+        how = (args.max_length, args.truncation_mode, args.ld_alpha)
+        precision = self.accelerator.mixed_precision
+        self._precompute_model_hash = f"{self._precompute_model_hash} llmmix {how} {precision}"
+        self._attached = True
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self._attach_own_heads()  # TRL computes them while it makes the trainer
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """TRL's log-probabilities of the chosen and rejected responses, without dropout."""
+        with eval_mode(model):
+            return super().compute_ref_log_probs(model, inputs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -218,7 +255,17 @@ class RPOTrainer(DPOTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's DPO loss plus the SFT term, from one policy forward."""
         recorder = ForwardRecorder(model)
-        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        given = self.precompute_ref_logps
+        if not given:
+            names = ("ref_chosen_logps", "ref_rejected_logps")
+            reference = self.model if self.ref_model is None else self.ref_model
+            logps = self.compute_ref_log_probs(reference, inputs)
+            inputs = {**inputs, **dict(zip(names, logps, strict=True))}
+        try:
+            self.precompute_ref_logps = True  # TRL would call the reference in training mode
+            result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.precompute_ref_logps = given
         loss, outputs = result if return_outputs else (result, None)
         # The batch is [chosen, rejected]
         chosen_logps = recorder.output.log_probs.sum(1).chunk(2)[0]

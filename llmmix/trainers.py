@@ -14,10 +14,10 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
-from trl import SFTConfig
+from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from llmmix.data import check_preference_dataset, check_sft_dataset
-from llmmix.head import FusedHeadOutput, HeadObjective
+from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.processes import warn_once
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -92,14 +92,15 @@ def check_sft_datasets(
     """
     if trainer_arguments.get("formatting_func") is not None:
         return train_dataset  # the function makes the text, from columns of any name
+    if _leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
+        return train_dataset  # the collator makes the batch, from columns of any name
     tokenizer = None if args.chat_template_path else trainer_arguments.get("processing_class")
-    if isinstance(rows := trainer_arguments.get("eval_dataset"), Dataset):
-        trainer_arguments["eval_dataset"] = check_sft_dataset(
-            rows, "eval_dataset", args.dataset_text_field, tokenizer
-        )
-    train_dataset = check_sft_dataset(
-        train_dataset, "train_dataset", args.dataset_text_field, tokenizer
-    )
+
+    def check(rows: Rows | None, argument: str) -> Rows:
+        return check_sft_dataset(rows, argument, args.dataset_text_field, tokenizer)
+
+    _check_evaluated(trainer_arguments, check)
+    train_dataset = check(train_dataset, "train_dataset")
     if not args.assistant_only_loss and "messages" in next(iter(train_dataset)):
         warn_once(
             "Rows of `messages` are scored whole, the user's turns included. To score responses "
@@ -124,11 +125,35 @@ def check_preference_datasets(
         ValueError: `check_preference_dataset` refuses the training or the evaluation rows.
     """
     tokenizer = trainer_arguments.get("processing_class")
-    if isinstance(rows := trainer_arguments.get("eval_dataset"), Dataset):
-        trainer_arguments["eval_dataset"] = check_preference_dataset(
-            rows, "eval_dataset", tokenizer
-        )
-    return check_preference_dataset(train_dataset, "train_dataset", tokenizer)
+
+    def check(rows: Rows | None, argument: str) -> Rows:
+        return check_preference_dataset(rows, argument, tokenizer)
+
+    _check_evaluated(trainer_arguments, check)
+    return check(train_dataset, "train_dataset")
+
+
+def _check_evaluated(
+    trainer_arguments: dict[str, Any], check: Callable[[Rows | None, str], Rows]
+) -> None:
+    """Replace `eval_dataset`, or each of several by their names, by what a check leaves of it."""
+    rows = trainer_arguments.get("eval_dataset")
+    if isinstance(rows, dict):
+        checked: Any = {name: check(part, f"eval_dataset[{name!r}]") for name, part in rows.items()}
+    else:
+        checked = None if rows is None else check(rows, "eval_dataset")
+    trainer_arguments["eval_dataset"] = checked
+
+
+def _leaves_rows_alone(args: SFTConfig) -> bool:
+    """Whether TRL is asked to take the rows as they are."""
+    given = args.dataset_kwargs
+    return isinstance(given, dict) and bool(given.get("skip_prepare_dataset"))
+
+
+def length_limit(args: SFTConfig) -> int | None:
+    """Tokens after which TRL cuts a row; None for no limit."""
+    return None if _leaves_rows_alone(args) else args.max_length
 
 
 def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None:
@@ -161,6 +186,49 @@ def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None
             warn_once(
                 f"{full} of {len(after)} rows fill max_length={max_length} and may be cut short."
             )
+
+
+def attach_heads(trainer: SFTTrainer | DPOTrainer, *, memory_budget: int | None = None) -> None:
+    """Attach the fused head to a TRL trainer's model, and to its reference model if it has one.
+
+    They answer with what the trainer reads. Attached to the model alone, the head would be compared
+    with TRL's on the reference model, and under bf16 the two round differently.
+
+    Args:
+        trainer: An `SFTTrainer` or `DPOTrainer`, or a subclass, before `train()`.
+        memory_budget: See `llmmix.head.attach_head`.
+
+    Raises:
+        TypeError: The trainer is another.
+        ValueError: TRL's head has computed the log-probabilities of the reference already
+            (`precompute_ref_log_probs`).
+    """
+    outputs: tuple[str, ...] = ("log_probs", "entropy", "is_top1")
+    model: Any = trainer.model
+    reference: Any = None
+    if isinstance(trainer, DPOTrainer):
+        outputs += ("mean_logits",) + ("log_sum_sq_probs",) * trainer.use_weighting
+        reference = trainer.ref_model
+        _check_not_precomputed(trainer)
+    elif not isinstance(trainer, SFTTrainer):
+        raise TypeError(
+            f"`trainer` must be an SFTTrainer or a DPOTrainer, got {type(trainer).__name__}."
+        )
+    attach_head(model, outputs=outputs, memory_budget=memory_budget)
+    if reference is not None:
+        reference = trainer.accelerator.unwrap_model(reference)
+        attach_head(reference, memory_budget=memory_budget)
+        # TRL has prepared it already: attaching replaced the forward under autocast
+        reference.forward = trainer.accelerator.autocast()(reference.forward)
+
+
+def _check_not_precomputed(trainer: DPOTrainer) -> None:
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    if "ref_chosen_logps" in columns and trainer.precompute_ref_logps:
+        raise ValueError(
+            "`precompute_ref_log_probs=True` had TRL's head compute the log-probabilities of the "
+            "reference: set it to False, or train with `RPOTrainer` and `rpo_eta=0`, which is DPO."
+        )
 
 
 def training_rows(trainer: Trainer, what: str) -> Dataset:

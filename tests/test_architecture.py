@@ -33,7 +33,7 @@ LAYERS = [
     },
     {"head"},
     {"builtin", "data", "figures", "files", "models"},
-    {"trainers"},
+    {"arguments", "trainers"},
     {
         "dco",
         "filtering",
@@ -80,6 +80,8 @@ PRIVATE = {
     "_metrics": SFTTrainer,
     "_name": SFTTrainer,
     "_paper": SFTTrainer,
+    "_precompute_model_hash": DPOTrainer,
+    "_precompute_ref_logps": DPOTrainer,
     "_send_telemetry": SFTTrainer,
     "_set_signature_columns_if_needed": Trainer,
     "_signature_columns": Trainer,

@@ -1,15 +1,19 @@
 import contextlib
 import copy
+import dataclasses
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
+from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._pytree import tree_map
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -115,10 +119,41 @@ def test_other_calls_are_the_models_own(model, tokenizer):
 def test_attaching_again_replaces_the_outputs():
     model = build("llama")
     attach_head(model)
-    assert model(**batch(), fused_lm_head=True).entropy is None
+    assert "entropy" not in model(**batch(), fused_lm_head=True)
     attach_head(model, outputs=("entropy",))
-    assert model(**batch(), fused_lm_head=True).entropy is not None
+    assert model(**batch(), fused_lm_head=True).entropy.shape == (3, 8)
     assert model.forward.own_forward is LlamaForCausalLM.forward
+
+
+HANDED_ON = {
+    "as it is": lambda output: output,
+    "replaced": dataclasses.replace,  # as FSDP1 does
+    "in fp32": lambda output: convert_outputs_to_fp32(lambda: output)(),  # as under autocast
+    "as a tree": lambda output: tree_map(lambda x: x, output),  # as FSDP2 does
+    "copied": copy.deepcopy,
+    "pickled": lambda output: pickle.loads(pickle.dumps(output)),
+}
+
+
+@pytest.mark.parametrize("way", HANDED_ON)
+@pytest.mark.parametrize("name", [name for name in STATISTICS if name != "log_probs"])
+def test_a_field_that_was_not_asked_for_is_named_when_it_is_used(name, way):
+    model = build("llama")
+    attach_head(model)
+    with torch.no_grad():
+        output = HANDED_ON[way](model(**batch(), fused_lm_head=True))
+    assert set(output) == {"loss", "log_probs", "label_mask"} and "not computed" in repr(output)
+    assert output.aux_loss is None and output.objective is None
+    field = getattr(output, name)
+    for use in (
+        lambda: field[:, -3:],
+        lambda: field.detach(),
+        lambda: output.log_probs - field,
+        lambda: field * 2,
+        lambda: field or 0,
+    ):
+        with pytest.raises(AttributeError, match=f"did not compute `{name}`.*`outputs=`"):
+            use()
 
 
 @pytest.mark.parametrize(

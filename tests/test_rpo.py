@@ -1,7 +1,13 @@
+import copy
+import math
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
 
-from llmmix import RPOConfig
+from llmmix import RPOConfig, RPOTrainer
 from llmmix.rpo import rpo_loss
 
 CHOSEN = torch.tensor([-60, -35.5], dtype=torch.float64)
@@ -74,3 +80,88 @@ def test_bad_arguments_are_refused(change, message):
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         RPOConfig("out", **change)
+
+
+ONE_STEP = {
+    "max_steps": 1,
+    "learning_rate": 0.0,
+    "per_device_train_batch_size": 16,  # all rows, so that what is precomputed is padded alike
+    "logging_steps": 1,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.5}
+
+
+def first_step(trainer) -> dict:
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_margin_begins_at_zero_under_bf16(
+    checkpoint, preference_rows, tmp_path, lora, precompute, given
+):
+    """Policy and reference are scored by the same head."""
+    args = {"bf16": True, "rpo_eta": 0.0, "precompute_ref_log_probs": precompute}
+    logged = first_step(
+        RPOTrainer(
+            checkpoint,
+            AutoModelForCausalLM.from_pretrained(checkpoint) if given else None,
+            RPOConfig(str(tmp_path), **ONE_STEP, **args),
+            train_dataset=preference_rows,
+            peft_config=LoraConfig(**LORA) if lora else None,
+        )
+    )
+    assert logged["rewards/margins"] == logged["rewards/chosen"] == 0.0
+    assert logged["loss"] == pytest.approx(math.log(2), rel=1e-7)
+
+
+def test_what_another_head_has_precomputed_is_not_taken(checkpoint, preference_rows, tmp_path):
+    """TRL caches it by the model and the rows, which here do not depend on the settings."""
+    args = {"truncation_mode": "keep_end", "precompute_ref_log_probs": True, **ONE_STEP}
+    for trainer, config in ((DPOTrainer, DPOConfig), (RPOTrainer, RPOConfig)):
+        for bf16 in (True, False):
+            args["bf16"] = bf16
+            built = trainer(
+                checkpoint, args=config(str(tmp_path), **args), train_dataset=preference_rows
+            )
+            if trainer is RPOTrainer:
+                assert abs(first_step(built)["rewards/margins"]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["loaded", "given", "precomputed", "lora", "lora-trained"])
+def test_the_reference_has_no_dropout(checkpoint, preference_rows, tmp_path, kind):
+    args = {"disable_dropout": False, "precompute_ref_log_probs": kind == "precomputed"}
+    plain, model = (
+        AutoModelForCausalLM.from_pretrained(checkpoint, attention_dropout=share)
+        for share in (0.0, 0.5)
+    )
+    given = copy.deepcopy(model).train()
+    if kind == "lora-trained":
+        torch.manual_seed(3)
+        adapter = LoraConfig(**LORA, init_lora_weights=False)
+        model = get_peft_model(model, adapter)
+        plain = model
+    trainer = RPOTrainer(
+        model.train(),
+        given if kind == "given" else None,
+        RPOConfig(str(tmp_path), bf16=False, beta=0.5, **ONE_STEP, **args),
+        train_dataset=preference_rows,
+        peft_config=LoraConfig(**LORA) if kind == "lora" else None,
+    )
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    with torch.no_grad():
+        logits = plain.eval()(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+    logps = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = logps.masked_fill(labels[:, 1:] == -100, 0).sum(1)[:16].mean().item()
+    logged = first_step(trainer)
+    found = logged["logps/chosen"] - logged["rewards/chosen"] / 0.5
+    assert found == pytest.approx(expected, rel=1e-5)
+    # while the policy has it
+    assert abs(logged["rewards/chosen"]) > 0.01

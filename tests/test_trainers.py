@@ -5,7 +5,9 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer
 
 from llmmix import (
     DCOConfig,
@@ -15,6 +17,7 @@ from llmmix import (
     SFTMixConfig,
     SFTMixTrainer,
     attach_head,
+    attach_heads,
 )
 from llmmix.dco import dco_loss
 
@@ -220,6 +223,56 @@ def test_trained_model_saves_and_loads_as_an_ordinary_one(checkpoint, math_rows,
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for a, b in zip(trainer.model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+ONE_BF16_STEP = {
+    "max_steps": 1,
+    "learning_rate": 0.0,
+    "logging_steps": 1,
+    "bf16": True,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+@pytest.mark.parametrize("reference", ["loaded", "given", "adapter"])
+def test_a_dpo_trainer_on_our_head_begins_at_a_margin_of_zero(
+    checkpoint, preference_rows, tmp_path, reference
+):
+    """Under bf16 TRL's head would score the reference otherwise than ours the policy."""
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.5)
+    trainer = DPOTrainer(
+        checkpoint,
+        AutoModelForCausalLM.from_pretrained(checkpoint) if reference == "given" else None,
+        DPOConfig(str(tmp_path), use_weighting=True, **ONE_BF16_STEP),
+        train_dataset=preference_rows,
+        peft_config=lora if reference == "adapter" else None,
+    )
+    attach_heads(trainer)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/margins"] == logged["rewards/chosen"] == 0.0
+
+
+def test_attach_heads_takes_trls_trainers_of_sft_and_dpo(model):
+    trainer = Trainer(model, TrainingArguments("out", **QUIET))
+    with pytest.raises(TypeError, match="must be an SFTTrainer or a DPOTrainer, got Trainer"):
+        attach_heads(trainer)
+
+
+def test_a_head_attached_for_less_says_what_the_trainer_reads(
+    checkpoint, preference_rows, tmp_path
+):
+    trainer = DPOTrainer(
+        checkpoint,
+        args=DPOConfig(str(tmp_path), use_weighting=True, **ONE_BF16_STEP),
+        train_dataset=preference_rows,
+    )
+    attach_head(trainer.model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    with pytest.raises(AttributeError, match="did not compute `log_sum_sq_probs`.*attach_heads"):
+        trainer.train()
 
 
 def test_rows_of_a_json_file_train(checkpoint, math_rows, tmp_path):

@@ -1,6 +1,6 @@
 """The config and the trainer of SFTMix: mixup in the forward that the cross-entropy comes from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from llmmix.arguments import check_types, own_config
 from llmmix.dco import dco_weight
 from llmmix.finite import check_finite_settings, end_unless_finite
-from llmmix.head import FusedHeadOutput, attach_head
+from llmmix.head import FusedHeadOutput
 from llmmix.resuming import keep_token_count
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
@@ -26,11 +27,13 @@ from llmmix.sftmix.pairing import (
 )
 from llmmix.trainers import (
     ForwardRecorder,
+    attach_heads,
     check_own_loss,
     check_sft_datasets,
     check_unsharded,
     default_to_cpu,
     keep_outputs_in_fp32,
+    length_limit,
     log_dropped,
     log_metric,
     training_rows,
@@ -107,7 +110,17 @@ class SFTMixTrainer(SFTTrainer):
     the confident example), `sftmix/mixed_tokens` (share of response tokens that took part) and
     `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half).
 
+    Args:
+        model: Checkpoint, or a loaded model.
+        args: An `SFTMixConfig`, or `SFTConfig` or `TrainingArguments`, which become one.
+        data_collator: As in `SFTTrainer`, like the four below.
+        train_dataset: The training rows.
+        eval_dataset: The rows to evaluate on, or several such by their names.
+        processing_class: The tokenizer.
+        **kwargs: The other arguments of `SFTTrainer`.
+
     Raises:
+        TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
         ValueError: There is no confidence column, or NaN in it; there are fewer than two examples;
             batches are packed or padding-free, or rows streamed; or context or sequence
             parallelism is on.
@@ -116,7 +129,7 @@ class SFTMixTrainer(SFTTrainer):
     args: SFTMixConfig  # these two are narrower than in TRL
     model: PreTrainedModel
 
-    _tag_names = ["llmmix", "sftmix"]
+    _tag_names = [*SFTTrainer._tag_names, "llmmix", "sftmix"]
     _name = "SFTMix"
     _paper = {
         "title": "SFTMix: Elevating Language Model Instruction Tuning with Mixup Recipe",
@@ -126,20 +139,29 @@ class SFTMixTrainer(SFTTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
-        args: SFTMixConfig | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list], dict] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ):
-        args = args or SFTMixConfig("sftmix-output")
+        args = own_config(args, SFTMixConfig, "sftmix-output")
+        kwargs |= {
+            "data_collator": data_collator,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
+        check_types(model, train_dataset, kwargs)
         check_own_loss("SFTMix", args, kwargs)
         train_dataset = check_sft_datasets(args, train_dataset, kwargs)
         if args.mixup_weight:
             check_confidence(train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        log_dropped(train_dataset, self.train_dataset, args.max_length)
+        log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
-        attach_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        attach_heads(self)
         end_unless_finite(self)
         keep_token_count(self)
         if args.mixup_weight:

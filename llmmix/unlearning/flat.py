@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
+from llmmix.arguments import check_types, own_config
 from llmmix.finite import check_finite_settings
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
@@ -206,8 +207,12 @@ class FLATTrainer(SFTTrainer):
 
     Args:
         model: A causal language model, or its name.
-        args: Settings of FLAT.
+        args: Settings of FLAT: a `FLATConfig`, or `SFTConfig` or `TrainingArguments`, which become
+            one.
+        data_collator: None: `ForgetRows` make their batches.
         train_dataset: Rows to forget.
+        eval_dataset: Rows to evaluate on, or several such by their names.
+        processing_class: The tokenizer.
         templates: Answers to draw from where rows have none of their own, or a function of a row;
             `template_file` or our own list by default.
         retain_dataset: Rows to retain, where `retain_weight` is above 0.
@@ -218,7 +223,7 @@ class FLATTrainer(SFTTrainer):
             templates or retained rows; there is a retain weight without rows, or rows without one.
     """
 
-    _tag_names = ["llmmix", "flat"]
+    _tag_names = ["trl", "llmmix", "flat"]
     _name = "FLAT"
     _paper = {
         "title": "LLM Unlearning via Loss Adjustment with Only Forget Data",
@@ -234,19 +239,28 @@ class FLATTrainer(SFTTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
-        args: FLATConfig | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: None = None,
         train_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         *,
         templates: Templates | None = None,
         retain_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
-        args = args or FLATConfig("flat-output")
+        args = own_config(args, FLATConfig, "flat-output")
+        kwargs |= {
+            "data_collator": data_collator,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
+        check_types(model, train_dataset, kwargs)
         check_own_loss("FLAT", args, kwargs)
         check_retain(args, retain_dataset is not None)
         self.parts = with_retained(("template", "forget"), retain_dataset is not None)
         templates = resolve_templates(args.template_file, templates)
-        check_args(args, train_dataset)
+        check_args(args, train_dataset, kwargs)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         self._prepared = prepare_trainer(
             self, "FLAT", args, self.parts, retain_dataset=retain_dataset, templates=templates

@@ -80,12 +80,18 @@ def check_not_negative(args: ForgetConfig, names: Sequence[str]) -> None:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
 
 
-def check_args(args: SFTConfig, train_dataset: Any) -> None:
+def check_args(args: SFTConfig, train_dataset: Any, others: dict[str, Any]) -> None:
     """Have TRL leave rows to forget as they are, for `prepare_trainer`.
+
+    Args:
+        args: The trainer's settings, which are changed.
+        train_dataset: Rows to forget.
+        others: The trainer's other arguments, by name.
 
     Raises:
         ValueError: `train_dataset` is no map-style dataset, or has no rows; or
-            `restore_callback_states_from_checkpoint` is set.
+            `restore_callback_states_from_checkpoint` is set; or a collator or `formatting_func` is
+            given, which `ForgetRows` would not call.
     """
     if not isinstance(train_dataset, Dataset) or not len(train_dataset):
         raise ValueError(
@@ -97,6 +103,12 @@ def check_args(args: SFTConfig, train_dataset: Any) -> None:
             "`restore_callback_states_from_checkpoint` cannot make callbacks again that need the "
             "trainer; they restore themselves. Leave it at False."
         )
+    for name in ("data_collator", "formatting_func"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"`{name}` would not be called: rows to forget are read, tokenized and put in "
+                "batches by `ForgetRows`. Leave it out, and give rows of its formats."
+            )
     given = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
     args.dataset_kwargs = {**given, "skip_prepare_dataset": True}
     args.remove_unused_columns = False

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
+from llmmix.arguments import check_types, own_config
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.config import UnlearnConfig, check_needs
@@ -50,8 +51,12 @@ class UnlearnTrainer(SFTTrainer):
 
     Args:
         model: A causal language model, or its name.
-        args: The loss and its settings.
+        args: The loss and its settings: an `UnlearnConfig`, or `SFTConfig` or `TrainingArguments`,
+            which become one.
+        data_collator: None: `ForgetRows` make their batches.
         train_dataset: Rows to forget.
+        eval_dataset: Rows to evaluate on, or several such by their names.
+        processing_class: The tokenizer.
         retain_dataset: Rows to retain, in any of the same formats, for a loss with a retain term.
         templates: Answers to draw from where rows have none of their own, or a function of a row.
         **kwargs: The other arguments of `SFTTrainer`.
@@ -61,7 +66,7 @@ class UnlearnTrainer(SFTTrainer):
             loss needs the whole vocabulary, and FSDP or DeepSpeed spread the head.
     """
 
-    _tag_names = ["llmmix", "unlearn"]
+    _tag_names = ["trl", "llmmix", "unlearn"]
     _name = "Unlearning"
     # The loss is divided by the counts of the whole window
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL declares None
@@ -76,17 +81,26 @@ class UnlearnTrainer(SFTTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
-        args: UnlearnConfig | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: None = None,
         train_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         *,
         retain_dataset: Dataset | None = None,
         templates: Templates | None = None,
         **kwargs: Any,
     ):
-        args = args or UnlearnConfig("unlearn-output")
+        args = own_config(args, UnlearnConfig, "unlearn-output")
+        kwargs |= {
+            "data_collator": data_collator,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
+        check_types(model, train_dataset, kwargs)
         check_own_loss("Unlearning", args, kwargs)
         check_needs(args, retain_dataset is not None)
-        check_args(args, train_dataset)
+        check_args(args, train_dataset, kwargs)
         loss = LOSSES[args.loss]
         self.parts = with_retained(loss.reads, retain_dataset is not None)
         templates = resolve_templates(args.template_file, templates)

@@ -78,7 +78,7 @@ def prepare(name, folder, checkpoint, rows=FORGET, retain=RETAIN, peft=None, **g
     return trainer_type(
         checkpoint,
         args,
-        rows,
+        train_dataset=rows,
         retain_dataset=retain if needs else None,
         peft_config=peft,
         **options,

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_collections")
 def test_rows_to_retain_are_given_where_they_are_used(checkpoint, tmp_path):
     def make(retain=None, **given):
         config = UnlearnConfig(str(tmp_path), **SETTINGS, **given)
-        return UnlearnTrainer(checkpoint, config, FORGET, retain_dataset=retain)
+        return UnlearnTrainer(checkpoint, config, train_dataset=FORGET, retain_dataset=retain)
 
     for loss in LOSSES:
         extra = {"epsilon": 1.0} if "epsilon" in LOSSES[loss].settings else {}

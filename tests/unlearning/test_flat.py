@@ -245,7 +245,7 @@ def make(checkpoint, tmp_path):
     def make(rows=FORGET, templates=None, retain_dataset=None, **given):
         args = FLATConfig(str(tmp_path / "flat"), **{**SETTINGS, **given})
         return FLATTrainer(
-            checkpoint, args, rows, templates=templates, retain_dataset=retain_dataset
+            checkpoint, args, train_dataset=rows, templates=templates, retain_dataset=retain_dataset
         )
 
     return make

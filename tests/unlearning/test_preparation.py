@@ -74,6 +74,6 @@ def test_only_rows_that_can_be_indexed_are_taken():
     stream = FORGET.to_iterable_dataset()
     for given, what in ((None, "NoneType"), (stream, "IterableDataset"), ([1], "list")):
         with pytest.raises(ValueError, match=f"must be a map-style `Dataset`.*got {what}"):
-            check_args(None, given)
+            check_args(None, given, {})
     with pytest.raises(ValueError, match="at least one, got no rows"):
-        check_args(None, Dataset.from_dict({"text": []}))
+        check_args(None, Dataset.from_dict({"text": []}), {})

@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+from llmmix.unlearning.parts import forward_parts, logits_of, select
 from tests.unlearning.runs import FORGET, assert_same, by_path, finish, logged, lora
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -65,6 +67,42 @@ def test_a_model_that_stands_still_stays_at_its_reference(make):
         trainer = make(name, learning_rate=0.0)
         trainer.train()
         assert logged(trainer, "unlearn/retain_loss") == pytest.approx([0] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "precomputed", "copy"])
+def test_the_reference_has_no_dropout(make, kind):
+    peft = lora()
+    peft.lora_dropout = 0.5
+    trainer = make(
+        "npo",
+        reference=kind,
+        peft=peft if kind == "adapter" else None,
+        model_init_kwargs={"attention_dropout": 0.5},
+    )
+    rows, parts, model = trainer.train_dataset, trainer.parts, trainer.model.train()
+    batch = rows.collate([rows[row] for row in range(10)])
+    trainer.reference.precompute(rows, 1, parts)
+    plain = make("npo", retain_weight=0.0).model.eval()
+    expected, dropped = (
+        forward_parts(one, select(batch, parts, ["forget"]), ["forget"])[0]["forget"][0].sum(1)
+        for one in (plain, model)
+    )
+    found = trainer.reference.logps(model, batch, parts, "forget")
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert (dropped - expected).abs().min() > 1e-3 and model.training
+    if kind != "precomputed":
+        logits = trainer.reference.forward(
+            model, batch, parts, ["retain"], head_objective=logits_of(["retain"], ["retain"])
+        )[1]
+        retained = forward_parts(
+            plain,
+            select(batch, parts, ["retain"]),
+            ["retain"],
+            logits_of(["retain"], ["retain"]),
+        )[1]
+        torch.testing.assert_close(
+            logits.objective, retained.objective, rtol=1e-4, atol=1e-4, check_device=False
+        )
 
 
 def test_a_reference_that_does_not_serve_is_refused(make):
