@@ -34,7 +34,7 @@ from llmmix.trainers import (
     log_metric,
     training_rows,
 )
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -165,8 +165,9 @@ class SFTMixTrainer(SFTTrainer):
         batches, tokens = super().get_batch_samples(
             window(self, epoch_iterator), num_batches, device
         )
-        pairs = torch.tensor(sum(len(b["labels"]) // 2 for b in batches), device=device)
-        self._window_pairs = self.accelerator.gather(pairs).sum()
+        masks = (batch["labels"][:, 1:] != -100 for batch in batches)
+        pairs = torch.tensor(sum(int(_scored_pairs(mask).sum()) for mask in masks), device=device)
+        self._window_pairs = self.accelerator.gather(pairs).sum().clamp(min=1)
         self._micro_step = 0
         return batches, tokens
 
@@ -178,6 +179,7 @@ class SFTMixTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's loss plus the mixup term, from one forward."""
+        inputs = evaluated(self, inputs)
         mixing = self.model.training and self.args.mixup_weight > 0
         lam = self._draw_lam(len(inputs["labels"]) // 2) if mixing else None
         n_samples = self.args.dco_n_samples
@@ -210,6 +212,7 @@ class SFTMixTrainer(SFTTrainer):
 
     def _record(self, output: FusedHeadOutput, mixed: dict[str, Tensor], lam: Tensor) -> None:
         nll, mask = -output.log_probs.detach(), output.label_mask
+        scored = _scored_pairs(mask)
         sums = torch.stack(
             [
                 nll[0::2].sum(),
@@ -218,16 +221,21 @@ class SFTMixTrainer(SFTTrainer):
                 mask[1::2].sum(),
                 mixed["mixed_tokens"],
                 mixed["mixup_losses"].detach().sum(),
-                lam.sum().to(nll.device),
-                torch.tensor(float(len(lam)), device=nll.device),
+                (lam.to(nll.device) * scored).sum(),
+                scored.sum(),
             ]
         ).float()
         sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
         nll_c, nll_u, tokens_c, tokens_u, mixed_tokens, mixup, lam_sum, pairs = sums
-        tokens = max(tokens_c + tokens_u, 1)
+        tokens, pairs = max(tokens_c + tokens_u, 1), max(pairs, 1)
         log_metric(self, "sftmix/ntp_loss", (nll_c + nll_u) / tokens)
         log_metric(self, "sftmix/mixup_loss", mixup / pairs)
         log_metric(self, "sftmix/lam", lam_sum / pairs)
         log_metric(self, "sftmix/mixed_tokens", mixed_tokens / tokens)
         gap = nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1)
         log_metric(self, "sftmix/confidence_gap", gap)
+
+
+def _scored_pairs(mask: Tensor) -> Tensor:
+    """(B/2,) bool: which pairs have a token to score, from a mask (B, T)."""
+    return mask.any(1).view(-1, 2).any(1)

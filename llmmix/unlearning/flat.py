@@ -44,7 +44,7 @@ from llmmix.unlearning.preparation import (
 )
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -272,7 +272,9 @@ class FLATTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
+        batches, _ = super().get_batch_samples(
+            window(self, epoch_iterator, len(self.parts)), num_batches, device
+        )
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window["forget"][0]
 
@@ -285,20 +287,23 @@ class FLATTrainer(SFTTrainer):
     ) -> Tensor | tuple[Tensor, FusedHeadOutput]:
         """FLAT from one forward of [template; forget; retain]."""
         args, training = self.args, num_items_in_batch is not None
+        inputs = evaluated(self, inputs, len(self.parts))
         parts, output = forward_parts(model, inputs, self.parts)
         positions = None
         if args.prob_reduction == "all_positions" and args.max_length is not None:
             positions = args.max_length - 1
+        scored = parts["forget"][1].any(1)
         template, forget = (
-            sequence_probs(logps, mask, mean=args.mean, positions=positions)
+            sequence_probs(logps, mask, mean=args.mean, positions=positions)[scored]
             for logps, mask in (parts["template"], parts["forget"])
         )
-        rows = torch.tensor(float(len(forget)), device=forget.device)
+        rows = scored.sum()
         window = self._window if training else count_window(None, [inputs], self.parts, rows.device)
         if training and self.state.global_step < args.template_sft_steps:
             total = nll_loss(*parts["template"]).sum()
         elif args.batch_reduction == "batch_scalar":
-            total = rows * flat_loss(template.mean(), forget.mean(), args.divergence)
+            means = (probs.sum() / rows.clamp(min=1) for probs in (template, forget))
+            total = rows * flat_loss(*means, args.divergence)
         else:
             total = flat_loss(template, forget, args.divergence).sum()
         loss = total / window["forget"][0]

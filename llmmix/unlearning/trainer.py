@@ -33,7 +33,7 @@ from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_tra
 from llmmix.unlearning.references import Reference
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -186,7 +186,9 @@ class UnlearnTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
+        batches, _ = super().get_batch_samples(
+            window(self, epoch_iterator, len(self.parts)), num_batches, device
+        )
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window[self.objective.loss.subject][0]
 
@@ -199,6 +201,7 @@ class UnlearnTrainer(SFTTrainer):
     ) -> Tensor | tuple[Tensor, FusedHeadOutput]:
         """The forget and the retain term, from one forward."""
         objective, training = self.objective, num_items_in_batch is not None
+        inputs = evaluated(self, inputs, len(self.parts))
         device = inputs["labels"].device
         window = self._window if training else count_window(None, [inputs], self.parts, device)
         step = objective.forward(model, inputs, self.reference)
@@ -214,8 +217,8 @@ class UnlearnTrainer(SFTTrainer):
             values["retain_loss"] = (retained, weights.sum())
             loss = loss + objective.weigh(retained / count, weights.sum() / count)
         for part in objective.loss.reads:
-            probs = sequence_probs(*step.parts[part])
-            values[f"{part}_prob"] = (probs.sum(), torch.tensor(float(len(probs)), device=device))
+            scored = step.parts[part][1].any(1)
+            values[f"{part}_prob"] = (sequence_probs(*step.parts[part]).sum(), scored.sum())
         self.guard.add("unlearn", values | objective.metrics(step))
         loss = loss * (self.accelerator.num_processes if training else 1)  # DDP averages gradients
         return (loss, step.output) if return_outputs else loss
