@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -189,17 +190,19 @@ class SFTMixTrainer(SFTTrainer):
             row_weight=partial(dco_weight, n_samples=n_samples) if n_samples else None,
         )
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-        mixed = recorder.output.objective
-        if lam is None or mixed is None:
-            return result
         loss, outputs = result if return_outputs else (result, None)
-        mixup_losses = mixed["mixup_losses"]
-        if num_items_in_batch is None:
-            mixup = mixup_losses.mean()
-        else:  # DDP averages gradients over ranks
-            mixup = mixup_losses.sum() / self._window_pairs * self.accelerator.num_processes
-        self._record(recorder.output, mixed, lam)
-        loss = loss + self.args.mixup_weight * mixup
+        mixed = recorder.output.objective
+        if not self.model.training and self.accelerator.num_processes > 1:
+            # An evaluation weights the loss of each process by its rows
+            loss = _mean_over_processes(self.accelerator, loss, recorder.output.label_mask.sum())
+        elif lam is not None and mixed is not None:
+            mixup_losses = mixed["mixup_losses"]
+            if num_items_in_batch is None:
+                mixup = mixup_losses.mean()
+            else:  # DDP averages gradients over ranks
+                mixup = mixup_losses.sum() / self._window_pairs * self.accelerator.num_processes
+            self._record(recorder.output, mixed, lam)
+            loss = loss + self.args.mixup_weight * mixup
         return (loss, outputs) if return_outputs else loss
 
     def _draw_lam(self, pairs: int) -> Tensor:
@@ -234,6 +237,13 @@ class SFTMixTrainer(SFTTrainer):
         log_metric(self, "sftmix/mixed_tokens", mixed_tokens / tokens)
         gap = nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1)
         log_metric(self, "sftmix/confidence_gap", gap)
+
+
+def _mean_over_processes(accelerator: Accelerator, mean: Tensor, count: Tensor) -> Tensor:
+    """The mean over what all processes have, from this one's mean and what it is over."""
+    pair = torch.stack([mean * count, count.to(mean)]).unsqueeze(0)
+    total, count = accelerator.gather(pair).sum(0)
+    return total / count.clamp(min=1)
 
 
 def _scored_pairs(mask: Tensor) -> Tensor:

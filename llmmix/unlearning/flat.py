@@ -298,7 +298,9 @@ class FLATTrainer(SFTTrainer):
             for logps, mask in (parts["template"], parts["forget"])
         )
         rows = scored.sum()
-        window = self._window if training else count_window(None, [inputs], self.parts, rows.device)
+        window = self._window
+        if not training:
+            window = count_window(self.accelerator, [inputs], self.parts, rows.device)
         if training and self.state.global_step < args.template_sft_steps:
             total = nll_loss(*parts["template"]).sum()
         elif args.batch_reduction == "batch_scalar":
@@ -317,5 +319,7 @@ class FLATTrainer(SFTTrainer):
             loss = loss - args.retain_weight * logps.sum() / window["retain"][1]
             values["retain_loss"] = (-logps.sum(), mask.sum())
         self.guard.add("flat", values)
-        loss = loss * (self.accelerator.num_processes if training else 1)  # DDP averages gradients
+        loss = loss * self.accelerator.num_processes  # DDP averages gradients
+        if not training:  # an evaluation weights each process's by its rows: have them alike
+            loss = self.accelerator.gather(loss).mean()
         return (loss, output) if return_outputs else loss

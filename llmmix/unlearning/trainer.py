@@ -203,7 +203,9 @@ class UnlearnTrainer(SFTTrainer):
         objective, training = self.objective, num_items_in_batch is not None
         inputs = evaluated(self, inputs, len(self.parts))
         device = inputs["labels"].device
-        window = self._window if training else count_window(None, [inputs], self.parts, device)
+        window = self._window
+        if not training:
+            window = count_window(self.accelerator, [inputs], self.parts, device)
         step = objective.forward(model, inputs, self.reference)
         losses, weights = objective.forget(step)
         forgotten = (losses * weights).sum()
@@ -220,5 +222,7 @@ class UnlearnTrainer(SFTTrainer):
             scored = step.parts[part][1].any(1)
             values[f"{part}_prob"] = (sequence_probs(*step.parts[part]).sum(), scored.sum())
         self.guard.add("unlearn", values | objective.metrics(step))
-        loss = loss * (self.accelerator.num_processes if training else 1)  # DDP averages gradients
+        loss = loss * self.accelerator.num_processes  # DDP averages gradients
+        if not training:  # an evaluation weights each process's by its rows: have them alike
+            loss = self.accelerator.gather(loss).mean()
         return (loss, step.output) if return_outputs else loss
