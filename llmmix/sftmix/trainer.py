@@ -166,9 +166,11 @@ class SFTMixTrainer(SFTTrainer):
         batches, tokens = super().get_batch_samples(
             window(self, epoch_iterator), num_batches, device
         )
-        masks = (batch["labels"][:, 1:] != -100 for batch in batches)
-        pairs = torch.tensor(sum(int(_scored_pairs(mask).sum()) for mask in masks), device=device)
-        self._window_pairs = self.accelerator.gather(pairs).sum().clamp(min=1)
+        if self.args.mixup_weight:
+            masks = [batch["labels"][:, 1:] != -100 for batch in batches]
+            pairs = sum(int(_scored_pairs(mask).sum()) for mask in masks)
+            pairs_of_all = self.accelerator.gather(torch.tensor(pairs, device=device))
+            self._window_pairs = pairs_of_all.sum().clamp(min=1)
         self._micro_step = 0
         return batches, tokens
 

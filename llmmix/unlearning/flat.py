@@ -34,7 +34,7 @@ from llmmix.trainers import check_own_loss
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.losses import at_least_fp32, nll_loss
-from llmmix.unlearning.parts import count_window, forward_parts, with_retained
+from llmmix.unlearning.parts import count_window, forward_parts, over_processes, with_retained
 from llmmix.unlearning.preparation import (
     ForgetConfig,
     check_args,
@@ -272,9 +272,8 @@ class FLATTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(
-            window(self, epoch_iterator, len(self.parts)), num_batches, device
-        )
+        drawn = window(self, epoch_iterator, len(self.parts))
+        batches, _ = super().get_batch_samples(drawn, num_batches, device)
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window["forget"][0]
 
@@ -298,9 +297,11 @@ class FLATTrainer(SFTTrainer):
             for logps, mask in (parts["template"], parts["forget"])
         )
         rows = scored.sum()
-        window = self._window
-        if not training:
-            window = count_window(self.accelerator, [inputs], self.parts, rows.device)
+        window = (
+            self._window
+            if training
+            else count_window(self.accelerator, [inputs], self.parts, rows.device)
+        )
         if training and self.state.global_step < args.template_sft_steps:
             total = nll_loss(*parts["template"]).sum()
         elif args.batch_reduction == "batch_scalar":
@@ -319,7 +320,5 @@ class FLATTrainer(SFTTrainer):
             loss = loss - args.retain_weight * logps.sum() / window["retain"][1]
             values["retain_loss"] = (-logps.sum(), mask.sum())
         self.guard.add("flat", values)
-        loss = loss * self.accelerator.num_processes  # DDP averages gradients
-        if not training:  # an evaluation weights each process's by its rows: have them alike
-            loss = self.accelerator.gather(loss).mean()
+        loss = over_processes(self.accelerator, loss, training=training)
         return (loss, output) if return_outputs else loss
