@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.finite import end_unless_finite
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import (
     ForwardRecorder,
@@ -167,6 +167,7 @@ class DCOConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         _check_n(self.n_samples)
         if self.reduction not in ("sum", "token_mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'token_mean', got {self.reduction!r}.")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from llmmix.finite import end_unless_finite
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import (
     ForwardRecorder,
@@ -131,6 +131,7 @@ class RPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         _check_eta(self.rpo_eta)
         if self.sft_reduction not in ("sum", "mean"):
             raise ValueError(

@@ -57,11 +57,14 @@ def choose_mixtures(
         domains: m names, which are the columns of a table of mixtures.
 
     Raises:
-        ValueError: `sample` is unknown, `mixtures` is below 1, or the table has other domains.
+        ValueError: `sample` is unknown, `mixtures` or `grid_steps` is below 1, a concentration is
+            not positive, or the table has other domains.
     """
     if args.sample.endswith(".csv"):
         return _listed(Path(args.sample), list(domains))
     if args.sample == "grid":
+        if args.grid_steps < 1:
+            raise ValueError(f"`grid_steps` must be at least 1, got {args.grid_steps}.")
         steps = range(args.grid_steps + 1)
         every = itertools.product(steps, repeat=len(prior))
         found = [point for point in every if sum(point) == args.grid_steps]
@@ -70,6 +73,10 @@ def choose_mixtures(
         raise ValueError(
             f"`sample` must be dirichlet (with `mixtures` of at least 1), grid or a .csv; got "
             f"{args.sample!r} and `mixtures` {args.mixtures}."
+        )
+    if not all(0 < c < np.inf for c in args.concentration) or not args.concentration:
+        raise ValueError(
+            f"`concentration` must be positive numbers, one or more, got {args.concentration}."
         )
     rng = np.random.default_rng(seed)
     strengths = itertools.cycle(args.concentration)

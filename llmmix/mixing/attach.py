@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from llmmix.finite import end_unless_finite
 from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.sampler import MixtureSampler
 
@@ -26,7 +27,8 @@ def attach_mixture(
     The trainer's `train_dataset` holds the rows of all domains, and its column `domain` names the
     domain of each row (`label_domains` makes such a dataset). Without that column, the rows must be
     those of the sampler's domains, one domain after the other. The number of rows that the trainer
-    dropped is logged. An epoch is as many draws as there are rows.
+    dropped is logged. An epoch is as many draws as there are rows. A run whose loss, gradient or
+    weights are not finite ends (llmmix/finite.py).
 
     Args:
         trainer: A trainer of transformers, TRL or llmmix, before `train()`.
@@ -48,6 +50,7 @@ def attach_mixture(
     _check_trainer(trainer)
     callback.bind(trainer)
     trainer.add_callback(callback)
+    end_unless_finite(trainer)
     return callback
 
 

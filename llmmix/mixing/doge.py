@@ -94,6 +94,7 @@ class DoGEConfig:
         require(0 < self.mu < math.inf, "mu", "be positive", self.mu)
         require(0 <= self.smoothing < 1, "smoothing", "lie in [0, 1)", self.smoothing)
         require(self.dw_min < self.dw_max, "dw_max", f"exceed dw_min={self.dw_min}", self.dw_max)
+        require(self.max_grad_norm > 0, "max_grad_norm", "be positive", self.max_grad_norm)
         require_whole("interval", self.interval)
 
 

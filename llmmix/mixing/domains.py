@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from llmmix.data import check_sft_dataset, load_splits
+from llmmix.finite import check_finite_settings
 from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
 from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
@@ -97,6 +98,7 @@ class MixtureConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         default_to_cpu(self)
         super().__post_init__()
 

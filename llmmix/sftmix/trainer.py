@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.dco import dco_weight
-from llmmix.finite import end_unless_finite
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import FusedHeadOutput, attach_head
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
@@ -70,6 +70,7 @@ class SFTMixConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         if not self.mixup_alpha > 0:
             raise ValueError(f"`mixup_alpha` must be positive, got {self.mixup_alpha}.")
         if not self.mixup_weight >= 0:

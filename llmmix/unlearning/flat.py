@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from llmmix.finite import check_finite_settings
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
@@ -153,6 +154,7 @@ class FLATConfig(ForgetConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         self.divergence = check_divergence(self.divergence)
         for name, choices in (
             ("mean", ("arithmetic", "geometric")),

@@ -23,7 +23,7 @@ STEPS_AVERAGED = 16
 
 
 class UnlearningGuard(ResumedCallback):
-    """Logs a step's means, and ends a run that has forgotten enough, lost its utility, or diverged.
+    """Logs a step's means, and ends a run that has forgotten enough or lost its utility.
 
     Args:
         trainer: The trainer whose steps are watched, and whose log shows the means.
@@ -68,18 +68,9 @@ class UnlearningGuard(ResumedCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the step's means, and end the run where they say so.
-
-        Raises:
-            FloatingPointError: A mean of the step is infinite or not a number.
-        """
+        """Take the step's means, and end the run where they say so."""
         self.step = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
         self._sums.clear()
-        if not all(map(math.isfinite, self.step.values())):
-            raise FloatingPointError(
-                f"The loss is not a number at step {state.global_step} ({self.step}): lower "
-                "`learning_rate`, and start again from the last checkpoint or the model."
-            )
         self._recent.append(self.step)
         steps = min(STEPS_AVERAGED, math.ceil(state.max_steps / max(state.num_train_epochs, 1)))
         recent = list(self._recent)[-steps:]

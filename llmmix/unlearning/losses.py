@@ -255,7 +255,8 @@ def pdu_multiplier(multiplier: float, retain_loss: float, budget: float, step: f
         budget: epsilon, the NLL that is allowed.
         step: eta.
     """
-    return max(0.0, multiplier + step * (retain_loss - budget))
+    moved = multiplier + step * (retain_loss - budget)
+    return 0.0 if moved < 0 else moved  # `max` would make 0 of a NaN
 
 
 def rmu_loss(hidden: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.finite import end_unless_finite
+from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
 from llmmix.unlearning.guards import check_limit
@@ -63,6 +63,7 @@ class ForgetConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_finite_settings(self)
         check_limit("min_forget_prob", self.min_forget_prob, top=1)
         default_to_cpu(self)
         super().__post_init__()

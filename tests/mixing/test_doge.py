@@ -55,6 +55,12 @@ def test_doge_keeps_its_weights(products, norms, rate, skipped):
     assert doge.record()["skipped"] == skipped
 
 
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan])
+def test_doge_refuses_a_norm_that_clips_everything(norm):
+    with pytest.raises(ValueError, match="`max_grad_norm` must be positive"):
+        DoGEConfig(max_grad_norm=norm)
+
+
 def test_doge_refuses_signals_of_other_shapes():
     doge = DoGE(DoGEConfig(), ABC, ABC, stratified(3))
     for products, norms in [(np.ones((2, 3)), np.ones(3)), (np.ones(3), np.ones(3))]:

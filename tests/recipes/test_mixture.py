@@ -139,6 +139,11 @@ def test_samples_of_mixtures():
     assert len(grid) == 6 and {tuple(row) for row in grid} >= {(1, 0, 0), (0.5, 0.5, 0)}
     with pytest.raises(ValueError, match="`sample` must be dirichlet"):
         choose_mixtures(SweepArguments(sample="sobol"), prior, seed=0)
+    with pytest.raises(ValueError, match="`grid_steps` must be at least 1, got 0"):
+        choose_mixtures(SweepArguments(sample="grid", grid_steps=0), prior, seed=0)
+    for wrong in ([], [1.0, 0.0], [float("inf")], [float("nan")]):
+        with pytest.raises(ValueError, match="`concentration` must be positive numbers"):
+            choose_mixtures(SweepArguments(concentration=wrong), prior, seed=0)
 
 
 def test_mixtures_of_a_table(tmp_path):

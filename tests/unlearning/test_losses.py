@@ -113,6 +113,7 @@ def test_pdu_vectors_and_its_multiplier():
     assert unshifted + retain - 0.3 == NUMBER(2.583735, abs=1e-6)
     assert u.pdu_multiplier(1.0, retain, 0.3, 5.0) == NUMBER(9.512422, abs=5e-6)
     assert u.pdu_multiplier(1.0, 0.05, 0.3, 5.0) == 0 and u.pdu_multiplier(1.0, 0.3, 0.3, 5.0) == 1
+    assert math.isnan(u.pdu_multiplier(1.0, math.nan, 0.3, 5.0))
 
 
 def test_rmu_is_a_mean_over_d_tokens_and_rows_and_the_published_number_a_broadcast():
