@@ -134,7 +134,8 @@ class SolveRates(ResumedCallback):
             failed = sum(count for _, count in found.values())
             log_metric(self.trainer, "solve_rate/failed", failed / (self.num_samples * len(found)))
         rates = [self._known[row][1] for row in rows]
-        if asked := sum(gather_object([rates]), []):
+        asked: list[float] = sum(gather_object([rates]), [])
+        if asked:
             log_metric(self.trainer, "solve_rate/mean", sum(asked) / len(asked))
         return torch.tensor(rates, dtype=torch.float64)
 

@@ -57,11 +57,11 @@ def evaluated(trainer: Trainer, batch: dict[str, Any], parts: int = 1) -> dict[s
     if loader is None or trainer.accelerator.gradient_state.active_dataloader is not loader:
         return batch
     rows = len(batch["input_ids"]) // parts
-    new = _new_rows(loader, rows)
+    new = new_rows(loader, rows)
     return batch if new == rows else _unscored(batch, new, parts)
 
 
-def _drawn(trainer: Trainer, parts: int, batch: dict[str, Any]) -> dict[str, Any]:
+def _drawn(trainer: Any, parts: int, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch of the training loader, as `window` gives it."""
     loader = trainer.accelerator.gradient_state.active_dataloader
     if isinstance(loader, DataLoaderDispatcher):
@@ -74,14 +74,14 @@ def _drawn(trainer: Trainer, parts: int, batch: dict[str, Any]) -> dict[str, Any
     # TRL's metrics would leave out whole processes by it, in every micro-batch of the step
     loader.remainder = 0
     rows = len(batch["input_ids"]) // parts
-    new = _new_rows(loader, rows)
+    new = new_rows(loader, rows)
     repeated = batch["attention_mask"].unflatten(0, (parts, rows))[:, new:].sum()
-    # TRL will count the tokens of the whole batch
+    # TRL counts the tokens of whole batches
     trainer._total_train_tokens -= int(trainer.accelerator.gather(repeated).sum())
     return _unscored(batch, new, parts)
 
 
-def _new_rows(loader: Any, rows: int) -> int:
+def new_rows(loader: Any, rows: int) -> int:
     """How many of this process's rows at the loader's end were not given before; they come first.
 
     Args:

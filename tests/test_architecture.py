@@ -69,6 +69,7 @@ PRIVATE = {
     "_set_signature_columns_if_needed": Trainer,
     "_signature_columns": Trainer,
     "_tag_names": SFTTrainer,
+    "_total_train_tokens": SFTTrainer,
 }
 
 

@@ -299,16 +299,15 @@ class FLATTrainer(SFTTrainer):
             for logps, mask in (parts["template"], parts["forget"])
         )
         rows = scored.sum()
-        window = (
-            self._window
-            if training
-            else count_window(self.accelerator, [inputs], self.parts, rows.device)
-        )
+        window = self._window
+        if not training:
+            window = count_window(self.accelerator, [inputs], self.parts, rows.device)
         if training and self.state.global_step < args.template_sft_steps:
             total = nll_loss(*parts["template"]).sum()
         elif args.batch_reduction == "batch_scalar":
-            means = (probs.sum() / rows.clamp(min=1) for probs in (template, forget))
-            total = rows * flat_loss(*means, args.divergence)
+            count = rows.clamp(min=1)
+            of_means = flat_loss(template.sum() / count, forget.sum() / count, args.divergence)
+            total = rows * of_means
         else:
             total = flat_loss(template, forget, args.divergence).sum()
         loss = total / window["forget"][0]

@@ -202,11 +202,9 @@ class UnlearnTrainer(SFTTrainer):
         objective, training = self.objective, num_items_in_batch is not None
         inputs = evaluated(self, inputs, len(self.parts))
         device = inputs["labels"].device
-        window = (
-            self._window
-            if training
-            else count_window(self.accelerator, [inputs], self.parts, device)
-        )
+        window = self._window
+        if not training:
+            window = count_window(self.accelerator, [inputs], self.parts, device)
         step = objective.forward(model, inputs, self.reference)
         losses, weights = objective.forget(step)
         forgotten = (losses * weights).sum()
