@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
 
 from llmmix.filtering import FilteredSampler
@@ -68,3 +69,15 @@ def test_a_resumed_epoch_goes_on_with_rows_that_are_new():
     for rows, skipped in itertools.product(range(17, 30), (1, 2)):
         found = new_on_all(in_order, rows, 2, 4, skipped=skipped)
         assert found == list(range(8 * skipped, rows))
+
+
+def test_a_stream_may_repeat_rows_and_says_so_once(caplog):
+    """Seven rows over two ranks in batches of two: accelerate repeats one, and does not say so."""
+    stream = Dataset.from_dict({"n": range(7)}).to_iterable_dataset()
+    for rank in (0, 1):
+        loader = DataLoader(stream, batch_size=2)
+        loader = prepare_data_loader(
+            loader, num_processes=2, process_index=rank, dispatch_batches=False
+        )
+        assert [new_rows(loader, len(batch["n"])) for batch in loader] == [2, 2]
+    assert caplog.text.count("Rows are streamed") == 1

@@ -97,12 +97,12 @@ def differences(
 ) -> Iterator[tuple[str, float, float]]:
     """What two logs differ in: each name and both values.
 
-    Losses, norms and counts agree to six digits. A metric that is a small difference of large
-    numbers, such as a reward, has their rounding.
+    They agree to five digits at least. A small difference of large numbers, such as a reward, has
+    the rounding of those.
     """
     for entry, other in zip(one, two, strict=True):
         assert entry.keys() == other.keys()
         for key, value in entry.items():
             rough = "rewards/" in key or "gap" in key
-            if value != pytest.approx(other[key], rel=2e-5, abs=2e-5 if rough else 1e-7):
+            if value != pytest.approx(other[key], rel=2e-5, abs=2e-5 if rough else 1e-6):
                 yield key, value, other[key]
