@@ -30,7 +30,13 @@ def assert_same(one, two):
     torch.testing.assert_close(one[1], two[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "accumulation"), uneven.RUNS)
+@pytest.mark.parametrize(
+    ("name", "accumulation"),
+    [
+        pytest.param(*run, marks=pytest.mark.slow) if "-" in run[0] else run  # the variants
+        for run in uneven.RUNS
+    ],
+)
 def test_two_processes_count_each_row_once(one, two, name, accumulation):
     """Weights, and all that is logged in training and evaluation."""
     assert_same(uneven.finish(one(name, accumulation)), two(name, accumulation))
