@@ -43,7 +43,7 @@ from llmmix.trainers import (
     log_dropped,
     log_metric,
 )
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -251,13 +251,15 @@ class DCOTrainer(SFTTrainer):
     ) -> tuple[list, Tensor]:
         """Count examples, where TRL counts tokens, over the accumulation window of every rank."""
         batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
-        count = sum(int((b["labels"][:, 1:] != -100).any(1).sum()) for b in batches)
-        count = self.accelerator.gather(torch.tensor(count, device=device)).sum()
+        scored = [(batch["labels"][:, 1:] != -100).any(1) for batch in batches]
+        count = torch.tensor(sum(int(rows.sum()) for rows in scored), device=device)
+        count = self.accelerator.gather(count).sum()
         if self.row_weights is not None and batches:
-            rows = [batch.pop("row").tolist() for batch in batches]
-            weights = self.row_weights(sum(rows, [])).to(device, torch.float32)
-            for batch, part in zip(batches, weights.split([len(r) for r in rows]), strict=True):
-                batch["row_weights"] = part
+            rows = [batch.pop("row")[known] for batch, known in zip(batches, scored, strict=True)]
+            weights = self.row_weights(torch.cat(rows).tolist()).to(device, torch.float32)
+            parts = weights.split([len(part) for part in rows])
+            for batch, known, part in zip(batches, scored, parts, strict=True):
+                batch["row_weights"] = part.new_zeros(known.shape).masked_scatter(known, part)
         return batches, count.clamp(min=1)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -275,6 +277,7 @@ class DCOTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """DCO on the same forward that TRL's metrics come from."""
+        inputs = evaluated(self, inputs)
         given = inputs.pop("row_weights", None)
         recorder = ForwardRecorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)

@@ -96,6 +96,11 @@ class FilteredSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def rows_given(self) -> int:
+        """Rows of this iteration so far, which may end before `len(self)`."""
+        return len(self._given)
+
     def __iter__(self) -> Iterator[int]:
         # What a resumed run has seen. It is cleared here and not at the end, which a loader that
         # reads ahead reaches before its last batch is trained on

@@ -16,6 +16,7 @@ It is neither the `rpo_alpha` of older TRL (arXiv 2404.19733, another paper) nor
 Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from llmmix.trainers import (
     log_dropped,
     log_metric,
 )
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -173,6 +174,8 @@ class RPOTrainer(DPOTrainer):
     _attached = False
     args: RPOConfig  # these two are narrower than in TRL
     model: PreTrainedModel
+    # The loss is divided by the rows of the whole window
+    loss_is_scaled_for_ga = True
 
     _tag_names = [*DPOTrainer._tag_names, "llmmix", "rpo"]
     _name = "RPO"
@@ -242,9 +245,12 @@ class RPOTrainer(DPOTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor | int | None]:
-        """Nothing once the run is finished."""
-        return super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
+    ) -> tuple[list, Tensor]:
+        """Count rows over the accumulation window of every rank."""
+        batches, _ = super().get_batch_samples(window(self, epoch_iterator, 2), num_batches, device)
+        masks = (batch["completion_mask"][:, 1:] for batch in batches)
+        rows = torch.tensor(sum(int(_scored_rows(mask).sum()) for mask in masks), device=device)
+        return batches, self.accelerator.gather(rows).sum().clamp(min=1)
 
     def compute_loss(
         self,
@@ -254,6 +260,7 @@ class RPOTrainer(DPOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's DPO loss plus the SFT term, from one policy forward."""
+        inputs = evaluated(self, inputs, 2)
         recorder = ForwardRecorder(model)
         given = self.precompute_ref_logps
         if not given:
@@ -267,18 +274,43 @@ class RPOTrainer(DPOTrainer):
         finally:
             self.precompute_ref_logps = given
         loss, outputs = result if return_outputs else (result, None)
+        output = recorder.output
+        scored = _scored_rows(output.label_mask)
+        router = torch.zeros_like(loss)
+        if self.aux_loss_enabled and output.aux_loss is not None:
+            router = self.router_aux_loss_coef * output.aux_loss
+        # TRL's is a mean over rows, where one without a token has a margin of 0
+        dpo = len(scored) * (loss - router) - math.log(2) * (~scored).sum()
         # The batch is [chosen, rejected]
-        chosen_logps = recorder.output.log_probs.sum(1).chunk(2)[0]
-        chosen_lengths = recorder.output.label_mask.sum(1).chunk(2)[0]
         sft = sft_term(
-            chosen_logps,
+            output.log_probs.sum(1).chunk(2)[0],
             beta=self.args.beta,
             eta=self.args.rpo_eta,
             sft_reduction=self.args.sft_reduction,
-            chosen_lengths=chosen_lengths,
-        ).mean()
-        for name, term in (("rpo/dpo_loss", loss), ("rpo/sft_loss", sft)):
-            value = self.accelerator.gather(term.detach()).mean().item()
-            log_metric(self, name, value, training=self.model.training)
-        loss = loss + sft
+            chosen_lengths=output.label_mask.sum(1).chunk(2)[0],
+        ).sum()
+        self._record(dpo, sft, scored)
+        if num_items_in_batch is None:
+            loss = (dpo + sft) / scored.sum().clamp(min=1) + router
+        else:  # DDP averages gradients over ranks
+            loss = (dpo + sft) / num_items_in_batch * self.accelerator.num_processes
+            loss = loss + router / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _record(self, dpo: Tensor, sft: Tensor, scored: Tensor) -> None:
+        """Log both terms, and take from TRL's means over rows those without a token."""
+        sums = torch.stack(
+            [dpo.detach(), sft.detach(), scored.sum(), torch.ones_like(scored).sum()]
+        )
+        dpo_sum, sft_sum, count, rows = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
+        training = self.model.training
+        log_metric(self, "rpo/dpo_loss", dpo_sum / max(count, 1), training=training)
+        log_metric(self, "rpo/sft_loss", sft_sum / max(count, 1), training=training)
+        for name, values in self._metrics["train" if training else "eval"].items():
+            if name.startswith(("rewards/", "logps/")):
+                values[-1] *= rows / max(count, 1)
+
+
+def _scored_rows(mask: Tensor) -> Tensor:
+    """(B,) bool: which rows have a token to score, from a mask (2B, T) of [chosen, rejected]."""
+    return mask.bool().any(1).view(2, -1).any(0)

@@ -125,14 +125,19 @@ class SolveRates(ResumedCallback):
             for row in dict.fromkeys(rows)
             if row not in self._known or step - self._known[row][0] >= self.refresh_every
         ]
-        found = self._estimate(old) if old else {}
         # Every process gets the estimates of all; they call this together, each for its own rows
-        for part in gather_object([found]):
-            self._known |= {row: (step, rate) for row, rate in part.items()}
-        rates = torch.tensor([self._known[row][1] for row in rows], dtype=torch.float64)
-        if len(rows):
-            log_metric(self.trainer, "solve_rate/mean", rates.mean().item())
-        return rates
+        found: dict[int, tuple[float, int]] = {}
+        for part in gather_object([self._estimate(old) if old else {}]):
+            found |= part
+        self._known |= {row: (step, rate) for row, (rate, _) in found.items()}
+        if found:
+            failed = sum(count for _, count in found.values())
+            log_metric(self.trainer, "solve_rate/failed", failed / (self.num_samples * len(found)))
+        rates = [self._known[row][1] for row in rows]
+        asked: list[float] = sum(gather_object([rates]), [])
+        if asked:
+            log_metric(self.trainer, "solve_rate/mean", sum(asked) / len(asked))
+        return torch.tensor(rates, dtype=torch.float64)
 
     def below(self, threshold: float) -> Callable[[Sequence[int]], Tensor]:
         """The hard filter: rows whose p^ is below the threshold are kept.
@@ -147,7 +152,8 @@ class SolveRates(ResumedCallback):
         """(rows,) F(N, p^), with the trainer's N: the soft form."""
         return dco_weight(self(rows).log(), n_samples_of(self.trainer))
 
-    def _estimate(self, rows: list[int]) -> dict[int, float]:
+    def _estimate(self, rows: list[int]) -> dict[int, tuple[float, int]]:
+        """p^ of each row, and how many of its verifications failed."""
         step = self.trainer.state.global_step
         dataset = training_rows(self.trainer, "A solve rate").select_columns(["prompt"])
         completions = sample(
@@ -169,15 +175,19 @@ class SolveRates(ResumedCallback):
             right[completion.prompt] += verdict == "right"
         failed = sum(self.num_samples - count for count in judged.values())
         share = failed / (self.num_samples * len(rows))
-        log_metric(self.trainer, "solve_rate/failed", share)
         if share > 0.5:
             logger.warning(
                 "%.0f%% of the verifications failed (%s): solve rates rest on the others alone.",
                 100 * share,
                 why,
             )
-        known = [row for row in rows if judged[row] >= self.min_samples]
-        return dict.fromkeys(rows, 0.0) | {row: right[row] / judged[row] for row in known}
+        return {
+            row: (
+                right[row] / judged[row] if judged[row] >= self.min_samples else 0.0,
+                self.num_samples - judged[row],
+            )
+            for row in rows
+        }
 
     def begin(self) -> None:
         """Forget the estimates of another run."""

@@ -73,17 +73,28 @@ def model(checkpoint):
 @pytest.fixture(scope="session")
 def math_rows():
     """24 rows of uneven lengths, with a confidence column."""
-    rows = builtin.dataset("builtin:math", "1,3")["train"]
-    rows = rows.select([*range(12), *range(1000, 1012)])
-    generator = torch.Generator().manual_seed(0)
-    return rows.add_column("confidence", (-torch.rand(24, generator=generator)).tolist())
+    return _with_confidence(_rows("math", 24))
 
 
 @pytest.fixture(scope="session")
 def preference_rows():
-    return builtin.dataset("builtin:preferences", "1,3")["train"].select(
-        [*range(8), *range(1000, 1008)]
-    )
+    return _rows("preferences", 16)
+
+
+@pytest.fixture(scope="session")
+def uneven_rows():
+    """37 rows of each, which fill no batch."""
+    return {"math": _with_confidence(_rows("math", 37)), "preferences": _rows("preferences", 37)}
+
+
+def _rows(name, count):
+    rows = builtin.dataset(f"builtin:{name}", "1,3")["train"]
+    return rows.select([*range(count // 2), *range(1000, 1000 + count - count // 2)])
+
+
+def _with_confidence(rows):
+    generator = torch.Generator().manual_seed(0)
+    return rows.add_column("confidence", (-torch.rand(len(rows), generator=generator)).tolist())
 
 
 @pytest.fixture
@@ -92,7 +103,7 @@ def text_rows():
 
 
 @pytest.fixture(scope="session")
-def two_ranks(checkpoint, math_rows, preference_rows, tmp_path_factory, request):
+def two_ranks(checkpoint, uneven_rows, tmp_path_factory, request):
     """The folder that one launch of tests/two_ranks.py wrote, for every test and every worker."""
     root = tmp_path_factory.getbasetemp()
     workers = getattr(request.config, "workerinput", None)
@@ -101,7 +112,7 @@ def two_ranks(checkpoint, math_rows, preference_rows, tmp_path_factory, request)
         printed = folder / "printed.txt"
         if not printed.exists():
             folder.mkdir(exist_ok=True)
-            math_rows.to_json(folder / "math.jsonl")
-            preference_rows.to_json(folder / "preferences.jsonl")
+            for name, rows in uneven_rows.items():
+                rows.to_json(folder / f"{name}.jsonl")
             printed.write_text(run_on_two_ranks("tests.two_ranks", checkpoint, folder).stdout)
     return folder

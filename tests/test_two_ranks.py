@@ -1,35 +1,70 @@
 """Two ranks are one process: one launch of tests/two_ranks.py serves all tests that ask."""
 
-import json
-
 import pytest
 import torch
 
+from tests import uneven
 from tests.ranks import run_on_two_ranks
-from tests.test_filtering import chain_of_thought, finish, make
-from tests.test_invariants import METHODS, assert_same, run
-
-__all__ = ["make", "run"]  # fixtures
 
 
-def read(folder, name):
-    losses = json.loads((folder / f"{name}.json").read_text())
-    return losses, torch.load(folder / f"{name}.pt", weights_only=True)
+@pytest.fixture
+def one(checkpoint, uneven_rows, tmp_path):
+    """The trainer of a run of tests/uneven.py, on one process."""
+
+    def one(name, accumulation, **given):
+        rows = uneven_rows["preferences" if name.startswith("rpo") else "math"]
+        return uneven.make(name, accumulation, checkpoint, tmp_path, rows, 1, **given)
+
+    return one
 
 
-def test_two_processes_are_one(run, two_ranks):
-    """Two ranks of 2 rows and 2 micro-batches, against one process of 8 rows."""
-    for name, (trainer, config, given) in METHODS.items():
-        losses, weights = read(two_ranks, name)
-        one = run(trainer, config, per_device_train_batch_size=8, use_cpu=True, **given)
-        assert_same(one, (torch.tensor(losses), weights))
+@pytest.fixture(scope="module")
+def two(two_ranks):
+    """Log and weights of a run on two ranks."""
+    found = torch.load(two_ranks / "found.pt", weights_only=True)
+    return lambda *run: found[run]
 
 
-def test_two_processes_filter_and_sample_as_one(make, two_ranks):
-    losses, weights = finish(chain_of_thought(make("one", use_cpu=True)))
-    two, weights_of_two = read(two_ranks, "filtered")
-    assert two == pytest.approx(losses, rel=1e-4)
-    torch.testing.assert_close(weights_of_two, weights, rtol=1e-4, atol=1e-6)
+def assert_same(one, two):
+    assert list(uneven.differences(one[0], two[0])) == []
+    torch.testing.assert_close(one[1], two[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulation"),
+    [
+        pytest.param(*run, marks=pytest.mark.slow) if "-" in run[0] else run  # the variants
+        for run in uneven.RUNS
+    ],
+)
+def test_two_processes_count_each_row_once(one, two, name, accumulation):
+    """Weights, and all that is logged in training and evaluation."""
+    assert_same(uneven.finish(one(name, accumulation)), two(name, accumulation))
+
+
+@pytest.mark.parametrize(("name", "accumulation"), uneven.SAMPLED)
+def test_two_processes_filter_and_sample_as_one(one, two, name, accumulation):
+    assert_same(uneven.finish(one(name, accumulation)), two(name, accumulation))
+
+
+@pytest.mark.parametrize("name", ["dco", "sftmix", "rpo"])
+@pytest.mark.parametrize(("rows", "accumulation"), [(32, 1), (4, 8)])
+def test_a_step_is_the_same_in_micro_batches_of_any_size(one, two, name, rows, accumulation):
+    """Two ranks of 8 rows and 2 micro-batches, against one process; five rows are 4 and 1 there."""
+    log, weights = two(name, 2)
+    trainer = one(
+        name,
+        2,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=7,
+    )
+    other, other_weights = uneven.finish(trainer)
+    torch.testing.assert_close(other_weights, weights, rtol=1e-5, atol=1e-6)
+    keys = {"loss", "grad_norm", "num_tokens"} | ({"eval_loss"} if name != "sftmix" else set())
+    for entry, expected in zip(other, log, strict=True):
+        for key in keys & entry.keys():  # an evaluation's mean over tokens is taken batch by batch
+            assert entry[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
 def test_every_rank_resumes_where_the_main_one_does(two_ranks):

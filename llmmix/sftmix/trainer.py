@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -38,7 +39,7 @@ from llmmix.trainers import (
     log_metric,
     training_rows,
 )
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -190,8 +191,11 @@ class SFTMixTrainer(SFTTrainer):
         batches, tokens = super().get_batch_samples(
             window(self, epoch_iterator), num_batches, device
         )
-        pairs = torch.tensor(sum(len(b["labels"]) // 2 for b in batches), device=device)
-        self._window_pairs = self.accelerator.gather(pairs).sum()
+        if self.args.mixup_weight:
+            masks = [batch["labels"][:, 1:] != -100 for batch in batches]
+            pairs = sum(int(_scored_pairs(mask).sum()) for mask in masks)
+            pairs_of_all = self.accelerator.gather(torch.tensor(pairs, device=device))
+            self._window_pairs = pairs_of_all.sum().clamp(min=1)
         self._micro_step = 0
         return batches, tokens
 
@@ -203,6 +207,7 @@ class SFTMixTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's loss plus the mixup term, from one forward."""
+        inputs = evaluated(self, inputs)
         mixing = self.model.training and self.args.mixup_weight > 0
         lam = self._draw_lam(len(inputs["labels"]) // 2) if mixing else None
         n_samples = self.args.dco_n_samples
@@ -212,17 +217,19 @@ class SFTMixTrainer(SFTTrainer):
             row_weight=partial(dco_weight, n_samples=n_samples) if n_samples else None,
         )
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-        mixed = recorder.output.objective
-        if lam is None or mixed is None:
-            return result
         loss, outputs = result if return_outputs else (result, None)
-        mixup_losses = mixed["mixup_losses"]
-        if num_items_in_batch is None:
-            mixup = mixup_losses.mean()
-        else:  # DDP averages gradients over ranks
-            mixup = mixup_losses.sum() / self._window_pairs * self.accelerator.num_processes
-        self._record(recorder.output, mixed, lam)
-        loss = loss + self.args.mixup_weight * mixup
+        mixed = recorder.output.objective
+        if not self.model.training and self.accelerator.num_processes > 1:
+            # An evaluation weights the loss of each process by its rows
+            loss = _mean_over_processes(self.accelerator, loss, recorder.output.label_mask.sum())
+        elif lam is not None and mixed is not None:
+            mixup_losses = mixed["mixup_losses"]
+            if num_items_in_batch is None:
+                mixup = mixup_losses.mean()
+            else:  # DDP averages gradients over ranks
+                mixup = mixup_losses.sum() / self._window_pairs * self.accelerator.num_processes
+            self._record(recorder.output, mixed, lam)
+            loss = loss + self.args.mixup_weight * mixup
         return (loss, outputs) if return_outputs else loss
 
     def _draw_lam(self, pairs: int) -> Tensor:
@@ -235,6 +242,7 @@ class SFTMixTrainer(SFTTrainer):
 
     def _record(self, output: FusedHeadOutput, mixed: dict[str, Tensor], lam: Tensor) -> None:
         nll, mask = -output.log_probs.detach(), output.label_mask
+        scored = _scored_pairs(mask)
         sums = torch.stack(
             [
                 nll[0::2].sum(),
@@ -243,16 +251,28 @@ class SFTMixTrainer(SFTTrainer):
                 mask[1::2].sum(),
                 mixed["mixed_tokens"],
                 mixed["mixup_losses"].detach().sum(),
-                lam.sum().to(nll.device),
-                torch.tensor(float(len(lam)), device=nll.device),
+                (lam.to(nll.device) * scored).sum(),
+                scored.sum(),
             ]
         ).float()
         sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
         nll_c, nll_u, tokens_c, tokens_u, mixed_tokens, mixup, lam_sum, pairs = sums
-        tokens = max(tokens_c + tokens_u, 1)
+        tokens, pairs = max(tokens_c + tokens_u, 1), max(pairs, 1)
         log_metric(self, "sftmix/ntp_loss", (nll_c + nll_u) / tokens)
         log_metric(self, "sftmix/mixup_loss", mixup / pairs)
         log_metric(self, "sftmix/lam", lam_sum / pairs)
         log_metric(self, "sftmix/mixed_tokens", mixed_tokens / tokens)
         gap = nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1)
         log_metric(self, "sftmix/confidence_gap", gap)
+
+
+def _mean_over_processes(accelerator: Accelerator, mean: Tensor, count: Tensor) -> Tensor:
+    """The mean over what all processes have, from this one's mean and what it is over."""
+    pair = torch.stack([mean * count, count.to(mean)]).unsqueeze(0)
+    total, count = accelerator.gather(pair).sum(0)
+    return total / count.clamp(min=1)
+
+
+def _scored_pairs(mask: Tensor) -> Tensor:
+    """(B/2,) bool: which pairs have a token to score, from a mask (B, T)."""
+    return mask.any(1).view(-1, 2).any(1)

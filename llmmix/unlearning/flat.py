@@ -36,7 +36,7 @@ from llmmix.trainers import check_own_loss
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.losses import at_least_fp32, nll_loss
-from llmmix.unlearning.parts import count_window, forward_parts, with_retained
+from llmmix.unlearning.parts import count_window, forward_parts, over_processes, with_retained
 from llmmix.unlearning.preparation import (
     ForgetConfig,
     check_args,
@@ -46,7 +46,7 @@ from llmmix.unlearning.preparation import (
 )
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -288,7 +288,8 @@ class FLATTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
+        drawn = window(self, epoch_iterator, len(self.parts))
+        batches, _ = super().get_batch_samples(drawn, num_batches, device)
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window["forget"][0]
 
@@ -301,20 +302,26 @@ class FLATTrainer(SFTTrainer):
     ) -> Tensor | tuple[Tensor, FusedHeadOutput]:
         """FLAT from one forward of [template; forget; retain]."""
         args, training = self.args, num_items_in_batch is not None
+        inputs = evaluated(self, inputs, len(self.parts))
         parts, output = forward_parts(model, inputs, self.parts)
         positions = None
         if args.prob_reduction == "all_positions" and args.max_length is not None:
             positions = args.max_length - 1
+        scored = parts["forget"][1].any(1)
         template, forget = (
-            sequence_probs(logps, mask, mean=args.mean, positions=positions)
+            sequence_probs(logps, mask, mean=args.mean, positions=positions)[scored]
             for logps, mask in (parts["template"], parts["forget"])
         )
-        rows = torch.tensor(float(len(forget)), device=forget.device)
-        window = self._window if training else count_window(None, [inputs], self.parts, rows.device)
+        rows = scored.sum()
+        window = self._window
+        if not training:
+            window = count_window(self.accelerator, [inputs], self.parts, rows.device)
         if training and self.state.global_step < args.template_sft_steps:
             total = nll_loss(*parts["template"]).sum()
         elif args.batch_reduction == "batch_scalar":
-            total = rows * flat_loss(template.mean(), forget.mean(), args.divergence)
+            count = rows.clamp(min=1)
+            of_means = flat_loss(template.sum() / count, forget.sum() / count, args.divergence)
+            total = rows * of_means
         else:
             total = flat_loss(template, forget, args.divergence).sum()
         loss = total / window["forget"][0]
@@ -328,5 +335,5 @@ class FLATTrainer(SFTTrainer):
             loss = loss - args.retain_weight * logps.sum() / window["retain"][1]
             values["retain_loss"] = (-logps.sum(), mask.sum())
         self.guard.add("flat", values)
-        loss = loss * (self.accelerator.num_processes if training else 1)  # DDP averages gradients
+        loss = over_processes(self.accelerator, loss, training=training)
         return (loss, output) if return_outputs else loss

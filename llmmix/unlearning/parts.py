@@ -75,3 +75,12 @@ def count_window(
     if accelerator is not None:
         counts = accelerator.gather(counts.unsqueeze(0)).sum(0)
     return dict(zip(in_order(parts), counts.clamp(min=1), strict=True))
+
+
+def over_processes(accelerator: Accelerator, share: Tensor, *, training: bool) -> Tensor:
+    """The loss of a process, given its share of the loss of all.
+
+    DDP averages gradients over processes, and so does a log its losses. An evaluation weights them
+    by the rows of each process, so that all get the same.
+    """
+    return share * accelerator.num_processes if training else accelerator.gather(share).sum()

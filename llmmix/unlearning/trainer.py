@@ -29,12 +29,12 @@ from llmmix.unlearning.flat import sequence_probs
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.loss_table import LOSSES
 from llmmix.unlearning.objective import Objective
-from llmmix.unlearning.parts import count_window, with_retained
+from llmmix.unlearning.parts import count_window, over_processes, with_retained
 from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_trainer
 from llmmix.unlearning.references import Reference
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
-from llmmix.windows import window
+from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -200,7 +200,8 @@ class UnlearnTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows and tokens of each part over the accumulation window of every process."""
-        batches, _ = super().get_batch_samples(window(self, epoch_iterator), num_batches, device)
+        drawn = window(self, epoch_iterator, len(self.parts))
+        batches, _ = super().get_batch_samples(drawn, num_batches, device)
         self._window = count_window(self.accelerator, batches, self.parts, device)
         return batches, self._window[self.objective.loss.subject][0]
 
@@ -213,8 +214,11 @@ class UnlearnTrainer(SFTTrainer):
     ) -> Tensor | tuple[Tensor, FusedHeadOutput]:
         """The forget and the retain term, from one forward."""
         objective, training = self.objective, num_items_in_batch is not None
+        inputs = evaluated(self, inputs, len(self.parts))
         device = inputs["labels"].device
-        window = self._window if training else count_window(None, [inputs], self.parts, device)
+        window = self._window
+        if not training:
+            window = count_window(self.accelerator, [inputs], self.parts, device)
         step = objective.forward(model, inputs, self.reference)
         losses, weights = objective.forget(step)
         forgotten = (losses * weights).sum()
@@ -228,8 +232,8 @@ class UnlearnTrainer(SFTTrainer):
             values["retain_loss"] = (retained, weights.sum())
             loss = loss + objective.weigh(retained / count, weights.sum() / count)
         for part in objective.loss.reads:
-            probs = sequence_probs(*step.parts[part])
-            values[f"{part}_prob"] = (probs.sum(), torch.tensor(float(len(probs)), device=device))
+            scored = step.parts[part][1].any(1)
+            values[f"{part}_prob"] = (sequence_probs(*step.parts[part]).sum(), scored.sum())
         self.guard.add("unlearn", values | objective.metrics(step))
-        loss = loss * (self.accelerator.num_processes if training else 1)  # DDP averages gradients
+        loss = over_processes(self.accelerator, loss, training=training)
         return (loss, step.output) if return_outputs else loss

@@ -1,13 +1,13 @@
 """Runs of the unlearning trainers that must be the same run."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llmmix.unlearning.flat import flat_loss
+from tests import uneven
+from tests.unlearning import two_ranks as two_ranks_runs
 from tests.unlearning.runs import (
     FORGET,
     ON_GPU,
@@ -17,9 +17,7 @@ from tests.unlearning.runs import (
     logged,
     logps_of,
     lora,
-    prepare,
 )
-from tests.unlearning.two_ranks import EVEN, runs_of_two
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -150,23 +148,13 @@ def test_bf16_stays_near_fp32(plain_run, run, name):
     assert ((exact - rough).abs() / scale).max() < 0.08
 
 
-def test_two_processes_are_one(two_ranks, checkpoint, tmp_path):
-    """Two ranks of 1 row and 2 micro-batches, against one process of 4 rows."""
-    folder = two_ranks / "unlearning"
-    found = torch.load(folder / "two.pt", weights_only=True)
-    metrics = json.loads((folder / "two.json").read_text())
-    for name, peft in runs_of_two():
-        torch.manual_seed(0)
-        trainer = prepare(name, tmp_path / "one", checkpoint, peft=peft, use_cpu=True, **EVEN)
-        one = finish(trainer)
-        key = f"{name} {peft is not None}"
-        assert_same(one, found[key], 5e-5)
-        for entry, other in zip(trainer.state.log_history, metrics[key], strict=True):
-            # means over rows alone: those over tokens are logged as means of micro-batches' means
-            for metric in {"flat/loss", "flat/template_prob", "unlearn/forget_prob"} & set(entry):
-                assert entry[metric] == pytest.approx(other[metric], rel=1e-3, abs=1e-6), metric
-            if "unlearn/multiplier" in entry:
-                assert entry["unlearn/multiplier"] == pytest.approx(other["unlearn/multiplier"])
+@pytest.mark.parametrize("name", two_ranks_runs.RUNS)
+def test_two_processes_count_each_row_once(two_ranks, checkpoint, tmp_path, name):
+    """Weights, and all that is logged in training and evaluation."""
+    log, weights = torch.load(two_ranks / "unlearning/found.pt", weights_only=True)[name]
+    one, weights_of_one = uneven.finish(two_ranks_runs.make(name, checkpoint, tmp_path, 1))
+    assert list(uneven.differences(one, log)) == []
+    torch.testing.assert_close(weights_of_one, weights, rtol=1e-5, atol=1e-6)
 
 
 def test_templates_are_drawn_anew_or_not(make):
