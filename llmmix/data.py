@@ -4,6 +4,7 @@ A dataset is a hub id, a folder, a `.json`, `.jsonl`, `.csv` or `.parquet` file,
 `builtin:preferences`, `builtin:authors` or `builtin:domains`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from llmmix.processes import warn_once
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
     from trl import ScriptArguments
+
+if "HF_UPDATE_DOWNLOAD_COUNTS" not in os.environ:
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it tells the Hub of local files too
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -170,7 +170,10 @@ def _chosen(completion: str) -> str | None:
     if named:
         return named[-1]
     # A line that opens with a letter, "B. Paris": the answer, unless several do and restate options
-    opening = set(re.findall(r"^\W*([A-Z])(?=[).:]|\s*$)", completion.strip(), flags=re.MULTILINE))
+    # (within a line: empty ones without end would take a pattern across them for ever)
+    opening = set(
+        re.findall(r"^[^\w\n]*([A-Z])(?=[).:]|[^\S\n]*$)", completion.strip(), flags=re.MULTILINE)
+    )
     if len(opening) == 1:
         return opening.pop()
     # A letter alone somewhere; "A" and "I" are words too

@@ -68,7 +68,7 @@ def _estimates(samples: int, n: int, correct: np.ndarray) -> np.ndarray:
     i = np.arange(samples, samples - longest, -1, dtype=float)
     log_miss = np.concatenate([[0.0], np.cumsum(np.log1p(-n / i))])
     missed = np.where(correct > samples - n, -np.inf, log_miss[np.minimum(correct, longest)])
-    return -np.expm1(missed)
+    return 0.0 - np.expm1(missed)  # not -expm1, which makes -0.0 of 0
 
 
 def maj_at_n(

@@ -31,14 +31,14 @@ REMEMBERED = 10_000  # pairs whose verdicts are kept
 class Verifier:
     """Judges completions; safe to call from several threads.
 
-    `math` and functions of your own run in processes of their own, each call under a time limit: a
-    process that overstays is killed and another started. Pairs seen lately are not judged again.
+    What has a name runs in processes of its own, each call under a time limit: a process that
+    overstays is killed and another started. Pairs seen lately are not judged again.
 
     Args:
-        function: A name of this module's docstring, "module:function", or a callable, which runs in
-            this process without a time limit.
+        function: A name of this module's docstring, "module:function" (found in the current folder
+            too), or a callable, which runs in this process, where no time limit can end it.
         timeout: Seconds an answer may take.
-        workers: Processes, for what runs outside.
+        workers: Processes, for what has a name.
 
     Raises:
         ValueError: The name is unknown, the function cannot be imported, `timeout` is not positive
@@ -65,10 +65,8 @@ class Verifier:
         self._idle: list[Worker] = []
         if not isinstance(function, str):
             self._local = function
-        elif function in BUILT_IN and function != "math":
-            self._local = BUILT_IN[function]
         else:
-            path = "llmmix.grading.answers:math" if function == "math" else function
+            path = f"llmmix.grading.answers:{function}" if function in BUILT_IN else function
             if not re.fullmatch(r"[\w.]+:[\w.]+", path):
                 raise ValueError(
                     f"`verifier`: no {function!r}; there are {', '.join(BUILT_IN)}, or name a "
@@ -140,7 +138,9 @@ class Verifier:
         return self._failed(completion, answer, error) if error else verdict
 
     def _failed(self, completion: str, answer: str, error: str) -> Verdict:
-        self._errors[completion, answer] = error[:200]
+        # It may quote the completion, and is printed: no control characters of a model's making
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in error[:200])
+        self._errors[completion, answer] = "".join(shown)
         return "failed"
 
 

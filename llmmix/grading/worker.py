@@ -1,8 +1,9 @@
 """A process that judges answers, under limits of time and memory; killed with what it started.
 
-The caller holds a `Worker`, whose process runs `serve` (`python -m llmmix.grading.worker`), which
-reads a question a line on standard input and writes a verdict a line on standard output. It imports
-neither torch nor the calling program, and a new one takes its place after a hang or a crash.
+The caller holds a `Worker`, whose process runs `serve`, which reads a question a line on standard
+input and writes a verdict a line on standard output. It imports neither torch nor the calling
+program, and a new one takes its place after a hang or a crash. It imports from the current folder
+only what the user names: no `math_verify.py` or `sitecustomize.py` that happens to lie there.
 
 Pools on multiprocessing (pebble's among them) do not serve here: each of their processes imports
 the calling program, and what a crashed answer has started lives on.
@@ -17,11 +18,19 @@ import sys
 import threading
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import IO, Any, cast
 
 from llmmix.grading.answers import Verdict, verdict_of
 
 SECONDS_TO_START = 120
+# What the process runs: the path is set once Python has started, and the function found after that
+START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from llmmix.grading.worker import serve
+serve(sys.argv[2], float(sys.argv[3]))
+"""
 MEMORY_LIMIT = 4 * 2**30  # bytes that a verifier's process may take besides its imports
 
 
@@ -89,13 +98,13 @@ class Worker:
         return line, overdue.is_set()
 
     def _start(self) -> None:
+        python = [sys.executable, "-P", "-c", START]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmmix.grading.worker", self.path, str(self.timeout)],
+            [*python, json.dumps(_import_path()), self.path, str(self.timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])},
             start_new_session=True,  # so that what it starts can be ended with it
         )
         # Popen declares that both may be None
@@ -108,6 +117,13 @@ class Worker:
         if problem:
             self.kill()
             raise ValueError(f"`verifier` {self.path!r}: {problem}")
+
+
+def _import_path() -> list[str]:
+    """Where a process imports from: as this one, the current folder left out."""
+    here = os.getcwd()
+    path = [entry for entry in sys.path if entry and os.path.abspath(entry) != here]
+    return [*path, str(Path(__file__).parents[2])]  # the last for an llmmix that is not installed
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -157,6 +173,8 @@ def serve(path: str, timeout: float) -> None:
 def _function(path: str) -> Any:
     """The function that module:function names."""
     module, _, name = path.partition(":")
+    if not module.startswith("llmmix."):
+        sys.path.insert(0, os.getcwd())
     found: Any = import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
@@ -183,7 +201,3 @@ def _limit_memory() -> None:
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], float(sys.argv[2]))

@@ -23,6 +23,7 @@ VECTORS = [
 def test_vectors_and_not_the_plug_in(samples, correct, n, expected):
     got = pass_at_n(samples, correct, n)
     assert isinstance(got, float) and got == pytest.approx(expected, rel=1e-12)
+    assert math.copysign(1, got) == 1  # no -0.0
     plug_in = 1 - (1 - correct / samples) ** n
     assert got == plug_in or abs(got - plug_in) > 1e-4
 

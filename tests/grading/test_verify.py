@@ -162,3 +162,61 @@ def test_judging_left_half_way_gives_up_the_rest(tmp_path):
 def test_unknown_verifiers_are_refused_at_once(name, message):
     with pytest.raises(ValueError, match=message):
         Verifier(name)
+
+
+@pytest.mark.parametrize("name", ["exact", "normalized", "choice"])
+def test_time_grows_with_the_text_and_not_faster(name):
+    """A hundred thousand repeats: a square of them would take longer than the time limit."""
+    repeats = ["\n", " \t\n", "answer ", "answer (A :* ", "(A", "A.)\n", "{", "**\n", "1,"]
+    with Verifier(name, timeout=30) as verifier:
+        for text in repeats:
+            for before, after in (("", ""), ("\\boxed{\\text", "}"), ("answer A", "x")):
+                completion = before + text * 100_000 + after
+                assert verifier(completion, "B") != "failed", verifier.why(completion, "B")
+
+
+def test_every_name_is_judged_in_a_process_that_may_be_killed():
+    for name, completion in (("exact", r"\boxed{4}"), ("normalized", "The 4."), ("choice", "(B)")):
+        with Verifier(name, timeout=20) as verifier:
+            assert verifier(completion, "4" if name != "choice" else "B") == "right"
+            (worker,) = verifier._idle
+            os.kill(worker.process.pid, signal.SIGSTOP)  # as if it never came to an end
+            worker.timeout = 1
+            assert verifier("x", "B") == "failed"
+            assert "no verdict within 1 s" in verifier.why("x", "B")
+
+
+def test_an_error_that_quotes_the_completion_prints_no_control_characters():
+    def quotes(completion, answer):
+        raise ValueError(completion)
+
+    with Verifier(quotes) as verifier:
+        text = "\x1b]0;mine\x07\x1b[2J\u202e\udc80 é"
+        assert verifier(text, "1") == "failed"
+        assert verifier.why(text, "1") == (r"ValueError: \x1b]0;mine\x07\x1b[2J\u202e\udc80 é")
+
+
+@pytest.mark.parametrize("name", ["math", "exact", "normalized", "choice"])
+def test_hostile_answers_end_in_a_verdict(name):
+    hostile = [
+        "\\boxed{" * 20_000,
+        "\\boxed{" + "{" * 50_000 + "}" * 50_001,
+        "\\boxed{\\frac" + "{1}{" * 3_000 + "}" * 3_001,
+        "\\boxed{10^{10^{10}}}",
+        "\\boxed{1e999999999}",
+        "\\boxed{__import__('os').system('touch owned')}",
+        "\x00\x01\x1b[31m\\boxed{\x00}",
+        "\ud800\\boxed{\udfff}",
+        "\u202e\\boxed{\u0664\u0662}",
+        '["right", null]\n["right", null]',
+    ]
+    with Verifier(name, timeout=1) as verifier:
+        for completion in hostile:
+            assert verifier(completion, "B" if name == "choice" else "42") != "right" or (
+                "\u0664\u0662" in completion  # 42 in Arabic digits is 42
+            )
+        for worker in verifier._idle:
+            worker.timeout = 20
+        right = r"\boxed{B}" if name == "choice" else r"\boxed{42}"
+        assert verifier(right, "B" if name == "choice" else "42") == "right"
+    assert not Path("owned").exists()
