@@ -328,9 +328,7 @@ def _function(path: str) -> Callable:
 
 
 def _write(
-    args: UnlearningArguments,
-    results: dict[str, dict[str, Any]],
-    retained: dict[str, Any] | None,
+    args: UnlearningArguments, results: dict[str, dict[str, Any]], retained: dict[str, Any] | None
 ) -> None:
     from llmmix.unlearning.evaluation.document import write_document, write_summary
     from llmmix.unlearning.evaluation.open_unlearning import write_open_unlearning

@@ -139,10 +139,11 @@ def _is_stated(error: Exception, ours: Sequence[Path]) -> bool:
 
 
 def _leave(error_file: Path, text: str, status: int) -> None:
-    """Write down what ended this process, whole or not at all, as torchrun expects it."""
-    partial = error_file.with_suffix(".partial")
-    partial.write_text(json.dumps({"message": text, "timestamp": time.time(), "status": status}))
-    partial.replace(error_file)
+    """Write down what ended this process, as torchrun expects it."""
+    from llmmix.files import write_whole
+
+    left = {"message": text, "timestamp": time.time(), "status": status}
+    write_whole(error_file, json.dumps(left))
 
 
 def run_processes(command: list[str], title: str, count: int | None, config: str | None) -> int:

@@ -67,10 +67,8 @@ class SolveRateArguments:
         if self.solve_threshold is not None:
             check_share("solve_threshold", self.solve_threshold)
         if not 1 <= self.min_samples <= self.solve_samples:
-            raise ValueError(
-                f"`min_samples` must lie between 1 and `solve_samples`, got {self.min_samples} and "
-                f"{self.solve_samples}."
-            )
+            given = f"{self.min_samples} and {self.solve_samples}"
+            raise ValueError(f"`min_samples` must lie between 1 and `solve_samples`, got {given}.")
 
 
 def main(
@@ -105,8 +103,7 @@ def main(
     )
     attach_weights(trainer, rates.weights)
     if (threshold := solve_args.solve_threshold) is not None:
-        steps = solve_args.unfiltered_steps
-        attach_filter(trainer, rates.below(threshold), warmup_steps=steps)
+        attach_filter(trainer, rates.below(threshold), warmup_steps=solve_args.unfiltered_steps)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()

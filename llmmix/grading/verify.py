@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from llmmix.grading.alarm import Overdue, time_limit
 from llmmix.grading.answers import BUILT_IN, Verdict, boxed_answer, verdict_of
 from llmmix.grading.worker import Worker
 
@@ -36,7 +37,8 @@ class Verifier:
 
     Args:
         function: A name of this module's docstring, "module:function" (found in the current folder
-            too), or a callable, which runs in this process, where no time limit can end it.
+            too), or a callable, which runs in this process: there the time limit holds on Unix, in
+            the main thread, and unless the callable sets alarms of its own.
         timeout: Seconds an answer may take.
         workers: Processes, for what has a name.
 
@@ -61,6 +63,7 @@ class Verifier:
         self._seen: OrderedDict[tuple[str, str], Future[Verdict]] = OrderedDict()
         self._errors: dict[tuple[str, str], str] = {}
         self._local: Callable[[str, str], Any] | None = None
+        self._timeout = timeout
         self._pool = ThreadPoolExecutor(workers)
         self._idle: list[Worker] = []
         if not isinstance(function, str):
@@ -116,14 +119,17 @@ class Verifier:
 
     def _text_that_counts(self, completion: str) -> str:
         # Many samples box one answer: it is judged once
-        given = boxed_answer(completion) if self.name == "math" and not self._local else None
+        given = boxed_answer(completion) if self.name in BUILT_IN else None
         return completion if given is None else f"\\boxed{{{given}}}"
 
     def _judge_here(
         self, function: Callable[[str, str], Any], completion: str, answer: str
     ) -> Verdict:
         try:
-            return verdict_of(function(completion, answer))
+            with time_limit(self._timeout):
+                return verdict_of(function(completion, answer))
+        except Overdue:
+            return self._failed(completion, answer, f"no verdict within {self._timeout:g} s")
         except Exception as error:
             return self._failed(completion, answer, f"{type(error).__name__}: {error}")
 

@@ -220,3 +220,20 @@ def test_hostile_answers_end_in_a_verdict(name):
         right = r"\boxed{B}" if name == "choice" else r"\boxed{42}"
         assert verifier(right, "B" if name == "choice" else "42") == "right"
     assert not Path("owned").exists()
+
+
+def test_a_callable_is_interrupted_when_its_time_is_up():
+    def stubborn(completion, answer):
+        while completion == "hang":
+            try:
+                time.sleep(60)
+            except Exception:  # it goes on whatever happens
+                pass
+        return True
+
+    with Verifier(stubborn, timeout=0.2) as verifier:
+        assert verifier("hang", "1") == "failed"
+        assert verifier.why("hang", "1") == "no verdict within 0.2 s"
+        assert verifier("on", "1") == "right"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL

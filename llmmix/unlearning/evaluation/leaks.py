@@ -95,8 +95,10 @@ class LeakScorer:
 
     def score(self, record: dict[str, Any]) -> float:
         """The score of a line of the log that has its verdict; NaN where judging it failed."""
+        if record["verdict"] == "failed":  # scoring it here would have no time limit
+            return float("nan")
         if self._verifier is not None:
-            return float("nan") if record["verdict"] == "failed" else record["verdict"] == "right"
+            return record["verdict"] == "right"
         return self._of_text(record["completion"], record["answer"])
 
 
