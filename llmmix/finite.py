@@ -67,8 +67,7 @@ def end_unless_finite(trainer: Trainer) -> None:
     def training_step(model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
         loss = own_step(model, inputs, *args, **kwargs)
         callback.window.append((loss, inputs))
-        # The `train_loss` of a run would be the main process's since the last log
-        return trainer.accelerator.reduce(loss, "mean")
+        return loss
 
     def grad_norm(*args: Any, **kwargs: Any) -> Any:
         norm = own_norm(*args, **kwargs)

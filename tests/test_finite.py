@@ -17,6 +17,7 @@ from llmmix import (
     SFTMixTrainer,
     attach_mixture,
 )
+from llmmix.finite import FiniteCallback
 from llmmix.mixing.domains import MixtureConfig
 from llmmix.unlearning import FLATConfig, UnlearnConfig
 from tests.unlearning.runs import prepare
@@ -136,7 +137,8 @@ def test_the_search_for_a_loss_scale_in_fp16_is_let_be(checkpoint, math_rows, tm
     )
     trainer.accelerator.state._mixed_precision = "fp16"
     try:
-        callback = trainer.callback_handler.callbacks[-1]
+        callbacks = trainer.callback_handler.callbacks
+        (callback,) = [other for other in callbacks if isinstance(other, FiniteCallback)]
         callback.window = [(torch.tensor(1.0), {})]
         callback.check_step(torch.tensor(math.inf))
         callback.window = [(torch.tensor(math.nan), {})]

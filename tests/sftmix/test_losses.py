@@ -93,7 +93,7 @@ def test_confidence_of_a_hopeless_example_is_finite():
     ("field", "value", "message"),
     [
         ("mixup_alpha", 0.0, "`mixup_alpha` must be positive, got 0.0"),
-        ("mixup_alpha", float("nan"), "`mixup_alpha` must be positive"),
+        ("mixup_alpha", float("nan"), "`mixup_alpha` must be a finite number"),
         ("mixup_weight", -0.1, "`mixup_weight` must not be negative"),
         ("dco_n_samples", -1, "`dco_n_samples` must not be negative"),
         ("per_device_train_batch_size", 3, "`per_device_train_batch_size` must be even"),

@@ -46,7 +46,7 @@ def test_rows_to_retain_are_given_where_they_are_used(checkpoint, tmp_path):
         ({"loss": "ceu", "beta": 1.0}, "`beta` is no setting of 'ceu'"),
         ({"loss": "satimp", "beta2": -1.0}, "`beta2` must not be negative"),
         ({"forget_weight": -1.0}, "`forget_weight` must not be negative"),
-        ({"retain_weight": math.nan}, "`retain_weight` must not be negative"),
+        ({"retain_weight": math.nan}, "`retain_weight` must be a finite number"),
         ({"ascent_cap": -1.0}, "`ascent_cap` must not be negative"),
         ({"skip_tokens": -1}, "`skip_tokens` must not be negative"),
         ({"loss": "pdu", "epsilon": 1.0, "dual_step": -1.0}, "`dual_step` must not be negative"),

@@ -415,7 +415,7 @@ def test_batch_scalar_depends_on_how_a_batch_is_split_as_documented(make):
         ({"prob_reduction": "all_positions", "mean": "geometric"}, "leave `mean`"),
         ({"template_sft_steps": -1}, "`template_sft_steps` must not be negative"),
         ({"retain_weight": -0.1}, "`retain_weight` must not be negative"),
-        ({"retain_weight": math.nan}, "`retain_weight` must not be negative"),
+        ({"retain_weight": math.nan}, "`retain_weight` must be a finite number"),
         ({"min_forget_prob": 0.0}, "`min_forget_prob` must lie between 0 and 1"),
         ({"min_forget_prob": 1.5}, "`min_forget_prob` must lie between 0 and 1"),
     ],
