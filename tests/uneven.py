@@ -65,9 +65,13 @@ def make(
 
 
 def finish(trainer: Trainer) -> tuple[list[dict[str, float]], torch.Tensor]:
-    """Train; all numbers of the log but those of the clock, and the weights."""
+    """Train; all numbers of the log but those of the clock, and the weights.
+
+    `train_loss` is left out: of the steps since the last log transformers counts those of the main
+    process alone.
+    """
     trainer.train()
-    clocks = ("runtime", "per_second", "flos")
+    clocks = ("runtime", "per_second", "flos", "train_loss")
     log = [
         {key: value for key, value in entry.items() if not key.endswith(clocks)}
         for entry in trainer.state.log_history
