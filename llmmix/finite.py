@@ -67,6 +67,8 @@ def end_unless_finite(trainer: Trainer) -> None:
     def training_step(model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
         loss = own_step(model, inputs, *args, **kwargs)
         callback.window.append((loss, inputs))
+        if trainer.accelerator.num_processes == 1:
+            return loss
         # The `train_loss` of a run would be the main process's since the last log
         return trainer.accelerator.reduce(loss, "mean")
 
