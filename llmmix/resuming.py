@@ -1,5 +1,6 @@
 """How a run goes on from its checkpoints: which one, and what callbacks of ours keep in it."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,15 +81,21 @@ def stage_to_resume(training_args: TrainingArguments) -> str | None:
 def newest_checkpoint(folder: Path, save_total_limit: int | None = None) -> str | None:
     """The newest complete checkpoint in a folder, the same on every rank; None if there is none.
 
-    A warning names the newer ones that are passed over, and why. With a `save_total_limit`, those
-    that a kill left half-saved are deleted: transformers would keep the folder with the highest
-    step, and delete what the run saves next.
+    The log names it, and the newer ones that are passed over, and why. With a `save_total_limit`,
+    those that a kill left half-saved are deleted: transformers would keep the folder with the
+    highest step, and delete what the run saves next.
     """
     found, passed_over = main_process_says(_look_through(folder))
-    if passed_over:
-        then = f"goes on from {found}" if found else "starts from nothing"
-        reasons = "; ".join(f"{name} ({fault})" for name, fault in passed_over.items())
-        warn_once(f"Passed over in {folder}: {reasons}. The run {then}.")
+    reasons = "; ".join(f"{name} ({fault})" for name, fault in passed_over.items())
+    said = [f"Passed over in {folder}: {reasons}."] if passed_over else []
+    if found:
+        state = json.loads(Path(found, STATE).read_text())
+        at = f"step {state['global_step']} of {state['max_steps']}"
+        said.append(f"The run goes on from {found}, saved at {at}.")
+    elif passed_over:
+        said.append("The run starts from nothing.")
+    if said:
+        warn_once(" ".join(said))
     if save_total_limit and PartialState().is_main_process:
         for name in passed_over:
             if not (folder / name / STATE).exists():

@@ -51,23 +51,28 @@ def warned(caplog):
     return caplog
 
 
+def goes_on_from(checkpoint, step):
+    return f"The run goes on from {checkpoint}, saved at step {step} of 3."
+
+
 @pytest.mark.parametrize("given", ["auto", "true", "True", True])
 def test_the_newest_one_that_is_complete(given, out, warned):
     assert checkpoint_to_resume(asked(out, given)) == str(out / "checkpoint-3")
-    assert not warned.messages
+    assert warned.messages == [goes_on_from(out / "checkpoint-3", 3)]
+    warned.clear()
     (out / "checkpoint-3/trainer_state.json").unlink()
     (out / "checkpoint-2/optimizer.pt").write_bytes(b"PK cut")
     assert checkpoint_to_resume(asked(out, given)) == str(out / "checkpoint-1")
     (said,) = warned.messages
     assert "checkpoint-3 (it has no trainer_state.json, which is written last)" in said
     assert "checkpoint-2 (optimizer.pt is not whole)" in said
-    assert f"The run goes on from {out / 'checkpoint-1'}" in said
+    assert said.endswith(goes_on_from(out / "checkpoint-1", 1))
 
 
 def test_an_old_one_that_is_damaged_is_no_matter(out, warned):
     (out / "checkpoint-1/trainer_state.json").unlink()
     assert checkpoint_to_resume(asked(out, "auto")) == str(out / "checkpoint-3")
-    assert not warned.messages
+    assert warned.messages == [goes_on_from(out / "checkpoint-3", 3)]
 
 
 def test_with_none_auto_starts_and_true_says_so(out, warned):
