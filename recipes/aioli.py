@@ -58,11 +58,11 @@ def main(
     """Load, train a reference or proxy if the method needs one, train, save."""
     method = method_args.method
     config = config_of(method, method_args.method_options)
+    out = claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
+    resume = checkpoint_to_resume(training_args, STAGES.get(method, ()))
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
-    out = claim(training_args.output_dir)
-    resume = checkpoint_to_resume(training_args, STAGES.get(method, ()))
 
     def fit(folder: Path, make_callback: Callable, weights: Any = None):
         """Train into a folder; returns the trainer and the callback that moved its mixture."""
