@@ -176,7 +176,7 @@ def unlearn(args: StudyArguments, loss: str, rate: float, seed: int, retrained: 
     trainer = make_trainer(
         model,
         config,
-        sets["forget"],
+        train_dataset=sets["forget"],
         retain_dataset=sets["retain"] if config.retain_weight else None,
         processing_class=tokenizer,
     )
