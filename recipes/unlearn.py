@@ -13,13 +13,12 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from llmmix import UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
-from llmmix.data import load_role
 from llmmix.files import claim
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 from llmmix.unlearning.config import check_needs
-from llmmix.unlearning.preparation import RetainArguments
+from llmmix.unlearning.preparation import RetainArguments, load_forget_and_retain
 
 
 def main(
@@ -30,20 +29,10 @@ def main(
 ) -> None:
     """Load, unlearn, save."""
     check_needs(training_args, retain_args.retain_dataset_name is not None)
-    config, split = script_args.dataset_config, script_args.dataset_train_split
-    forget = load_role(script_args.dataset_name, "forget", split=split, config=config)
-    retain = None
-    if (name := retain_args.retain_dataset_name) is not None:
-        retain = load_role(
-            name,
-            "retain",
-            split=retain_args.retain_dataset_split,
-            config=config,
-            arguments=("retain_dataset_name", "retain_dataset_split"),
-        )
     claim(training_args.output_dir)
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
+    forget, retain = load_forget_and_retain(script_args, retain_args)
     trainer = UnlearnTrainer(
         checkpoint,
         args=training_args,

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import ScriptArguments, SFTConfig, SFTTrainer
 
+from llmmix.data import load_role
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
@@ -31,6 +32,28 @@ class RetainArguments:
     retain_dataset_split: str = field(
         default="train", metadata={"help": "Split of the rows to retain."}
     )
+
+
+def load_forget_and_retain(
+    script_args: ScriptArguments, retain_args: RetainArguments
+) -> tuple[Any, Any]:
+    """The rows to forget that a recipe's flags name, and those to retain, or None.
+
+    Raises:
+        ValueError: `load_role` finds no such rows.
+    """
+    name, config = script_args.dataset_name, script_args.dataset_config
+    forget = load_role(name, "forget", split=script_args.dataset_train_split, config=config)
+    if retain_args.retain_dataset_name is None:
+        return forget, None
+    retain = load_role(
+        retain_args.retain_dataset_name,
+        "retain",
+        split=retain_args.retain_dataset_split,
+        config=config,
+        arguments=("retain_dataset_name", "retain_dataset_split"),
+    )
+    return forget, retain
 
 
 @dataclass
