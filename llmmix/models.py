@@ -239,26 +239,6 @@ def free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str | list[dict], *, generation: bool = True
-) -> list[int]:
-    """Token ids of text, or of messages under the chat template.
-
-    Args:
-        tokenizer: The model's tokenizer, with a chat template where `text` is messages.
-        text: Plain text or messages.
-        generation: Whether the assistant's turn is opened at the end of messages.
-    """
-    encoded: Any  # one of seven types, depending on the arguments
-    if isinstance(text, str):
-        encoded = tokenizer(text)
-    else:
-        encoded = tokenizer.apply_chat_template(
-            text, add_generation_prompt=generation, tokenize=True, return_dict=True
-        )
-    return encoded["input_ids"]
-
-
 def context_length(model: Any) -> int | None:
     """The most tokens that a model, or a `vllm.LLM`, reads at once; None if it does not say."""
     if hasattr(model, "llm_engine"):

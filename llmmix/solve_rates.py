@@ -34,7 +34,7 @@ from llmmix.dco import dco_weight, n_samples_of
 from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.verify import Verifier, judge
-from llmmix.models import encode
+from llmmix.prompts import encode
 from llmmix.resuming import ResumedCallback
 from llmmix.sampling import sample
 from llmmix.sampling.requests import check_room

@@ -35,7 +35,7 @@ LAYERS = [
         "windows",
     },
     {"head"},
-    {"builtin", "data", "figures", "models"},
+    {"builtin", "data", "figures", "formats", "models", "prompts"},
     {"arguments", "trainers"},
     {
         "dco",

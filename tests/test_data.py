@@ -16,12 +16,8 @@ from llmmix import (
     SFTMixConfig,
     SFTMixTrainer,
 )
-from llmmix.data import (
-    check_preference_dataset,
-    check_sft_dataset,
-    load_splits,
-    load_train_and_eval,
-)
+from llmmix.data import load_splits, load_train_and_eval
+from llmmix.formats import check_preference_dataset, check_sft_dataset
 from llmmix.models import prepare_model_args, resolve_checkpoint
 
 QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}

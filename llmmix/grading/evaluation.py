@@ -19,7 +19,7 @@ from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.sample_log import SampleLog, prompt_id
 from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier, judge
-from llmmix.models import encode
+from llmmix.prompts import encode
 from llmmix.sampling import Completion, sample
 from llmmix.sampling.requests import too_long
 

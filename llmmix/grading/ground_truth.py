@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.head import attach_head
-from llmmix.models import encode
+from llmmix.prompts import encode
 
 
 def reference_answers(dataset: Dataset) -> list[str]:

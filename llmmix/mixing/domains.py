@@ -11,8 +11,9 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from llmmix.data import check_sft_dataset, load_splits
+from llmmix.data import load_splits
 from llmmix.finite import check_finite_settings
+from llmmix.formats import check_sft_dataset
 from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
 from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmmix.models import encode
+from llmmix.prompts import encode
 from llmmix.sampling.engine import Engine
 from llmmix.sampling.requests import Completion, SamplingOptions, check_room, requests_for
 

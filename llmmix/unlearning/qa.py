@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 from trl.trainer.utils import pad as pad_tensors
 
-from llmmix.models import encode
 from llmmix.processes import warn_once
+from llmmix.prompts import encode
 
 Prompt = str | list[dict[str, Any]]  # text, or messages
 

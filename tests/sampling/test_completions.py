@@ -18,7 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from llmmix.models import encode
+from llmmix.prompts import encode
 from llmmix.sampling import Completion, engine, sample
 
 

@@ -12,8 +12,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.models import encode
 from llmmix.processes import warn_once
+from llmmix.prompts import encode
 from llmmix.sampling import sample
 from llmmix.sampling.requests import too_long
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET, deal_out, score_answers
