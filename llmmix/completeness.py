@@ -90,7 +90,7 @@ def _fault_of(path: Path) -> str | None:
     kind = path.suffix
     if size == 0 and kind in (".json", ".safetensors", ".pt", ".pth", ".bin", ".distcp"):
         return "is empty"
-    if kind == ".safetensors" and not _is_whole_safetensors(path, size):
+    if kind == ".safetensors" and not is_whole_safetensors(path):
         return "is not whole"
     if kind in (".pt", ".pth", ".bin") and not _is_whole_zip(path):
         return "is not whole"
@@ -107,8 +107,9 @@ def _fault_of(path: Path) -> str | None:
     return f"names {min(absent)}, which is missing" if absent else None
 
 
-def _is_whole_safetensors(path: Path, size: int) -> bool:
-    """Whether a file is as long as its header says."""
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a file of safetensors is as long as its header says."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
@@ -136,7 +137,7 @@ def _is_whole_zip(path: Path) -> bool:
 
 def _fault_of_deepspeed(latest: Path) -> str | None:
     """What is wrong with the folder that DeepSpeed's `latest` names."""
-    name = latest.read_text().strip()
+    name = latest.read_text(encoding="utf-8").strip()
     if not name or not any((latest.parent / name).glob("*model_states.pt")):
         return f"names {name or 'nothing'}, which holds no model states"
     return None

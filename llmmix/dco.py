@@ -29,7 +29,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config
-from llmmix.finite import check_finite_settings, end_unless_finite
+from llmmix.finite import end_unless_finite
+from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
     ForwardRecorder,
@@ -170,7 +171,7 @@ class DCOConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_finite_settings(self)
+        check_settings(self)
         _check_n(self.n_samples)
         if self.reduction not in ("sum", "token_mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'token_mean', got {self.reduction!r}.")

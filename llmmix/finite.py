@@ -3,9 +3,7 @@
 Transformers would log a loss of 0, train on, and save what is left (`logging_nan_inf_filter`).
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,34 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-UNLIMITED = {"ascent_cap", "max_epochs", "max_grad_norm"}  # settings whose infinity means no limit
 ROWS_SHOWN = 4
-
-
-def check_finite_settings(args: Any) -> None:
-    """Refuse settings that are infinite or not a number, those inside dictionaries and lists too.
-
-    Args:
-        args: A dataclass of settings, before its parents' `__post_init__`.
-
-    Raises:
-        ValueError: A setting is not a number, or is infinite and no limit.
-    """
-    for field in fields(args):
-        value = getattr(args, field.name)
-        for number in _floats(value):
-            endless = field.name in UNLIMITED and number == math.inf
-            if not (math.isfinite(number) or endless):
-                raise ValueError(f"`{field.name}` must be a finite number, got {value}.")
-
-
-def _floats(value: Any) -> list[float]:
-    """The floats in a value of plain types."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [number for entry in value for number in _floats(entry)]
-    return [value] if isinstance(value, float) else []
 
 
 def end_unless_finite(trainer: Trainer) -> None:

@@ -2,20 +2,23 @@
 
 import argparse
 import copy
-import dataclasses
 import difflib
 import functools
-import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llmmix.boundary import keep_arguments
+from llmmix.inputs import check_inputs
 from llmmix.launching import UsageError
+from llmmix.ranges import check_settings
 from llmmix.scripts import command_of, summary_of
+from llmmix.values import from_yaml, hints_of, text_reader
+from llmmix.yaml_files import read_yaml
 
 UPSTREAM = ("trl", "transformers")  # whose options come second in --help, but for these:
 NAMED = (
@@ -44,8 +47,9 @@ def parse_args(
         One instance of each dataclass.
 
     Raises:
-        UsageError: A key or flag names no field (the nearest one is suggested), or `--config` names
-            no file or one that holds no mapping; or a value is NaN, or of another type.
+        UsageError: A key or flag names no field (the nearest one is suggested); or `--config` names
+            no file, or one that is no YAML or holds no mapping; or a value is of another type.
+        ValueError: A value is out of its range, or names a file or folder that cannot serve.
     """
     from trl import TrlParser
 
@@ -61,33 +65,66 @@ def parse_args(
         formatter_class=functools.partial(_Help, first=_own_options(dataclass_types)),
         allow_abbrev=False,
     )
-    parser.error = _refuse
     # --config is taken here and not by TRL's parser, so that a mistake in it is named
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = ours.error = refuse  # type: ignore[method-assign]
     ours.add_argument("--config")
     given, argv = ours.parse_known_args(sys.argv[1:] if argv is None else argv)
-    fields = {f.name: f for kind in dataclass_types for f in dataclasses.fields(kind)}
+    hints = hints_of(dataclass_types)
+    readers = _set_readers(parser, hints)
     defaults = path.with_suffix(".yaml")
     for file in filter(None, [defaults if defaults.exists() else None, given.config]):
-        parser.set_defaults_with_config(**_read_yaml(Path(file), fields))
-    values, rest = parser.parse_known_args(argv)
+        from_file = _from_file(Path(file).expanduser(), hints, readers)
+        parser.set_defaults_with_config(**from_file)
+    _, rest = parser.parse_known_args(argv)
     flags = [flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")]
-    _check_keys(flags, fields, "the command line")
+    _check_keys(flags, hints, "the command line")
     if rest:
         raise UsageError(f"unexpected {' '.join(rest)!r} on the command line.")
-    for name, value in vars(values).items():
-        if any(isinstance(x, float) and math.isnan(x) for x in _listed(value)):
-            raise UsageError(f"`{name}` must be a number, got NaN.")
     # A file of more flags that lies in the current folder is not for us
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    keep_arguments(parsed)
+    for arguments in parsed:
+        check_settings(arguments)
+        _keep_lists(arguments)
+    check_inputs(parsed)
+    return parsed
 
 
-def _refuse(message: str) -> NoReturn:
+def _set_readers(parser: argparse.ArgumentParser, hints: dict[str, tuple]) -> dict[str, Callable]:
+    """Have each flag read by our words for its type; returns what reads a text of each field."""
+    readers = {}
+    for action in parser._actions:
+        if action.dest in hints and action.nargs != 0:
+            choices: Any = action.choices  # checked by the reader, which names them
+            readers[action.dest] = text_reader(action.dest, hints[action.dest], choices)
+            action.type = readers[action.dest]
+    return readers
+
+
+def _keep_lists(arguments: Any) -> None:
+    """Undo what TRL does to one `--lora_target_modules`, whose name PEFT would take for a pattern.
+
+    A pattern (`.*q_proj`) and the word all-linear stay what they are.
+    """
+    modules = getattr(arguments, "lora_target_modules", None)
+    if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
+        arguments.lora_target_modules = [modules]
+
+
+def refuse(message: str) -> NoReturn:
+    """Say in our words what argparse refuses.
+
+    Raises:
+        UsageError: Always.
+    """
+    if found := re.match(r"argument --(\w+)(?:/\S+)?: (.*)", message, re.DOTALL):
+        colon = "" if found[2].startswith(("must", "takes")) else ":"
+        message = f"`{found[1]}`{colon} {found[2]}"
+    elif message.startswith("the following arguments are required: "):
+        names = re.findall(r"--(\w+)(?:/\S+)?", message)
+        message = f"missing: {', '.join(f'`{name}`' for name in names)}; `--help` lists all."
     raise UsageError(message)
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -134,24 +171,35 @@ def _own_options(dataclass_types: Iterable[type]) -> list[str]:
     return [*NAMED, *(name for base in ours for name in vars(base).get("__annotations__", {}))]
 
 
-def _read_yaml(path: Path, fields: dict[str, dataclasses.Field]) -> dict:
-    """The `key: value` pairs of a file, its `env` put into the environment, as TRL does."""
-    import yaml
-
+def _from_file(
+    path: Path, hints: dict[str, tuple], readers: dict[str, Callable[[str], Any]]
+) -> dict[str, Any]:
+    """The values in a YAML file, its `env` put into the environment, as TRL does."""
     if not path.is_file():
         raise UsageError(f"`--config` names no file: {path}.")
-    given = yaml.safe_load(path.read_text())
-    if given is None:  # comments alone
-        return {}
-    if not isinstance(given, dict):
-        raise UsageError(f"{path} must hold `key: value` lines.")
-    os.environ.update({key: str(value) for key, value in given.pop("env", {}).items()})
-    _check_keys(given, fields, str(path))
-    # One value of a list may be written without brackets, as on the command line
-    return {
-        key: [value] if "list[" in str(fields[key].type) and isinstance(value, str) else value
-        for key, value in given.items()
-    }
+    try:
+        given = read_yaml(path)
+    except ValueError as error:
+        raise UsageError(f"`--config`: {error}") from error
+    _set_environment(given.pop("env", {}), path)
+    _check_keys(given, hints, str(path))
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = from_yaml(value, hints[key], readers[key])
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise UsageError(f"`{key}` in {path} {error}") from error
+    return values
+
+
+def _set_environment(given: Any, path: Path) -> None:
+    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
+        raise UsageError(f"`env` in {path} must hold `NAME: value` lines, each with a value.")
+    for name, value in given.items():
+        try:
+            os.environ[name] = str(value)
+        except ValueError:  # `=` in a name, or a null character
+            raise UsageError(f"`env` in {path}: no variable can be {name!r}: {value!r}.") from None
 
 
 def _check_keys(given: Iterable[str], known: Collection[str], where: str) -> None:

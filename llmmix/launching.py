@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from llmmix.boundary import explain, shows_traceback
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -75,7 +77,7 @@ def run_script(script: Path, title: str, *, shipped: bool, launcher: int | None 
         launcher: Id of the process that started this one for the run, and tells how it ended.
 
     Returns:
-        The exit status: 2 after an error that one of our `raise` lines states, 130 after Ctrl-C.
+        The exit status: 2 after an error of the user's (see llmmix/boundary.py), 130 after Ctrl-C.
 
     Raises:
         Exception: The script failed in another way, and there is no launcher to tell.
@@ -94,15 +96,16 @@ def run_script(script: Path, title: str, *, shipped: bool, launcher: int | None 
         return 128 + signal.SIGINT
     except Exception as error:
         ours = [LIBRARY, script.resolve()] if shipped else [LIBRARY]
-        stated = _is_stated(error, ours)
-        if not stated and error_file is None:
+        told = explain(error, ours)
+        if told is None and error_file is None:
             raise
-        text = f"{title}: {error}" if stated else traceback.format_exc()
+        lines = [] if told and not shows_traceback() else [traceback.format_exc()]
+        text = "".join([*lines, *([f"{title}: {told}"] if told else [])])
         if error_file is None:
             print(text, file=sys.stderr)
         else:
-            _leave(Path(error_file), text, status=2 if stated else 1)
-        return 2 if stated else 1
+            _leave(Path(error_file), text, status=2 if told else 1)
+        return 2 if told else 1
     return 0
 
 
@@ -128,14 +131,6 @@ def _imports(script: Path, shipped: bool) -> Iterator[None]:
             os.environ.pop(SAFE_PATH, None)
         else:
             os.environ[SAFE_PATH] = safe
-
-
-def _is_stated(error: Exception, ours: Sequence[Path]) -> bool:
-    """Whether one of our own `raise` lines made this error: its message needs no traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    file = Path(last.filename).resolve()
-    is_ours = any(place == file or place in file.parents for place in ours)
-    return is_ours and (last.line or "").startswith("raise ") and bool(str(error))
 
 
 def _leave(error_file: Path, text: str, status: int) -> None:

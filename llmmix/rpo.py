@@ -29,8 +29,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from llmmix.arguments import check_types, own_config
-from llmmix.finite import check_finite_settings, end_unless_finite
+from llmmix.finite import end_unless_finite
 from llmmix.models import eval_mode
+from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
     ForwardRecorder,
@@ -134,7 +135,7 @@ class RPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        check_finite_settings(self)
+        check_settings(self)
         _check_eta(self.rpo_eta)
         if self.sft_reduction not in ("sum", "mean"):
             raise ValueError(

@@ -43,7 +43,7 @@ def find_script(name: str, package: str) -> Path:
 
 def summary_of(script: Path) -> str:
     """The first line of a script's docstring."""
-    text = script.read_text() if script.is_file() else ""
+    text = script.read_text(encoding="utf-8") if script.is_file() else ""
     return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 
 

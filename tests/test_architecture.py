@@ -20,19 +20,24 @@ ROOT = Path(__file__).parents[1]
 # Low to high: a module imports its own layer and those below
 LAYERS = [
     {
+        "boundary",
         "cli",
         "completeness",
         "files",
         "finite",
         "flags",
         "fused",
+        "inputs",
         "launching",
         "logprobs",
         "processes",
+        "ranges",
         "resuming",
         "scripts",
         "steps",
+        "values",
         "windows",
+        "yaml_files",
     },
     {"head"},
     {"builtin", "data", "figures", "formats", "models", "prompts"},
@@ -74,6 +79,7 @@ WRITERS = {"llmmix.files", "llmmix.cli", "llmmix.timing.clock"}
 
 # Private names of other packages that the library touches, and whose they are
 PRIVATE = {
+    "_actions": argparse.ArgumentParser,
     "_attn_implementation": PreTrainedConfig,
     "_commit_hash": PreTrainedConfig,
     "_format_action_invocation": argparse.HelpFormatter,
@@ -197,7 +203,8 @@ def test_a_planted_violation_is_found(house, rule, file, text):
 
 
 def test_the_command_line_imports_the_standard_library_alone(house):
-    ours = {f"llmmix.{name}" for name in ("cli", "flags", "launching", "scripts")}
+    names = ("boundary", "cli", "completeness", "flags", "inputs", "launching", "ranges", "scripts")
+    ours = {f"llmmix.{name}" for name in (*names, "values", "yaml_files")}
     for module in ours:
         top = {taken.module for taken in house.imports(module) if taken.at_top} - ours
         assert {name.split(".")[0] for name in top} <= sys.stdlib_module_names

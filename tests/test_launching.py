@@ -90,7 +90,7 @@ def test_a_mistake_is_one_line_of_all_ranks(folder):
     argv = ["pass_at_n", "--model_name_or_path", "m", "--temperature", "nan"]
     status, said, errors = run("eval", "--num_processes", "2", *argv)
     assert status == 2 and said == []
-    assert errors == ["llmmix eval pass_at_n: `temperature` must be a number, got NaN."]
+    assert errors == ["llmmix eval pass_at_n: `temperature` must be a finite number, got [nan]."]
     assert not (folder / "imported").exists()
 
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from llmmix.data import load_splits
-from llmmix.finite import check_finite_settings
 from llmmix.formats import check_sft_dataset
 from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
 from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
 from llmmix.mixing.tokens import tokenize_rows
+from llmmix.ranges import check_settings
 from llmmix.trainers import default_to_cpu
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class MixtureConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_finite_settings(self)
+        check_settings(self)
         default_to_cpu(self)
         super().__post_init__()
 

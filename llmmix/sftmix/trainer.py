@@ -15,8 +15,9 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config
 from llmmix.dco import dco_weight
-from llmmix.finite import check_finite_settings, end_unless_finite
+from llmmix.finite import end_unless_finite
 from llmmix.head import FusedHeadOutput
+from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
@@ -74,7 +75,7 @@ class SFTMixConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_finite_settings(self)
+        check_settings(self)
         if not self.mixup_alpha > 0:
             raise ValueError(f"`mixup_alpha` must be positive, got {self.mixup_alpha}.")
         if not self.mixup_weight >= 0:

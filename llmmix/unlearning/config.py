@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llmmix.finite import check_finite_settings
+from llmmix.ranges import check_settings
 from llmmix.unlearning.guards import check_limit
 from llmmix.unlearning.loss_table import LOSSES
 from llmmix.unlearning.objective import Loss
@@ -118,7 +118,7 @@ class UnlearnConfig(ForgetConfig):
     )
 
     def __post_init__(self) -> None:
-        check_finite_settings(self)
+        check_settings(self)
         self.loss = self.loss.strip().lower().replace("-", "_")
         if self.loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, got {self.loss!r}.")

@@ -30,8 +30,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config
-from llmmix.finite import check_finite_settings
 from llmmix.head import FusedHeadOutput
+from llmmix.ranges import check_settings
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
 from llmmix.unlearning.guards import UnlearningGuard
@@ -155,7 +155,7 @@ class FLATConfig(ForgetConfig):
     )
 
     def __post_init__(self) -> None:
-        check_finite_settings(self)
+        check_settings(self)
         self.divergence = check_divergence(self.divergence)
         for name, choices in (
             ("mean", ("arithmetic", "geometric")),

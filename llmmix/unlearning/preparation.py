@@ -12,8 +12,9 @@ from datasets import Dataset
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
 from llmmix.data import load_role
-from llmmix.finite import check_finite_settings, end_unless_finite
+from llmmix.finite import end_unless_finite
 from llmmix.head import attach_head
+from llmmix.ranges import check_settings
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
 from llmmix.unlearning.guards import check_limit
 from llmmix.unlearning.qa import read_rows
@@ -86,7 +87,7 @@ class ForgetConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_finite_settings(self)
+        check_settings(self)
         check_limit("min_forget_prob", self.min_forget_prob, top=1)
         default_to_cpu(self)
         super().__post_init__()
