@@ -321,10 +321,11 @@ def _check(args: UnlearningArguments) -> None:
 
 def _function(path: str) -> Callable:
     module, _, name = path.partition(":")
-    if not name:
-        raise ValueError(f"`fluency` must be module:function, got {path!r}.")
     sys.path.append(os.getcwd())  # where the user's module is; what is installed comes first
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`fluency` must be module:function, got {path}: {error}.") from error
 
 
 def _write(

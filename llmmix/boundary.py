@@ -4,9 +4,10 @@ An error is told in one line, with status 2, if the user can cause it and mend i
 
 - one of our own `raise` lines made it;
 - it names a file (`OSError`), or memory ran out;
-- a library that reads what users bring (`LIBRARIES`) refused it: with an error of its own class, or
-  with an `OSError`, `ValueError` or `ImportError` raised in its code. If an argument names a file
-  or folder that turns out to be broken, that is what is told.
+- a library that reads what users bring (`LIBRARIES`) refused it: with an error of its own class,
+  with an `OSError`, `ValueError` or `ImportError` raised in its code, or in any way while it loads
+  a checkpoint. If an argument names a file or folder that turns out to be broken, that is told;
+- a script of the user's is no Python.
 
 All else, such as a `TypeError` or a `KeyError`, or a `ValueError` that numpy raises in our code, is
 a fault of the program and keeps its traceback. `--traceback` (or `LLMMIX_TRACEBACK=1`) shows it for
@@ -31,15 +32,30 @@ LIBRARIES = {
     *("huggingface_hub", "httpx", "requests", "sentencepiece", "bitsandbytes", "vllm"),
 }
 READERS = {"datasets", "pyarrow", "pandas", "fsspec"}  # those that read rows
-ERRORS = (OSError, ValueError, ImportError)
+ERRORS = (OSError, ValueError, ImportError, re.error)
 SHOWN = 300  # characters of a library's message
+# A library's message in our words, which follow the name of the file, folder or model
+NO_HUB = "is no file or folder here, and cannot be had from the Hub now: see to the connection"
+OURS = {
+    r"Repo id must": "is neither a file or folder here nor a name of the Hub, such as org/name",
+    r"couldn't connect|Couldn't reach|offline mode|Cannot (reach|find the)": NO_HUB,
+    r"not a valid model identifier|exist on the Hub|40[14] ": "is neither here nor on the Hub",
+    r"Can't find 'adapter_config.json'": "is no adapter's folder: it has no adapter_config.json",
+    r"ignore_mismatched_sizes": "has weights of other shapes than its config.json says",
+    r"any data files|supported\) data files|task.toml": "holds no file of rows, such as .jsonl",
+    r"corresponds to no data": "has no rows",
+}
 # What a library's message is about, where it names no argument
 ABOUT = {
-    r"Target modules .* not found": "lora_target_modules",
-    r"[Nn]o modules were targeted|target_modules": "lora_target_modules",
+    r"Target modules .*not found|modules were targeted|target_modules": "lora_target_modules",
+    r"task type": "lora_task_type",
+    r"8 bit and 4 bit|bitsandbytes": "load_in_4bit` or `load_in_8bit",
+    r"repos/create": "push_to_hub",
+    r"deepspeed": "deepspeed",
+    r"liger": "use_liger_kernel",
     r"wandb|tensorboard|comet|mlflow|trackio|is not supported, only .* are supported": "report_to",
     r"attn_implementation|[Ff]lash ?[Aa]ttention": "attn_implementation",
-    r"bitsandbytes": "load_in_4bit` or `load_in_8bit",
+    r"DynamoBackend": "torch_compile_backend",
     r"bf16|fp16": "bf16` or `fp16",
     r"tf32": "tf32",
     r"[Oo]ptimizer|optim": "optim",
@@ -73,26 +89,92 @@ def explain(error: BaseException, ours: Sequence[Path]) -> str | None:
     """
     if is_stated(error, ours):
         return _one_line(str(error), 4 * SHOWN)
+    if isinstance(error, SyntaxError) and _is_users(error.filename, ours):
+        return f"{error.filename}, line {error.lineno}: {error.msg}."
     cause = _cause(error)
-    frames = [frame for frame in _frames(cause) if not _is_standard(frame)]
-    origin = frames[-1] if frames else ""
     if "OutOfMemory" in type(cause).__name__ or isinstance(cause, MemoryError):
         return (
             f"memory ran out ({_one_line(str(cause), 120)}). Lower `per_device_train_batch_size`, "
             "`max_length` or `token_budget`."
         )
+    if unknown := _unknown_key(cause):
+        return unknown
+    frames = [frame for frame in _frames(cause) if not _is_standard(frame)]
+    origin = frames[-1] if frames else ""
     package, kind = origin.partition(".")[0], type(cause).__module__.partition(".")[0]
-    read = {package, kind} & READERS or any("datasets" in name.split(".") for name in frames)
-    if (package in LIBRARIES or kind in LIBRARIES) and (fault := _broken_input(bool(read), cause)):
+    loaded = _loaded(cause)
+    rows = {package, kind} & READERS or any("datasets" in name.split(".") for name in frames)
+    kinds = DATA if rows else MODELS if loaded else ()
+    if {package, kind} & LIBRARIES and (fault := _broken_input(kinds)):
         return fault
     known = package in LIBRARIES and (isinstance(cause, ERRORS) or type(cause) is Exception)
+    loading = loaded is not None and package != "llmmix"
     optional = origin.startswith("transformers.integrations") and isinstance(cause, RuntimeError)
     named = isinstance(cause, OSError) and cause.filename is not None
-    if not (kind in LIBRARIES or known or optional or named):
+    if not (kind in LIBRARIES or known or loading or optional or named):
         return None
-    text = _one_line(str(cause), SHOWN) or type(cause).__name__
-    kinds = DATA if read else MODELS if _loads_model(cause) else ()
-    return f"{_subject(text, kinds)}{text} (--traceback shows where)"
+    text = _one_line(str(cause), SHOWN)
+    if not (isinstance(cause, ERRORS) or kind in LIBRARIES):
+        text = f"{type(cause).__name__}: {text}"
+    return _told(text, kinds, loaded, package)
+
+
+def _told(text: str, kinds: Sequence[str], loaded: str | None, package: str) -> str:
+    """A library's message, with the argument that it is about, in our words where we have them."""
+    where = "(--traceback shows where)"
+    named = [(argument, name) for argument, name in named_inputs(_given) if name]
+    likely = [pair for pair in named if pair[1] in text or pair[1] == loaded]
+    if not likely and (argument := _argument_of(text)):
+        return f"`{argument}`: {text} {where}"
+    likely = likely or [pair for pair in named if pair[0] in kinds]
+    argument = next((name for pattern, name in ABOUT.items() if re.search(pattern, text)), None)
+    if likely and (likely[0][1] in text or not argument):
+        argument, name = likely[0]
+        if words := next((words for p, words in OURS.items() if re.search(p, text)), None):
+            return f"`{argument}`: {name} {words}."
+        return f"`{argument}`: {'' if name in text else f'{name}: '}{text} {where}"
+    if _names_argument(text):
+        return f"{text} {where}"
+    if argument is None and package == "peft":
+        argument = "lora_target_modules"
+    return f"`{argument}`: {text} {where}" if argument else f"{text} {where}"
+
+
+def _names_argument(text: str) -> bool:
+    mentioned = re.findall(r"(?:`|--)(\w+)", text)
+    return any(hasattr(given, word) for word in mentioned for given in _given)
+
+
+def _argument_of(text: str) -> str | None:
+    """The argument whose value a message mentions, such as the name of a file."""
+    for given in _given:
+        for argument, value in vars(given).items():
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, str) and len(part) > 2 and repr(part) in text:
+                    return argument
+    return None
+
+
+def _is_users(file: str | None, ours: Sequence[Path]) -> bool:
+    path = Path(file or "<string>").resolve()
+    installed = "site-packages" in path.parts
+    return (
+        path.is_file() and not installed and not any(p == path or p in path.parents for p in ours)
+    )
+
+
+def _unknown_key(error: BaseException) -> str | None:
+    """What is told of a key in a mapping of settings that the function it is for does not take."""
+    found = re.search(
+        r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
+    )
+    if not isinstance(error, TypeError) or not found:
+        return None
+    for given in _given:
+        for name, value in vars(given).items():
+            if isinstance(value, dict) and found[2] in value:
+                return f"`{name}` has a key {found[2]!r}, which {found[1]} does not take."
+    return None
 
 
 def is_stated(error: BaseException, ours: Sequence[Path]) -> bool:
@@ -130,42 +212,31 @@ def _is_standard(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
-def _broken_input(rows: bool, error: BaseException) -> str | None:
-    """What an argument names that is broken, if that explains a library's error."""
+def _broken_input(kinds: Sequence[str]) -> str | None:
+    """What an argument among `kinds` names that is broken, seen by reading it to the end."""
     for argument, name in named_inputs(_given):
         path = Path(name).expanduser()
         fault = None
-        if rows and argument in DATA and path.is_file():
+        if argument in kinds and argument in DATA and path.is_file():
             fault = fault_of_data(path)
-        elif not rows and argument in MODELS:
-            fault = fault_of_model(path)
+        elif argument in kinds and argument in MODELS:
+            fault = fault_of_model(path, deep=True)
         if fault:
             return f"`{argument}`: {name} {fault}."
     return None
 
 
-def _loads_model(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.name in ("from_pretrained", "resolve_checkpoint") for frame in frames)
-
-
-def _subject(text: str, kinds: Sequence[str]) -> str:
-    """The argument that a library's message is about, as the start of a sentence, if it is known.
-
-    Args:
-        text: The message.
-        kinds: The arguments one of which is likely.
-    """
-    if re.search(r"`\w+`|--\w+", text):
-        mentioned = re.findall(r"\w+", text)
-        if any(hasattr(given, word) for word in mentioned for given in _given):
-            return ""
-    named = list(named_inputs(_given))
-    for argument, name in named:
-        if name in text:
-            return f"`{argument}`: "
-    for pattern, argument in ABOUT.items():
-        if re.search(pattern, text):
-            return f"`{argument}`: "
-    likely = [(argument, name) for argument, name in named if argument in kinds]
-    return f"`{likely[0][0]}` {likely[0][1]}: " if len(likely) == 1 else ""
+def _loaded(error: BaseException) -> str | None:
+    """The checkpoint that was being loaded; None outside of loading."""
+    place, found = error.__traceback__, None
+    while place is not None:
+        frame = place.tb_frame
+        if frame.f_code.co_name in ("from_pretrained", "resolve_checkpoint"):
+            given = frame.f_locals
+            found = found or str(
+                given.get("pretrained_model_name_or_path")
+                or given.get("model_id")
+                or given.get("name", "")
+            )
+        place = place.tb_next
+    return found

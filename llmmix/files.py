@@ -131,13 +131,18 @@ def claim(folder: str | Path | None) -> Path:
         The folder.
 
     Raises:
-        ValueError: Another process has claimed the folder.
+        ValueError: Another process has claimed the folder, or it cannot be made.
     """
     folder = Path(folder or ".")
     key = folder.resolve()
     if not _is_main_process():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`--output_dir` {folder} cannot be made: {error.strerror}. Name another folder."
+        ) from error
     if key in _claimed and (folder / CLAIM).exists():
         return folder
     lock = FileLock(folder / CLAIM)

@@ -73,7 +73,8 @@ def parse_args(
     hints = hints_of(dataclass_types)
     readers = _set_readers(parser, hints)
     defaults = path.with_suffix(".yaml")
-    for file in filter(None, [defaults if defaults.exists() else None, given.config]):
+    files = [defaults] if defaults.exists() else []
+    for file in files if given.config is None else [*files, given.config]:
         from_file = _from_file(Path(file).expanduser(), hints, readers)
         parser.set_defaults_with_config(**from_file)
     _, rest = parser.parse_known_args(argv)

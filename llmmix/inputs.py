@@ -7,6 +7,7 @@ say which line is broken once a library has refused it.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from llmmix.completeness import is_whole_safetensors
 
 DATA = ("dataset_name", "retain_dataset_name", "domains", "forget", "retain", "holdout", "facts")
 MODELS = ("model_name_or_path", "adapter", "checkpoints", "original", "retain_model")
+SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf")
 TOKENIZER = ("tokenizer*", "*.model", "vocab*", "spiece*", "*.tiktoken", "tekken.json")
 TEXT = (".json", ".jsonl", ".csv", ".tsv")
@@ -42,7 +44,10 @@ def check_inputs(given: Iterable[Any]) -> None:
                     f"`resume_from_checkpoint`: no folder {resumed}. Give a checkpoint's folder, "
                     "or `auto` for the newest complete one."
                 )
+        _check_files(arguments)
     for argument, name in named_inputs(given):
+        if not name:
+            raise ValueError(f"`{argument}` has an empty name: give one, or leave the flag out.")
         path = Path(name).expanduser()
         fault = None
         if argument in DATA and path.is_file():
@@ -59,13 +64,39 @@ def named_inputs(given: Iterable[Any]) -> Iterator[tuple[str, str]]:
         for argument in (*DATA, *MODELS):
             value = getattr(arguments, argument, None)
             for name in value if isinstance(value, list) else [value]:
-                if isinstance(name, str) and name:
-                    yield argument, name.partition("=")[2] if argument == "domains" else name
+                if isinstance(name, str):
+                    yield (
+                        argument,
+                        name.partition("=")[2] or name if argument == "domains" else name,
+                    )
+
+
+def _check_files(arguments: Any) -> None:
+    for argument in SETTINGS_FILES:
+        name = getattr(arguments, argument, None)
+        if isinstance(name, str) and name and not Path(name).is_file():
+            raise ValueError(f"`{argument}`: no file {name}; or give the settings as a mapping.")
+    template = getattr(arguments, "chat_template_path", None)
+    if template is not None and not Path(template).exists() and template.count("/") != 1:
+        raise ValueError(f"`chat_template_path`: no file or model's folder {template!r}.")
+    optimizer = getattr(arguments, "optim_args", None) or "a=1"
+    if not all(name and equals for name, equals, _ in map(_pair, optimizer.split(","))):
+        raise ValueError(f"`optim_args` must be NAME=VALUE,NAME=VALUE, got {optimizer!r}.")
+
+
+def _pair(text: str) -> tuple[str, str, str]:
+    return text.strip().partition("=")
 
 
 def _check_output(folder: str) -> None:
-    path = Path(folder or ".").absolute()
-    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not folder.strip():
+        raise ValueError("`output_dir` is empty: name a folder, or leave the flag out.")
+    path = Path(folder).absolute()
+    try:
+        existing = next(place for place in (path, *path.parents) if place.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"`output_dir`: {folder[:80]!r} cannot be a folder: {reason}.") from error
     if not existing.is_dir():
         what = "is a file" if existing == path else f"cannot be made, since {existing} is a file"
         raise ValueError(f"`output_dir`: {folder} {what}. Name a folder, or a new one.")
@@ -80,10 +111,25 @@ def _fault_of_start(path: Path) -> str | None:
     if not start.strip():
         return "is empty"
     if path.suffix == ".parquet":
-        return None if start[:4] == b"PAR1" else "is no Parquet file (it does not begin with PAR1)"
+        return _fault_of_parquet(path, start)
     if path.suffix in TEXT and b"\0" in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         return f"holds binary data, where {path.suffix} is text"
+    first = start.removeprefix(b"\xef\xbb\xbf").strip()
+    if path.suffix in (".json", ".jsonl") and not re.match(rb"\{|\[\s*(\{|$)", first):
+        if first == b"[]":
+            return "is empty"
+        # pyarrow reads a lone `null` beyond its memory, which no error tells
+        shown = first.split(b"\n")[0][:40].decode(errors="replace")
+        return f"holds no JSON object in its first line: {shown!r}"
     return None
+
+
+def _fault_of_parquet(path: Path, start: bytes) -> str | None:
+    if start[:4] != b"PAR1":
+        return "is no Parquet file (it does not begin with PAR1)"
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return None if file.read() == b"PAR1" else "is not whole: copy or download it again"
 
 
 def fault_of_data(path: Path) -> str | None:
@@ -116,19 +162,30 @@ def fault_of_data(path: Path) -> str | None:
     return None
 
 
-def fault_of_model(path: Path) -> str | None:
-    """What a model's file or folder lacks, as the end of a sentence; None for a name of the Hub."""
+def fault_of_model(path: Path, *, deep: bool = False) -> str | None:
+    """What a model's file or folder lacks, as the end of a sentence; None for a name of the Hub.
+
+    Args:
+        path: What the argument names.
+        deep: Read the tokenizer too, which takes a while.
+    """
     if path.is_file():
         return _fault_of_model_file(path)
-    return next(_faults_of_folder(path), None) if path.is_dir() else None
+    if path.is_dir():
+        return next(_faults_of_folder(path, deep), None)
+    given = str(path)
+    if path.is_absolute() or given.count("/") > 1 or given.startswith("."):
+        return "is neither a file nor a folder"
+    return None
 
 
-def _faults_of_folder(path: Path) -> Iterator[str]:
+def _faults_of_folder(path: Path, deep: bool) -> Iterator[str]:
     described = [path / name for name in ("adapter_config.json", "config.json")]
     described = [file for file in described if file.exists()]
     if not described:
         yield _fault_without_config(path)
-    for file in (*described, *path.glob("*.safetensors.index.json")):
+    read = list(path.glob("tokenizer*.json")) if deep else []
+    for file in (*described, *path.glob("*.safetensors.index.json"), *read):
         if fault := _fault_of_json(file):
             yield f"has a {file.name} that {fault}"
     if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
@@ -158,7 +215,10 @@ def _fault_of_model_file(path: Path) -> str | None:
     if path.suffix != ".gguf":
         return "is a file: name the model's folder, or a .gguf file"
     with path.open("rb") as file:
-        return None if file.read(4) == b"GGUF" else "is no GGUF file (it does not begin with GGUF)"
+        start = file.read(24)
+    if start[:4] != b"GGUF":
+        return "is no GGUF file (it does not begin with GGUF)"
+    return None if len(start) == 24 else "is not whole: copy or download it again"
 
 
 def _fault_of_json(path: Path) -> str | None:

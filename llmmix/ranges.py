@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 WHOLE = 2**31 - 1  # the largest whole number that any setting but a seed takes
+FLOAT = 3.4e38  # and the largest other number: what float32 holds
 UNLIMITED = {"ascent_cap", "max_epochs", "max_grad_norm"}  # settings whose infinity means no limit
 
 
@@ -69,7 +70,7 @@ RANGES: dict[str, Range] = {
             *("max_problems", "max_rows", "num_samples", "n", "leak_n", "max_new_tokens"),
             *("token_budget", "relearn_steps", "relearn_batch_size", "batch_size"),
             *("hidden_size", "vocab_size", "rows", "draws", "prompts", "train_rows", "test_rows"),
-            *("steps", "teach_epochs", "epochs", "processes"),
+            *("steps", "teach_epochs", "epochs", "processes", "grid_steps"),
         ),
         COUNT,
     ),
@@ -79,7 +80,7 @@ RANGES: dict[str, Range] = {
             *("logging_steps", "eval_steps", "save_steps", "eval_delay"),
             *("dataloader_num_workers", "neftune_noise_alpha", "router_aux_loss_coef"),
             *("validation_rows", "unfiltered_steps", "temperature", "closeness"),
-            *("dual_warmup_epochs", "layer"),
+            *("dual_warmup_epochs", "layer", "epsilon", "steering"),
         ),
         AMOUNT,
     ),
@@ -124,8 +125,9 @@ def check_settings(args: Any) -> None:
             _check_finite(name, number, value)
             if limits is not None and not isinstance(value, dict) and number not in limits:
                 raise ValueError(f"`{name}` must {limits}, got {value}.")
-            if isinstance(number, int) and abs(number) > WHOLE and limits is not SEED:
-                raise ValueError(f"`{name}` must be at most {WHOLE}, got {value}.")
+            most = WHOLE if isinstance(number, int) else FLOAT
+            if abs(number) > most and limits is not SEED and number != math.inf:
+                raise ValueError(f"`{name}` must be at most {most}, got {value}.")
 
 
 def _check_finite(name: str, number: float, value: Any) -> None:

@@ -15,10 +15,14 @@ from collections.abc import Callable, Collection
 from enum import Enum
 from typing import Any
 
-from llmmix.yaml_files import plain_data
+from llmmix.yaml_files import parse_yaml, plain_data
 
 TRUE, FALSE = ("yes", "true", "t", "y", "1", "on"), ("no", "false", "f", "n", "0", "off")
 OF_A_FILE = {"deepspeed", "fsdp_config", "accelerator_config"}  # a mapping, or the path of one
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16", "float64", "half", "float", "double"),
+    "include_num_input_tokens_seen": ("true", "false", "all", "non_padding", "no"),
+}
 WORDS = {"pad_to_multiple_of": ("auto", "none", "null")}  # what stands beside a whole number
 
 
@@ -48,12 +52,13 @@ def text_reader(name: str, hints: tuple, choices: Collection | None = None) -> C
     lists = [hint for hint in hints if typing.get_origin(hint) is list]
     kinds = typing.get_args(lists[0]) if lists and str not in hints else hints
     enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
-    if choices is None and enums:
-        choices = [entry.value for entry in enums[0]]
+    if choices is None:
+        choices = [entry.value for entry in enums[0]] if enums else CHOICES.get(name)
 
     def read(text: str) -> Any:
         value = _read(name, text, kinds)
-        if choices is not None and value not in choices and str(value) not in choices:
+        known = choices is None or value in choices or str(value).lower() in choices
+        if choices is not None and not known:
             near = difflib.get_close_matches(str(value), map(str, choices), n=1)
             shown = ", ".join(map(str, choices)) if len(choices) <= 12 else "those of `--help`"
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -64,6 +69,8 @@ def text_reader(name: str, hints: tuple, choices: Collection | None = None) -> C
 
 
 def _read(name: str, text: str, kinds: tuple) -> Any:
+    if "\0" in text:
+        raise ArgumentTypeError(f"must be a text without null characters, got {text!r}.")
     if any(kind is dict or typing.get_origin(kind) is dict for kind in kinds):
         return _mapping(name, text)
     if bool in kinds and (str not in kinds or text.lower() in TRUE + FALSE):
@@ -101,6 +108,19 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict:
     if len(found) < len(pairs):
         raise ValueError(f"a key twice: {', '.join(key for key, _ in pairs)}")
     return found
+
+
+def value_of(name: str, text: str, hints: tuple) -> Any:
+    """The value of a field from a text, which may be a list or mapping of YAML on one line.
+
+    Raises:
+        ArgumentTypeError: The field takes no such value.
+        ValueError: The text is no YAML.
+    """
+    value = parse_yaml(text, "its value") if text.lstrip().startswith(("{", "[")) else text
+    if isinstance(value, str):
+        return None if value == "null" else text_reader(name, hints)(value)
+    return plain_data(value)
 
 
 def from_yaml(value: Any, hints: tuple, read: Callable[[str], Any]) -> Any:

@@ -31,8 +31,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: The file cannot be read, is not UTF-8, is no YAML, holds no mapping, or has a
             key that is null or there twice.
     """
-    import yaml
-
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -40,21 +38,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not UTF-8 (line {place}): save it in that encoding.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    try:
-        found = yaml.load(text, Loader=_loader())  # noqa: S506  a safe loader of ours
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: {error.problem or error.context}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
-    except RecursionError:
-        raise ValueError(f"{path} holds an alias that contains itself.") from None
+    found = parse_yaml(text, str(path))
     if found is None:  # comments alone
         return {}
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
     return found
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """A text of YAML as `read_yaml` gives it.
+
+    Args:
+        text: The text.
+        source: How a message names it.
+
+    Raises:
+        ValueError: It is no YAML, or has a key that is null or there twice.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{source}{line}: {error.problem or error.context}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is no YAML: {' '.join(str(error).split())}.") from None
+    except RecursionError:
+        raise ValueError(f"{source} holds an alias that contains itself.") from None
 
 
 def _loader() -> Any:

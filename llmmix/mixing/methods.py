@@ -3,15 +3,15 @@
 recipes/aioli.py calls it. Aioli's own config is parsed with the other flags.
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from typing import Any
-
-import yaml
 
 from llmmix.mixing.doge import DoGEConfig
 from llmmix.mixing.doremi import DoReMiConfig
 from llmmix.mixing.odm import ODMConfig
 from llmmix.mixing.skillit import SkillItConfig
+from llmmix.values import hints_of, value_of
 
 METHODS = ("aioli", "skillit", "doremi", "doge", "odm", "stratified", "fixed")
 CONFIGS: dict[str, Any] = {
@@ -26,9 +26,8 @@ def config_of(method: str, given: Sequence[str]) -> Any:
     """The config of a method from NAME=VALUE options; None for a method that takes none.
 
     Raises:
-        ValueError: The method is unknown, an option is not NAME=VALUE or has a bad value, or the
-            method takes no options.
-        TypeError: The method has no option of that name.
+        ValueError: The method is unknown or takes no options, or an option is not NAME=VALUE, is
+            none of the method's, or has a bad value.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
@@ -38,6 +37,14 @@ def config_of(method: str, given: Sequence[str]) -> Any:
         raise ValueError(
             f"`method_options` are for the methods {list(CONFIGS)}; {method!r} takes none."
         )
-    options = dict(option.split("=", 1) for option in given)
-    options = {name: yaml.safe_load(value) for name, value in options.items()}
-    return CONFIGS[method](**options) if method in CONFIGS else None
+    if method not in CONFIGS:
+        return None
+    hints, options = hints_of((CONFIGS[method],)), {}
+    for name, _, text in (option.partition("=") for option in given):
+        if name not in hints:
+            raise ValueError(f"`method_options`: {method} has no {name!r}, but {', '.join(hints)}.")
+        try:
+            options[name] = value_of(name, text, hints[name])
+        except (ArgumentTypeError, ValueError) as error:
+            raise ValueError(f"`method_options`: `{name}` {error}") from error
+    return CONFIGS[method](**options)
