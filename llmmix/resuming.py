@@ -89,7 +89,7 @@ def newest_checkpoint(folder: Path, save_total_limit: int | None = None) -> str 
     reasons = "; ".join(f"{name} ({fault})" for name, fault in passed_over.items())
     said = [f"Passed over in {folder}: {reasons}."] if passed_over else []
     if found:
-        state = json.loads(Path(found, STATE).read_text())
+        state = json.loads(Path(found, STATE).read_bytes())
         at = f"step {state['global_step']} of {state['max_steps']}"
         said.append(f"The run goes on from {found}, saved at {at}.")
     elif passed_over:

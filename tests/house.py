@@ -494,6 +494,43 @@ def half_files(house: House, allowed: Collection[str]) -> list[str]:
     return found
 
 
+def unnamed_encodings(house: House) -> list[str]:
+    """Text that is read or written in the encoding of the locale."""
+    return [
+        f"{house.where(module, node.lineno)} names no encoding"
+        for module, tree in house.trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and _is_text(node)
+        if not any(keyword.arg == "encoding" for keyword in node.keywords)
+    ]
+
+
+def _is_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text, or starts a process whose text is read."""
+    if any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords):
+        return ast.unparse(call.func).startswith("subprocess.")
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name in ("read_text", "write_text"):
+        return True
+    mode = [a for a in (*call.args, *(k.value for k in call.keywords)) if _is_mode(a)]
+    binary = any("b" in getattr(a, "value", "") for a in mode)
+    by_default = ast.unparse(call.func).partition(".")[0] in (
+        "os",
+        "gzip",
+        "bz2",
+        "lzma",
+        "tarfile",
+    )
+    return name in ("open", "NamedTemporaryFile") and not binary and not by_default
+
+
+def _is_mode(node: ast.expr) -> bool:
+    value = getattr(node, "value", None)
+    return (
+        isinstance(node, ast.Constant) and isinstance(value, str) and set(value) <= set("rwaxbt+")
+    )
+
+
 def asserts(house: House) -> list[str]:
     """`assert` statements, which `python -O` removes."""
     return [

@@ -194,7 +194,7 @@ def _limit_memory() -> None:
         return
     import resource
 
-    with open(statm) as file:
+    with open(statm, encoding="ascii") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = taken + MEMORY_LIMIT

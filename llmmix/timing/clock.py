@@ -121,7 +121,9 @@ def _first_call(case: Case, device: str) -> tuple[float, float, dict]:
     gc.collect()
     if device == "cpu":
         before = _resident_mib("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="ascii"
+        )  # resets the high-water mark
     else:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -135,7 +137,7 @@ def _first_call(case: Case, device: str) -> tuple[float, float, dict]:
 
 
 def _resident_mib(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(
         int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(name)
     )
@@ -165,7 +167,7 @@ def machine(device: str) -> dict:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(": ")[2] for line in lines if "model name" in line), "CPU")
 
 

@@ -61,13 +61,18 @@ def load_templates(path: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: There is no file of that name.
-        ValueError: The file holds no answer, or a line of .jsonl is neither a string nor an object
-            with one.
+        ValueError: The file is not UTF-8 or holds no answer, or a line of .jsonl is neither a
+            string nor an object with one.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`template_file`: no file {path}.")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`template_file`: {path} is not UTF-8: save it in that encoding."
+        ) from error
     if path.suffix == ".jsonl":
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         lines = [_template(line, number, path) for number, line in numbered]
