@@ -33,6 +33,11 @@ LIBRARIES = {
 }
 READERS = {"datasets", "pyarrow", "pandas", "fsspec"}  # those that read rows
 ERRORS = (OSError, ValueError, ImportError, re.error)
+LOADERS = {  # functions that load what an argument names, and which of their variables names it
+    "from_pretrained": ("pretrained_model_name_or_path", "model_id"),
+    "resolve_checkpoint": ("name",),
+    "load_splits": ("name",),
+}
 SHOWN = 300  # characters of a library's message
 # A library's message in our words, which follow the name of the file, folder or model
 NO_HUB = "is no file or folder here, and cannot be had from the Hub now: see to the connection"
@@ -102,13 +107,13 @@ def explain(error: BaseException, ours: Sequence[Path]) -> str | None:
     frames = [frame for frame in _frames(cause) if not _is_standard(frame)]
     origin = frames[-1] if frames else ""
     package, kind = origin.partition(".")[0], type(cause).__module__.partition(".")[0]
-    loaded = _loaded(cause)
+    loaded = _loaded(error) or _loaded(cause)
     rows = {package, kind} & READERS or any("datasets" in name.split(".") for name in frames)
     kinds = DATA if rows else MODELS if loaded else ()
     if {package, kind} & LIBRARIES and (fault := _broken_input(kinds)):
         return fault
     known = package in LIBRARIES and (isinstance(cause, ERRORS) or type(cause) is Exception)
-    loading = loaded is not None and package != "llmmix"
+    loading = loaded is not None and not rows and package != "llmmix"
     optional = origin.startswith("transformers.integrations") and isinstance(cause, RuntimeError)
     named = isinstance(cause, OSError) and cause.filename is not None
     if not (kind in LIBRARIES or known or loading or optional or named):
@@ -127,6 +132,7 @@ def _told(text: str, kinds: Sequence[str], loaded: str | None, package: str) -> 
     if not likely and (argument := _argument_of(text)):
         return f"`{argument}`: {text} {where}"
     likely = likely or [pair for pair in named if pair[0] in kinds]
+    likely = likely if len({argument for argument, _ in likely}) == 1 else []
     argument = next((name for pattern, name in ABOUT.items() if re.search(pattern, text)), None)
     if likely and (likely[0][1] in text or not argument):
         argument, name = likely[0]
@@ -227,16 +233,11 @@ def _broken_input(kinds: Sequence[str]) -> str | None:
 
 
 def _loaded(error: BaseException) -> str | None:
-    """The checkpoint that was being loaded; None outside of loading."""
+    """The checkpoint or dataset that was being loaded; None outside of loading."""
     place, found = error.__traceback__, None
     while place is not None:
-        frame = place.tb_frame
-        if frame.f_code.co_name in ("from_pretrained", "resolve_checkpoint"):
-            given = frame.f_locals
-            found = found or str(
-                given.get("pretrained_model_name_or_path")
-                or given.get("model_id")
-                or given.get("name", "")
-            )
+        function, given = place.tb_frame.f_code.co_name, place.tb_frame.f_locals
+        for name in LOADERS.get(function, ()):
+            found = found or (str(given[name]) if given.get(name) else None)
         place = place.tb_next
     return found

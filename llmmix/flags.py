@@ -20,7 +20,7 @@ from llmmix.scripts import command_of, summary_of
 from llmmix.values import from_yaml, hints_of, text_reader
 from llmmix.yaml_files import read_yaml
 
-UPSTREAM = ("trl", "transformers")  # whose options come second in --help, but for these:
+UPSTREAM = ("trl", "transformers")  # whose options come last in --help, and these before them:
 NAMED = (
     *("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft"),
     "resume_from_checkpoint",
@@ -62,6 +62,8 @@ def parse_args(
         prog=path.stem,
         usage=f"{command_of(path)} [--config FILE.yaml] [flags]",
         description=summary_of(path),
+        epilog="Of the launcher: --num_processes N, --accelerate_config NAME, --traceback; "
+        "`llmmix run --help` explains them.",
         formatter_class=functools.partial(_Help, first=_own_options(dataclass_types)),
         allow_abbrev=False,
     )
@@ -141,14 +143,18 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         self._first = {"help", *first}
 
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Two sections in the place of one, where some options are TRL's."""
+        """Three sections in the place of one, where some options are TRL's."""
         actions = list(actions)
-        rest = [action for action in actions if action.dest not in self._first]
-        super().add_arguments([action for action in actions if action.dest in self._first])
-        if rest:
-            self.end_section()
-            self.start_section("options of TRL and transformers")
-            super().add_arguments(rest)
+        own = [action for action in actions if action.dest in self._first]
+        named = [action for action in actions if action.dest in NAMED and action not in own]
+        rest = [action for action in actions if action not in (*own, *named)]
+        sections = {"rows, model and folder": named, "options of TRL and transformers": rest}
+        super().add_arguments(own)
+        for title, section in sections.items():
+            if section:
+                self.end_section()
+                self.start_section(title)
+                super().add_arguments(section)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.dest == "resume_from_checkpoint":
@@ -166,10 +172,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _own_options(dataclass_types: Iterable[type]) -> list[str]:
-    """What a script adds to TRL's options, and what every run names."""
+    """What a script adds to TRL's options."""
     bases = {base for kind in dataclass_types for base in kind.__mro__}
     ours = [base for base in bases if base.__module__.partition(".")[0] not in UPSTREAM]
-    return [*NAMED, *(name for base in ours for name in vars(base).get("__annotations__", {}))]
+    return [name for base in ours for name in vars(base).get("__annotations__", {})]
 
 
 def _from_file(
@@ -177,7 +183,7 @@ def _from_file(
 ) -> dict[str, Any]:
     """The values in a YAML file, its `env` put into the environment, as TRL does."""
     if not path.is_file():
-        raise UsageError(f"`--config` names no file: {path}.")
+        raise UsageError(f"`--config` names no file: {str(path)!r}.")
     try:
         given = read_yaml(path)
     except ValueError as error:

@@ -150,7 +150,7 @@ def _base_and_adapter(source: str) -> tuple[str, str | None]:
     config = folder / "adapter_config.json"
     if not config.is_file() or (folder / "config.json").exists():
         return source, None
-    return json.loads(config.read_text())["base_model_name_or_path"], source
+    return json.loads(config.read_bytes())["base_model_name_or_path"], source
 
 
 def _folder_names(names: list[str]) -> list[str]:

@@ -117,7 +117,11 @@ def value_of(name: str, text: str, hints: tuple) -> Any:
         ArgumentTypeError: The field takes no such value.
         ValueError: The text is no YAML.
     """
-    value = parse_yaml(text, "its value") if text.lstrip().startswith(("{", "[")) else text
+    value = (
+        parse_yaml(text, "has a value that is no YAML")
+        if text.lstrip().startswith(("{", "["))
+        else text
+    )
     if isinstance(value, str):
         return None if value == "null" else text_reader(name, hints)(value)
     return plain_data(value)

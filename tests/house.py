@@ -519,7 +519,7 @@ def _is_text(call: ast.Call) -> bool:
         "gzip",
         "bz2",
         "lzma",
-        "tarfile",
+        "tokenize",
     )
     return name in ("open", "NamedTemporaryFile") and not binary and not by_default
 

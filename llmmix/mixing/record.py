@@ -45,7 +45,7 @@ class MixtureRecord:
         """Append a line; a number that is not finite, as of a domain not drawn, becomes null."""
         self.lines += 1
         if self._writes:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(entry))
 
     def go_on(self, lines: int, step: int, header: dict) -> None:
