@@ -125,8 +125,10 @@ def _count(text: str) -> int:
 def _take_launcher_flags(args: argparse.Namespace, script: Path) -> None:
     """Take flags of the launcher that stand behind the name, unless they are the script's own."""
     names = ("--num_processes", "--accelerate_config", "--traceback")
+    given = {flag.partition("=")[0] for flag in args.flags}
+    own = [name for name in names if name not in given or _has_flag(script, name)]
     parser = _Parser(prog=f"llmmix {args.command}", add_help=False, allow_abbrev=False)
-    _add_launcher_flags(parser, leave_out=[name for name in names if _has_flag(script, name)])
+    _add_launcher_flags(parser, leave_out=own)
     found, args.flags = parser.parse_known_args(args.flags)
     for name, value in vars(found).items():
         if value:

@@ -79,18 +79,18 @@ def parse_args(
     for file in files if given.config is None else [*files, given.config]:
         from_file = _from_file(Path(file).expanduser(), hints, readers)
         parser.set_defaults_with_config(**from_file)
-    _, rest = parser.parse_known_args(argv)
+    values, rest = parser.parse_known_args(argv)
     flags = [flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")]
     _check_keys(flags, hints, "the command line")
     if rest:
         raise UsageError(f"unexpected {' '.join(rest)!r} on the command line.")
+    keep_arguments([values])
+    check_inputs([values])
     # A file of more flags that lies in the current folder is not for us
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    keep_arguments(parsed)
     for arguments in parsed:
         check_settings(arguments)
         _keep_lists(arguments)
-    check_inputs(parsed)
     return parsed
 
 

@@ -154,7 +154,7 @@ def from_yaml(value: Any, hints: tuple, read: Callable[[str], Any]) -> Any:
             raise ArgumentTypeError(f"takes one value, got the list {_shown(value)}.")
         return [_entry(entry, hints, read) for entry in value]
     # One value of a list may be written without brackets, as on the command line
-    return [read(value)] if is_list and str not in hints else read(value)
+    return [read(str(value))] if is_list and str not in hints else read(str(value))
 
 
 def _entry(entry: Any, hints: tuple, read: Callable[[str], Any]) -> Any:
@@ -162,7 +162,7 @@ def _entry(entry: Any, hints: tuple, read: Callable[[str], Any]) -> Any:
     if isinstance(entry, dict) and any(map(dataclasses.is_dataclass, kinds)):
         return plain_data(entry, texts=True)
     if isinstance(entry, str):
-        return read(entry)
+        return read(str(entry))
     raise ArgumentTypeError(f"must hold one value in each place of its list, got {_shown(entry)}.")
 
 

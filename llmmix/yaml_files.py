@@ -63,7 +63,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{source}{line}: {error.problem or error.context}.") from None
+        said = ", ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(f"{source}{line}: {said}.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is no YAML: {' '.join(str(error).split())}.") from None
     except RecursionError:

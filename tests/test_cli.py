@@ -96,23 +96,9 @@ def test_cp_copies_a_recipe_that_runs_from_anywhere(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["run", "sftmx"], "did you mean 'sftmix'"),
-        (["run", "nowhere.py"], "no file nowhere.py"),
         (["eval", "pass_at_k"], "did you mean 'pass_at_n'"),
-        (["run", "--accelerate_config", "fsdp9", "dco"], "is neither a file nor"),
-        (["run", "dco", "--n_sample", "3"], "did you mean 'n_samples'"),
-        (["run", "dco", "--max_steps", "many"], "`max_steps` must be a whole number, got 'many'"),
-        (["run", "dco", "--n_samples", "0"], "`n_samples` must be at least 1"),
-        (["run", "dco", "--likelihood_threshold", "2"], "`likelihood_threshold` must lie in"),
-        (["run", "dco_cot", "--solve_threshold", "0"], "`solve_threshold` must lie in"),
         (["run", "dco_cot", "--solve_samples", "0"], "between 1 and `solve_samples`"),
-        (["eval", "pass_at_n", *MODEL, "--verifier_workers", "0"], "`verifier_workers` 1 or more"),
-        (["eval", "unlearning", *MODEL, "--forget", "f", "--min_k", "2"], "`min_k` must lie in"),
         (["eval", "unlearning", *MODEL, "--forget", "f", "--leak_samples", "-1"], "`leak_samples`"),
-        (
-            ["run", "--num_processes", "0", "dco"],
-            "`num_processes` must be a whole number",
-        ),
         (["run", "dco"], "`model_name_or_path` is missing"),
         (["run", "dco", "--model_name_or_path", "builtin:tiny"], "`dataset_name` is missing"),
     ],
@@ -130,9 +116,12 @@ def test_mistakes_are_one_line_and_status_2(argv, message, capsys, tmp_path, mon
     [
         (["run", "--num_processes", "2", "dco", "--n", "3"], 2, None, ["dco", "--n", "3"]),
         (["eval", "--accelerate_config", "fsdp2", "pass_at_n"], None, "fsdp2.yaml", ["pass_at_n"]),
+        (["run", "dco", "--num_processes", "2", "--n", "3"], 2, None, ["dco", "--n", "3"]),
+        (["run", "dco", "--n", "3", "--num_processes=2"], 2, None, ["dco", "--n", "3"]),
+        (["eval", "pass_at_n", "--accelerate_config", "fsdp2"], None, "fsdp2.yaml", ["pass_at_n"]),
     ],
 )
-def test_launcher_flags_stand_before_the_name(argv, count, config, end, monkeypatch):
+def test_launcher_flags_stand_before_the_name_or_behind_it(argv, count, config, end, monkeypatch):
     """And each process runs the same command line alone."""
     started = []
     monkeypatch.setattr(cli, "run_processes", lambda *given: started.append(given) or 0)
@@ -142,6 +131,63 @@ def test_launcher_flags_stand_before_the_name(argv, count, config, end, monkeypa
     assert "-P" in command and command[-len(end) :] == end
     assert title == f"llmmix {argv[0]} {end[0]}"
     assert how[0] == count and (how[1] == config or how[1].endswith(config))
+
+
+def test_a_flag_of_the_scripts_own_is_not_the_launchers(tmp_path, capfd):
+    for own in ("num_processes: int = 3", "add_argument('--num_processes')"):
+        script = tmp_path / "mine.py"
+        script.write_text(f"import sys\nprint(sys.argv[1:])\nif 0:\n    {own}\n")
+        assert cli.main(["run", str(script), "--num_processes", "2"]) == 0
+        assert "['--num_processes', '2']" in capfd.readouterr().out
+
+
+def test_the_command_alone_prints_help(capsys):
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: llmmix") and "copy a recipe" in said
+
+
+def test_a_users_error_is_told_and_a_fault_of_the_program_shown(tmp_path, capsys, monkeypatch):
+    """And `--traceback`, or its variable, shows where the first arose."""
+    script = tmp_path / "mine.py"
+    argv = ["run", str(script)]
+    for text in (
+        "from pathlib import Path; Path('nowhere').read_bytes()",
+        "from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('a b')",
+        "import datasets; datasets.load_dataset('csv', data_files='nowhere.csv')",
+    ):
+        script.write_text(text)
+        monkeypatch.setenv("LLMMIX_TRACEBACK", "")
+        assert cli.main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith(f"llmmix run {script}: ") and "Trace" not in said
+        assert cli.main([*argv, "--traceback"]) == 2
+        shown = capsys.readouterr().err
+        assert "Traceback" in shown and said.splitlines()[-1] == shown.splitlines()[-1]
+    for text, error in (
+        ("int('x')", ValueError),
+        ("{}['x']", KeyError),
+        ("import numpy; numpy.zeros(2) @ numpy.zeros(3)", ValueError),
+        ("from transformers import LlamaConfig; LlamaConfig().nothing", AttributeError),
+    ):
+        script.write_text(text)
+        with pytest.raises(error):
+            cli.main(argv)
+
+
+def test_one_target_module_is_a_name_and_no_pattern(script):
+    from trl import ModelConfig
+
+    for given, kept in (
+        (["q_proj"], ["q_proj"]),
+        (["self_attn.q_proj"], ["self_attn.q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+        ([r".*\.[qv]_proj"], r".*\.[qv]_proj"),
+    ):
+        flags = ["--lora_target_modules", *given]
+        script_yaml = script.replace("mine", "other")
+        assert parse_args((ModelConfig,), script_yaml, flags)[0].lora_target_modules == kept
 
 
 def test_help_is_asked_of_one_process(capsys):

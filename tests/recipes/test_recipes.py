@@ -272,7 +272,7 @@ def test_unlearning_recipes_take_splits_of_the_builtin_authors(roles, checkpoint
 
 @pytest.mark.parametrize("loss", ["npo", "grad_diff", "kl", "rmu", "pdu", "idk"])
 def test_a_loss_without_its_rows_says_so_before_the_model_is_loaded(loss, roles, capsys):
-    argv = ["run", "unlearn", "--model_name_or_path", "/no/such/checkpoint", "--loss", loss]
+    argv = ["run", "unlearn", "--model_name_or_path", "no/such-checkpoint", "--loss", loss]
     argv += ["--epsilon", "1.0", "--dataset_name", str(roles / "forget.jsonl"), *SMALL]
     assert cli.main([*argv, "--output_dir", str(roles / "out")]) == 2
     said = capsys.readouterr().err
@@ -280,7 +280,7 @@ def test_a_loss_without_its_rows_says_so_before_the_model_is_loaded(loss, roles,
 
 
 def test_flat_with_a_retain_weight_alone_says_so_before_the_model_is_loaded(roles, capsys):
-    argv = ["run", "flat", "--model_name_or_path", "/no/such/checkpoint", *SMALL]
+    argv = ["run", "flat", "--model_name_or_path", "no/such-checkpoint", *SMALL]
     argv += ["--dataset_name", str(roles / "forget.jsonl"), "--output_dir", str(roles / "out")]
     assert cli.main([*argv, "--retain_weight", "0.5"]) == 2
     assert "`retain_weight`" in capsys.readouterr().err
