@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.data import batches_of_tokens
-from llmmix.models import context_length, eval_mode
+from llmmix.models import context_length
+from llmmix.precision import evaluating
 from llmmix.processes import warn_once
 from llmmix.unlearning.qa import Encoded, cut, encode_answer, pad
 
@@ -178,7 +179,7 @@ def score_sequences(
     def work(batch: list[int]) -> list[AnswerScore]:
         return _score_batch(model, [pieces[place] for place in batch], moments, limit)
 
-    with eval_mode(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         scored = deal_out(batches, work, shared)
     found: dict[int, list[AnswerScore]] = {}
     places = [place for batch in batches for place in batch]
