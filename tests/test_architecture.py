@@ -35,7 +35,7 @@ LAYERS = [
         "windows",
     },
     {"head"},
-    {"builtin", "data", "figures", "formats", "models", "precision", "prompts"},
+    {"builtin", "data", "figures", "formats", "models", "positions", "precision", "prompts"},
     {"arguments", "trainers"},
     {
         "dco",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmmix.models import configs_of
 from llmmix.precision import evaluating
-from llmmix.sampling.kv_cache import SharedPromptCache, configs_of, next_logits
+from llmmix.sampling.kv_cache import SharedPromptCache, next_logits
 from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions, stop_tokens
 from llmmix.sampling.token_draws import draw, probabilities, uniforms
 

@@ -179,12 +179,6 @@ def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations of a model and of its parts, each once."""
-    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    return list({id(config): config for config in configs}.values())
-
-
 def next_logits(
     model: PreTrainedModel,
     configs: Sequence[PreTrainedConfig],
@@ -198,7 +192,7 @@ def next_logits(
 
     Args:
         model: The model whose prompts are in the cache.
-        configs: Its `configs_of`.
+        configs: Its `llmmix.models.configs_of`.
         cache: Keys and values.
         places: (R,) place of the prompt of each row.
         inputs: (R,) last token of each row, which is read.

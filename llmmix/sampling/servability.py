@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from llmmix.models import configs_of
+from llmmix.positions import rope_switches
 from llmmix.precision import evaluating, rounding
-from llmmix.sampling.kv_cache import SharedPromptCache, Unservable, configs_of, next_logits
+from llmmix.sampling.kv_cache import SharedPromptCache, Unservable, next_logits
 from llmmix.sampling.requests import PromptRequest, SamplingOptions
 
 PROMPTS = (3, 5)  # tokens of the prompts of the trial's rows, where nothing asks for more
@@ -46,21 +48,6 @@ def assigned(
         else:
             begin = max((s for s, of_rows in zip(switches, key, strict=True) if of_rows), default=0)
             yield prompts, why_not(model, prompts, options, begin)
-
-
-def rope_switches(model: PreTrainedModel) -> list[int]:
-    """Lengths from which on the longest row of a batch changes the positions of all of its rows.
-
-    Dynamic NTK changes them too, but only beyond the context, which no prompt may pass.
-    """
-    found = set()
-    for config in configs_of(model):
-        given: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-        # One dictionary, or one for each type of layer
-        for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
-            if rope.get("rope_type") == "longrope":
-                found.add(rope["original_max_position_embeddings"])
-    return sorted(found)
 
 
 def why_not(
