@@ -39,6 +39,13 @@ def evaluating(
         yield
 
 
+def operand_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a matrix product takes a tensor here and now."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def rounding(dtype: torch.dtype, device: torch.device) -> float:
     """Relative error of one operation, at least: the spacing of numbers of that precision."""
     if not dtype.is_floating_point or torch.finfo(dtype).bits > 32:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from llmmix.precision import operand_dtype
+
 ATTENTION = "llmmix_shared_prompt"
 
 
@@ -38,6 +40,7 @@ class SharedPromptCache:
     def __init__(self, rows: int, prompts: int, prompt_length: int, completion_length: int):
         self.rows, self.prompts = rows, prompts
         self.prompt_length, self.completion_length = prompt_length, completion_length
+        self.dtype = torch.float32  # of the products; known from the first step on
         # By layer: keys and values (place, heads, tokens, head size), of prompts and completions
         self._prompt: list[tuple[Tensor, Tensor]] = []
         self._own: list[tuple[Tensor, Tensor]] = []
@@ -61,12 +64,9 @@ class SharedPromptCache:
         self._prompt_lengths[place] = computed.get_seq_length()
 
     def _allocate(self, computed: list[tuple[Tensor, Tensor]]) -> None:
-        # Autocast leaves keys that were rotated in fp32, and rounds them as values at each product
-        self.dtype = computed[0][1].dtype
-
         def zeros(like: Tensor, places: int, tokens: int) -> Tensor:
             # Zeros, since what stands behind a prompt's end is multiplied by a weight of zero
-            return like.new_zeros(places, like.size(1), tokens, like.size(3), dtype=self.dtype)
+            return like.new_zeros(places, like.size(1), tokens, like.size(3))
 
         places, tokens = self.prompts, self.prompt_length
         self._prompt = [(zeros(k, places, tokens), zeros(v, places, tokens)) for k, v in computed]
@@ -142,6 +142,7 @@ class SharedPromptCache:
         Returns:
             (R, 1, heads, D).
         """
+        self._hold_in(operand_dtype(value), layer)
         keys, values = self._own[layer]
         prompt_keys, prompt_values = self._prompt[layer]
         if len(self._used) < self.prompts:
@@ -161,6 +162,17 @@ class SharedPromptCache:
         out = of_own @ values[:rows, :, : self._longest]
         out += self._by_row(self._by_prompt(of_prompt) @ prompt_values)
         return out.view(rows, 1, -1, value.size(3))
+
+    def _hold_in(self, dtype: torch.dtype, layer: int) -> None:
+        """Hold a layer in the precision of its products.
+
+        A prompt's keys and values come in fp32 under autocast, which would round all of them anew
+        at each step.
+        """
+        self.dtype = dtype
+        for held in (self._prompt, self._own):
+            keys, values = held[layer]
+            held[layer] = (keys.to(dtype), values.to(dtype))
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """(R, heads, group, X) to (prompts in use, heads, members * group, X)."""
