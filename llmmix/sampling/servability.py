@@ -67,7 +67,7 @@ def why_not(
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "its layers stand on several devices"
     longest = max(len(prompt.ids) for prompt in wanted) + options.max_new_tokens - 1
-    if _numbers_named(model, "chunk_size", below=longest):
+    if _numbers_named(model, "attention_chunk_size", below=longest):
         return "it attends in chunks"
     try:
         with evaluating(model), torch.inference_mode():
@@ -102,10 +102,10 @@ def _rows(
     """Two rows: one at the beginning, and one at the end, which is longer than any window."""
     window = max(_numbers_named(model, "window", "topk", below=longest), default=0)
     sizes = (PROMPTS[0] + STEPS, max(PROMPTS[1], min(window + 2, longest - STEPS)) + STEPS)
-    embeddings: Any = model.get_input_embeddings()
+    vocabulary = model.config.get_text_config().vocab_size
     # Tokens of the prompts, each once: one that is repeated looks alike from everywhere
     tokens = dict.fromkeys(chain(*(prompt.ids[:64] for prompt in wanted[:64]), range(99)))
-    known = [token for token in tokens if token < embeddings.num_embeddings]
+    known = [token for token in tokens if token < vocabulary]
     starts = (begin, max(begin, longest - sizes[1]))
     return [
         _Row(torch.tensor(list(islice(cycle(known), size)), device=model.device), start)
