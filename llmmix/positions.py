@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from llmmix.data import batches_of_tokens
 from llmmix.models import configs_of
 
 
@@ -37,3 +38,24 @@ def rows_alike(model: nn.Module, lengths: Sequence[int]) -> list[list[int]]:
     for row, length in enumerate(lengths):
         groups.setdefault(sum(length > switch for switch in switches), []).append(row)
     return list(groups.values())
+
+
+def batches_alike(
+    model: nn.Module,
+    lengths: Sequence[int],
+    token_budget: int,
+    *,
+    scored: Sequence[int] | None = None,
+    **limits: int,
+) -> list[list[int]]:
+    """`llmmix.data.batches_of_tokens`, of rows that may share a batch."""
+    return [
+        [alike[place] for place in batch]
+        for alike in rows_alike(model, lengths)
+        for batch in batches_of_tokens(
+            [lengths[row] for row in alike],
+            token_budget,
+            scored=None if scored is None else [scored[row] for row in alike],
+            **limits,
+        )
+    ]

@@ -19,9 +19,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.data import batches_of_tokens
 from llmmix.models import context_length
-from llmmix.positions import rows_alike
+from llmmix.positions import batches_alike
 from llmmix.precision import evaluating
 from llmmix.processes import warn_once
 from llmmix.unlearning.qa import Encoded, cut, encode_answer, pad
@@ -170,17 +169,13 @@ def score_sequences(
             pieces += parts
             owners += [number] * len(parts)
     limit = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
-    lengths = [len(piece.ids) for piece in pieces]
-    batches = [
-        [alike[place] for place in batch]
-        for alike in rows_alike(model, lengths)
-        for batch in batches_of_tokens(
-            [lengths[row] for row in alike],
-            token_budget,
-            scored=[lengths[row] - pieces[row].prompt_length for row in alike],
-            scored_budget=limit,
-        )
-    ]
+    batches = batches_alike(
+        model,
+        [len(piece.ids) for piece in pieces],
+        token_budget,
+        scored=[len(piece.ids) - piece.prompt_length for piece in pieces],
+        scored_budget=limit,
+    )
 
     def work(batch: list[int]) -> list[AnswerScore]:
         return _score_batch(model, [pieces[place] for place in batch], moments, limit)
