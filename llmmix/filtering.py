@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTTrainer
 
 from llmmix.dco import dco_weight, n_samples_of
-from llmmix.models import eval_mode
+from llmmix.precision import evaluating
 from llmmix.resuming import ResumedCallback
 from llmmix.trainers import log_metric, training_rows
 
@@ -58,7 +58,7 @@ class LikelihoodFilter:
         dataset = training_rows(trainer, "A filter").select_columns(["input_ids", "labels"])
         size = trainer.args.per_device_train_batch_size
         logps = [torch.zeros(0, device=trainer.args.device)]
-        with eval_mode(model), torch.no_grad(), trainer.compute_loss_context_manager():
+        with evaluating(model, trainer):
             for start in range(0, len(rows), size):
                 batch = trainer.data_collator([dataset[row] for row in rows[start : start + size]])
                 batch = {key: value.to(trainer.args.device) for key, value in batch.items()}

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.builtin.tiny import tiny_checkpoint
 from llmmix.files import built_once, checkpoint_id, file_digest
 from llmmix.processes import save_on_any_rank
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from trl import DPOConfig, ModelConfig, SFTConfig
 
 logger = logging.getLogger(__name__)
@@ -244,6 +245,12 @@ def context_length(model: Any) -> int | None:
     if hasattr(model, "llm_engine"):
         return model.llm_engine.model_config.max_model_len
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def configs_of(model: torch.nn.Module) -> "list[PreTrainedConfig]":
+    """The configurations of a model and of its parts, each once."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return list({id(config): config for config in configs}.values())
 
 
 @contextmanager

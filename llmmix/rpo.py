@@ -30,7 +30,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llmmix.arguments import check_types, own_config
 from llmmix.finite import end_unless_finite
-from llmmix.models import eval_mode
+from llmmix.precision import evaluating
 from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
@@ -241,7 +241,7 @@ class RPOTrainer(DPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """TRL's log-probabilities of the chosen and rejected responses, without dropout."""
-        with eval_mode(model):
+        with evaluating(model, self):
             return super().compute_ref_log_probs(model, inputs)
 
     def get_batch_samples(

@@ -34,6 +34,7 @@ from llmmix.dco import dco_weight, n_samples_of
 from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.verify import Verifier, judge
+from llmmix.precision import evaluating
 from llmmix.prompts import encode
 from llmmix.resuming import ResumedCallback
 from llmmix.sampling import sample
@@ -156,8 +157,9 @@ class SolveRates(ResumedCallback):
         """p^ of each row, and how many of its verifications failed."""
         step = self.trainer.state.global_step
         dataset = training_rows(self.trainer, "A solve rate").select_columns(["prompt"])
+        model: Any = self.trainer.model
         completions = sample(
-            self.trainer.model,
+            model,
             self._tokenizer,
             [dataset[row]["prompt"] for row in rows],
             self.num_samples,
@@ -168,11 +170,12 @@ class SolveRates(ResumedCallback):
         answers = {row: self._answers[row] for row in rows}
         judged, right = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
         why = None
-        for completion, verdict in judge(completions, answers, self.verifier):
-            if verdict == "failed":
-                why = self.verifier.why(completion.text, answers[completion.prompt])
-            judged[completion.prompt] += verdict != "failed"
-            right[completion.prompt] += verdict == "right"
+        with evaluating(model, self.trainer):
+            for completion, verdict in judge(completions, answers, self.verifier):
+                if verdict == "failed":
+                    why = self.verifier.why(completion.text, answers[completion.prompt])
+                judged[completion.prompt] += verdict != "failed"
+                right[completion.prompt] += verdict == "right"
         failed = sum(self.num_samples - count for count in judged.values())
         share = failed / (self.num_samples * len(rows))
         if share > 0.5:

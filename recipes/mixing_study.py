@@ -38,6 +38,7 @@ from llmmix.files import claim, read_record, write_whole
 from llmmix.mixing.figure import draw_paths
 from llmmix.mixing.record import drawn_shares
 from llmmix.mixing.rows import by_target
+from llmmix.precision import evaluating
 
 EQUAL, BEST, MATCHED = "equal shares", "best fixed shares", "fixed, as Aioli drew"
 ONE_HOT, REGRESSION = "Aioli, one_hot", "Aioli, regression"
@@ -139,11 +140,11 @@ class Study:
         print(f"{name}, seed {seed}: mean test loss {np.mean(losses):.4f}", flush=True)
         return model
 
-    @torch.no_grad()
     def loss(self, model: LlamaForCausalLM, rows: Dataset) -> float:
         """Mean loss a token over windows, which all have the same length."""
         ids = torch.tensor(rows["input_ids"][:])
-        parts = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(50)]
+        with evaluating(model):
+            parts = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(50)]
         return float(sum(parts) / len(ids))
 
     def grid(self) -> list[float]:

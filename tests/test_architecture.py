@@ -40,7 +40,7 @@ LAYERS = [
         "yaml_files",
     },
     {"head"},
-    {"builtin", "data", "figures", "formats", "models", "prompts"},
+    {"builtin", "data", "figures", "formats", "models", "positions", "precision", "prompts"},
     {"arguments", "trainers"},
     {
         "dco",

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.head import attach_head
+from llmmix.precision import evaluating
 from llmmix.prompts import encode
 
 
@@ -68,7 +69,7 @@ def reference_loss(
             "labels": pad(labels, padding_value=-100),
         }
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             output = model(**batch, fused_lm_head=True)
         nll -= output.log_probs.double().sum().item()
         tokens += int(output.label_mask.sum())

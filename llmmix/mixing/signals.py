@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from llmmix.mixing.measuring import MeasuredModel, fused_head, token_logps
 from llmmix.mixing.targets import TargetLosses
-from llmmix.models import eval_mode
+from llmmix.precision import evaluating
 
 StepBatches = list[tuple[np.ndarray, dict]]  # (rows,) domains, and the micro-batch
 
@@ -82,12 +82,11 @@ class Signals:
         model = self._measured.module
         own_loss = name == "losses" and self.measure == "loss"
         head = nullcontext() if own_loss else fused_head(model)
-        with eval_mode(model), head, self.trainer.accelerator.autocast():
+        with evaluating(model, self.trainer, gradients=name == "gradients"), head:
             if name == "gradients":
                 found = self._gradients(loader, domains)
             else:
-                with torch.no_grad():
-                    found = {name: self._without_gradients(name, kept, domains)}
+                found = {name: self._without_gradients(name, kept, domains)}
         return {key: broadcast(value).cpu().numpy() for key, value in found.items()}
 
     def _without_gradients(self, name: str, kept: StepBatches, domains: int) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from llmmix.data import batches_of_tokens
 from llmmix.mixing.measuring import MeasuredModel, metrics_kept, token_logps
+from llmmix.positions import batches_alike
 
 BATCH_TOKENS = 8192  # tokens of a forward pass, padding included
 MEASURES = ("auto", "nll", "loss")
@@ -88,7 +88,8 @@ class TargetLosses:
         """(2, n) sums of losses and numbers of tokens on this process."""
         lengths = [len(row["input_ids"]) for _, row in self._rows]
         sums = self._measured.zeros(2, len(self.names))
-        for group, counts in self._measured.share(batches_of_tokens(lengths, BATCH_TOKENS)):
+        batches = batches_alike(self._measured.module, lengths, BATCH_TOKENS)
+        for group, counts in self._measured.share(batches):
             numbers = torch.tensor([self._rows[i][0] for i in group], device=sums.device)
             logps, mask = token_logps(self._measured.module, self._batch(group))
             sums[0].index_add_(0, numbers, -logps.double().sum(1) * counts)

@@ -6,17 +6,30 @@ before. Two runs differ only where rounding, which does depend on the batch, tip
 within it of the edge between two tokens: seldom in fp32, often in bf16.
 
     token = the first whose cumulative probability exceeds u,   u uniform of (seed, prompt, sample)
+
+A model that the engine cannot decode is sampled by its own `generate`, which is slower and draws
+from the same streams.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmmix.processes import warn_once
 from llmmix.prompts import encode
 from llmmix.sampling.engine import Engine
-from llmmix.sampling.requests import Completion, SamplingOptions, check_room, requests_for
+from llmmix.sampling.generate_backend import sample_by_generate
+from llmmix.sampling.requests import (
+    Completion,
+    PromptRequest,
+    SamplingOptions,
+    check_room,
+    requests_for,
+)
+from llmmix.sampling.servability import assigned
 
 
 def sample(
@@ -32,6 +45,7 @@ def sample(
     token_budget: int = 16384,
     numbers: Sequence[int] | None = None,
     done: Collection[tuple[int, int]] = (),
+    fall_back: bool = True,
 ) -> Iterator[Completion]:
     """Draw completions, yielding each when it is finished.
 
@@ -50,11 +64,13 @@ def sample(
             bounds the memory and decides how many completions run side by side. vLLM has its own.
         numbers: What to call the prompts, which decides their random streams: 0, 1, ... by default.
         done: Pairs (prompt, sample) that are not wanted.
+        fall_back: Whether prompts that the engine cannot decode are sampled by the model's own
+            `generate`, which a warning says once; else they are refused.
 
     Raises:
         ValueError: A temperature, nucleus, seed or number is out of its range; a prompt is empty or
-            leaves no room for a completion; the budget is below one completion; or the model cannot
-            be decoded this way.
+            leaves no room for a completion; the budget is below one completion; the engine cannot
+            decode the model and `fall_back` is off, or `generate` cannot either.
     """
     options = SamplingOptions(temperature, top_p, max_new_tokens, seed, num_samples, token_budget)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
@@ -66,5 +82,46 @@ def sample(
         from llmmix.sampling.vllm_backend import sample_vllm
 
         yield from sample_vllm(model, wanted, options)
-    elif wanted:
-        yield from Engine(model, tokenizer, wanted, options).run()
+    else:
+        yield from _sample_in_torch(model, tokenizer, wanted, options, fall_back)
+
+
+def _sample_in_torch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Sequence[PromptRequest],
+    options: SamplingOptions,
+    fall_back: bool,
+) -> Iterator[Completion]:
+    """By the engine, what it can decode; by `generate` the rest."""
+    name = type(model).__name__
+    for prompts, why in assigned(model, wanted, options):
+        if why is None:
+            yield from Engine(model, tokenizer, prompts, options).run()
+            continue
+        if not fall_back:
+            raise ValueError(
+                f"{name} cannot be decoded by llmmix's engine, which needs plain attention in "
+                f"every layer: {why}. Leave `fall_back` on, or sample it with vLLM (`backend` "
+                "'vllm')."
+            )
+        _say_once(
+            f"{name} is sampled by its own `generate`, which is slower than llmmix's engine: {why}."
+        )
+        draws = sample_by_generate(model, tokenizer, prompts, options)
+        try:
+            first = next(draws)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{name} can be decoded neither by llmmix's engine ({why}) nor by its own "
+                f"`generate` ({type(error).__name__}: {error})."
+            ) from error
+        yield first
+        yield from draws
+
+
+@cache
+def _say_once(message: str) -> None:
+    warn_once(message)

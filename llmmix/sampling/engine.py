@@ -2,18 +2,18 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.models import eval_mode
-from llmmix.sampling.kv_cache import ATTENTION, SharedPromptCache
-from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
+from llmmix.models import configs_of
+from llmmix.precision import evaluating
+from llmmix.sampling.kv_cache import SharedPromptCache, next_logits
+from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions, stop_tokens
 from llmmix.sampling.token_draws import draw, probabilities, uniforms
 
 ROWS_STARTED_AT_ONCE = 1024
@@ -42,13 +42,10 @@ class Engine:
     """Decodes what is wanted of a model; rows [0, len(rows)) of the cache are alive.
 
     Args:
-        model: A causal language model with plain attention, on one device.
+        model: A causal language model that `servability.why_not` has no objection to.
         tokenizer: The model's tokenizer.
         wanted: Prompts, one or more, and their samples.
         options: How to sample.
-
-    Raises:
-        ValueError: The model stands on several devices, or attends in chunks.
     """
 
     def __init__(
@@ -59,13 +56,8 @@ class Engine:
         options: SamplingOptions,
     ):
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-            raise self._refusal("its layers stand on several devices")
-        if getattr(model.config.get_text_config(), "attention_chunk_size", None):
-            raise self._refusal("it attends in chunks")
-        self.stop = _stop_tokens(model, tokenizer)
-        configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-        self.configs = list({id(config): config for config in configs}.values())
+        self.stop = stop_tokens(model, tokenizer)
+        self.configs = configs_of(model)
         longest = max(len(prompt.ids) for prompt in wanted)
         self.capacity, places = _capacity(options, [len(p.samples) for p in wanted], longest)
         # The last token of a completion is never read, so it needs no key
@@ -89,16 +81,11 @@ class Engine:
         """Start rows, decode, retire rows, until none is left.
 
         Raises:
-            ValueError: The model keeps more state than keys and values, has attention sinks, or
-                gives NaN or infinity.
+            ValueError: The model gives NaN or infinity.
         """
-        checked = False
         while True:
-            with eval_mode(self.model), torch.inference_mode():
+            with evaluating(self.model), torch.inference_mode():
                 finished = self._admit()
-                if self.rows and not checked:
-                    self._check_decoding()
-                    checked = True
                 if self.rows:
                     finished += self._step()
             yield from finished
@@ -129,9 +116,6 @@ class Engine:
         ids = torch.tensor([request.ids], device=self.model.device)
         logits = self.model(input_ids=ids, past_key_values=computed, logits_to_keep=1).logits
         weights = probabilities(logits[:, -1], self.options)
-        layers = computed.layers  # none, or without keys, where the model keeps another state
-        if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
-            raise self._refusal("it keeps no keys and values")
         self.cache.put_prompt(place, computed)
         return _Prompt(request, place, list(request.samples)), weights
 
@@ -158,7 +142,11 @@ class Engine:
     def _step(self) -> list[Completion]:
         """Draw one token for every row."""
         count = len(self.rows)
-        weights = probabilities(self._logits(), self.options)
+        state = (self.places, self.inputs, self.starts, self.lengths)
+        logits = next_logits(
+            self.model, self.configs, self.cache, *(of_row[:count] for of_row in state)
+        )
+        weights = probabilities(logits, self.options)
         self.lengths[:count] += 1
         u = self.uniforms[:count].gather(1, self.lengths[:count, None]).squeeze(1)
         drawn = draw(weights, u)
@@ -171,18 +159,6 @@ class Engine:
         for at in reversed(left):
             self._leave(at)
         return finished
-
-    def _logits(self) -> Tensor:
-        """(R, V) of the next token of every row."""
-        count = len(self.rows)
-        self.cache.begin_step(self.places[:count], self.lengths[:count])
-        with _attention(self.configs, ATTENTION):
-            return self.model(
-                input_ids=self.inputs[:count, None],
-                position_ids=(self.starts[:count] + self.lengths[:count])[:, None],
-                use_cache=False,
-                shared_prompt_cache=self.cache,
-            ).logits[:, -1]
 
     def _take(self, row: _Row, token: int) -> Completion | None:
         """Add a drawn token to a row; the completion, where this ends it."""
@@ -214,25 +190,6 @@ class Engine:
                 state[at] = state[last]
         self.rows.pop()
 
-    def _check_decoding(self) -> None:
-        """Refuse a model whose state is more than what its attention layers are given."""
-        row = self.rows[0]
-        ids = torch.tensor([[*row.prompt.request.ids, *row.tokens]], device=self.model.device)
-        truth = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
-        ours = self._logits()[:1]
-        distance = (truth.float().softmax(-1) - ours.float().softmax(-1)).abs().sum().item() / 2
-        # Half precision rounds logits of 32 and above to a quarter; NaN is refused too
-        if not distance < (0.05 if ours.dtype == torch.float32 else 0.25):
-            raise self._refusal(
-                f"its next-token distribution comes out wrong by {distance:.2f} in total variation"
-            )
-
-    def _refusal(self, why: str) -> ValueError:
-        return ValueError(
-            f"{type(self.model).__name__} cannot be decoded by llmmix's engine, which needs "
-            f"plain attention in every layer: {why}. Sample it with vLLM (`backend` 'vllm')."
-        )
-
 
 def _capacity(options: SamplingOptions, samples: list[int], longest: int) -> tuple[int, int]:
     """Rows, and places for prompts, that fit into the budget.
@@ -255,23 +212,3 @@ def _capacity(options: SamplingOptions, samples: list[int], longest: int) -> tup
     while rows < sum(samples) and fits(rows + 1):
         rows += 1
     return rows, places(rows)
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a completion."""
-    stop = model.generation_config.eos_token_id
-    stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-    return {*stop, tokenizer.eos_token_id} - {None}
-
-
-@contextmanager
-def _attention(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
-    """Put another attention into the configurations of a model, and restore theirs at the end."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name

@@ -10,13 +10,21 @@ length of the moment.
 The model calls it through transformers' attention interface, under the name of `ATTENTION`.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from llmmix.precision import operand_dtype
 
 ATTENTION = "llmmix_shared_prompt"
+
+
+class Unservable(ValueError):
+    """A model that cannot attend this way; says why, of "it"."""
 
 
 class SharedPromptCache:
@@ -32,14 +40,22 @@ class SharedPromptCache:
     def __init__(self, rows: int, prompts: int, prompt_length: int, completion_length: int):
         self.rows, self.prompts = rows, prompts
         self.prompt_length, self.completion_length = prompt_length, completion_length
+        self.dtype = torch.float32  # of the products; known from the first step on
         # By layer: keys and values (place, heads, tokens, head size), of prompts and completions
         self._prompt: list[tuple[Tensor, Tensor]] = []
         self._own: list[tuple[Tensor, Tensor]] = []
         self._prompt_lengths = torch.zeros(prompts, dtype=torch.long)  # moved with the first prompt
 
     def put_prompt(self, place: int, computed: DynamicCache) -> None:
-        """Take over what the model computed for one prompt (a batch of one)."""
-        given = [_keys_and_values(layer) for layer in computed.layers]
+        """Take over what the model computed for one prompt (a batch of one).
+
+        Raises:
+            Unservable: The model did not leave keys and values, but another state or none.
+        """
+        layers = computed.layers
+        if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+            raise Unservable("it keeps no keys and values")
+        given = [_keys_and_values(layer) for layer in layers]
         if not self._own:
             self._allocate(given)
         for sources, buffers in zip(given, self._prompt, strict=True):
@@ -126,26 +142,37 @@ class SharedPromptCache:
         Returns:
             (R, 1, heads, D).
         """
+        self._hold_in(operand_dtype(value), layer)
         keys, values = self._own[layer]
         prompt_keys, prompt_values = self._prompt[layer]
         if len(self._used) < self.prompts:
             prompt_keys, prompt_values = prompt_keys[self._used], prompt_values[self._used]
-        # A trainer's autocast may give other dtypes here than where a prompt was computed
         keys[self._row, :, self._lengths] = key[:, :, 0].to(keys.dtype)
         values[self._row, :, self._lengths] = value[:, :, 0].to(values.dtype)
         rows, heads, size = query.size(0), keys.size(1), query.size(3)
-        query = query.view(rows, heads, -1, size) * scaling
+        query = (query.view(rows, heads, -1, size) * scaling).to(keys.dtype)
         of_prompt = self._by_row(self._by_prompt(query) @ prompt_keys.transpose(-1, -2))
         of_own = query @ keys[:rows, :, : self._longest].transpose(-1, -2)
         scores = torch.cat([of_prompt, of_own], -1)
         if softcap is not None:
             scores = (scores / softcap).tanh() * softcap
         scores = scores + self._mask(window, scores.dtype)
-        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
         of_prompt, of_own = weights.split([self.prompt_length, self._longest], -1)
         out = of_own @ values[:rows, :, : self._longest]
         out += self._by_row(self._by_prompt(of_prompt) @ prompt_values)
         return out.view(rows, 1, -1, value.size(3))
+
+    def _hold_in(self, dtype: torch.dtype, layer: int) -> None:
+        """Hold a layer in the precision of its products.
+
+        A prompt's keys and values come in fp32 under autocast, which would round all of them anew
+        at each step.
+        """
+        self.dtype = dtype
+        for held in (self._prompt, self._own):
+            keys, values = held[layer]
+            held[layer] = (keys.to(dtype), values.to(dtype))
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """(R, heads, group, X) to (prompts in use, heads, members * group, X)."""
@@ -164,13 +191,55 @@ def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
+def next_logits(
+    model: PreTrainedModel,
+    configs: Sequence[PreTrainedConfig],
+    cache: SharedPromptCache,
+    places: Tensor,
+    inputs: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """(R, V) logits of the next token of every row; what is read joins the row's keys.
+
+    Args:
+        model: The model whose prompts are in the cache.
+        configs: Its `llmmix.models.configs_of`.
+        cache: Keys and values.
+        places: (R,) place of the prompt of each row.
+        inputs: (R,) last token of each row, which is read.
+        starts: (R,) position of each row's first token behind its prompt.
+        lengths: (R,) keys that the row holds.
+    """
+    cache.begin_step(places, lengths)
+    with _attention_named(configs, ATTENTION):
+        return model(
+            input_ids=inputs[:, None],
+            position_ids=(starts + lengths)[:, None],
+            use_cache=False,
+            shared_prompt_cache=cache,
+        ).logits[:, -1]
+
+
+@contextmanager
+def _attention_named(configs: Sequence[PreTrainedConfig], name: str) -> Iterator[None]:
+    """Put another attention into the configurations of a model, and restore theirs at the end."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     cache: SharedPromptCache = kwargs["shared_prompt_cache"]
     if kwargs.get("s_aux") is not None:
-        raise ValueError(
-            "Models with attention sinks, such as GPT-OSS, are not decoded by llmmix's engine. "
-            "Sample them with vLLM (`backend` 'vllm')."
-        )
+        raise Unservable("it has attention sinks")
+    if attention_mask is not None:
+        raise Unservable("it says by a mask of its own which keys are seen")
     out = cache.attend(
         module.layer_idx,
         query,

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from llmmix.files import cache_dir, checkpoint_id, replacing
 from llmmix.head import attach_head
 from llmmix.models import free_memory, resolve_checkpoint
+from llmmix.precision import evaluating
 from llmmix.processes import main_process_says
 from llmmix.sftmix.losses import confidence
 from llmmix.sftmix.pairing import CONFIDENCE
@@ -220,17 +221,16 @@ def _mean_nlls(
     return nlls
 
 
-@torch.no_grad()
 def _score(trainer: SFTMixTrainer) -> np.ndarray:
     from tqdm.auto import tqdm
 
     loader = trainer.get_eval_dataloader(trainer.train_dataset)
     accelerator = trainer.accelerator
-    model = accelerator.prepare_model(trainer.model, evaluation_mode=True).eval()
+    model = accelerator.prepare_model(trainer.model, evaluation_mode=True)
     attach_head(trainer.model)
     scores = []
     for batch in tqdm(loader, desc="Scoring", disable=not accelerator.is_main_process):
-        with accelerator.autocast():
+        with evaluating(model, trainer):
             output = model(**batch, fused_lm_head=True)
         means = -output.log_probs.double().sum(1) / output.label_mask.sum(1)
         scores.append(accelerator.gather_for_metrics(means).cpu())

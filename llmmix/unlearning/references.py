@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from llmmix.head import FusedHeadOutput
-from llmmix.models import eval_mode
+from llmmix.precision import evaluating
 from llmmix.unlearning.parts import forward_parts, select
 from llmmix.unlearning.qa import Encoded, pad
 from llmmix.unlearning.rows import ForgetRows
@@ -73,14 +73,14 @@ class Reference:
     def model(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference, to be called like the model, without gradients and without dropout."""
         trainer = self._trainer
-        with torch.no_grad(), trainer.accelerator.autocast():
+        with evaluating(model if self._copy is None else self._copy, trainer):
             if self._copy is not None:
                 yield self._copy
                 return
             # PEFT makes every weight of the adapter trainable when it is switched on again
             frozen = [weight for weight in model.parameters() if not weight.requires_grad]
             try:
-                with eval_mode(model), trainer.accelerator.unwrap_model(model).disable_adapter():
+                with trainer.accelerator.unwrap_model(model).disable_adapter():
                     yield model
             finally:
                 for weight in frozen:
@@ -138,7 +138,7 @@ class Reference:
         size = trainer.args.per_device_eval_batch_size
         found: list[tuple[tuple[str, int, int], float]] = []
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with eval_mode(model), torch.no_grad(), trainer.accelerator.autocast():
+        with evaluating(model, trainer):
             for start in range(0, len(mine), size):
                 keys = mine[start : start + size]
                 batch = pad([sequences[key] for key in keys])

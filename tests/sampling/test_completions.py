@@ -10,10 +10,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -212,17 +208,6 @@ def test_ties_are_broken_alike_everywhere(tied_checkpoint, tokenizer, dtype, ada
             assert answer == tokenizer.decode(out[0, ids.size(1) :], skip_special_tokens=True)
 
 
-def test_a_model_with_other_state_is_refused(tokenizer):
-    torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, state_size=4, num_hidden_layers=2
-    )
-    config.initializer_range = 0.5
-    model = MambaForCausalLM(config)
-    with pytest.raises(ValueError, match="MambaForCausalLM cannot be decoded"):
-        list(sample(model, tokenizer, ["1+1="], 2, max_new_tokens=4))
-
-
 def test_lora_is_sampled_with_its_adapter(loaded):
     model, tokenizer = loaded
     plain = texts(model, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=0)
@@ -335,25 +320,3 @@ def test_completions_of_one_token_come_as_they_are_drawn(loaded, monkeypatch):
     next(draws)
     assert len(read) == 1
     assert len(list(draws)) == 23 and len(read) == 6
-
-
-def test_attention_sinks_and_several_devices_are_refused(loaded):
-    model, tokenizer = loaded
-    model.hf_device_map = {"model": 0, "lm_head": 1}
-    with pytest.raises(ValueError, match="its layers stand on several devices"):
-        list(sample(model, tokenizer, ["1"], 1, max_new_tokens=4))
-    config = GptOssConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with pytest.raises(ValueError, match="attention sinks"):
-        list(sample(GptOssForCausalLM(config), tokenizer, ["1"], 1, max_new_tokens=4))

@@ -4,7 +4,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.models import context_length, eval_mode
+from llmmix.models import context_length
+from llmmix.precision import evaluating
 from llmmix.unlearning.evaluation.scores import deal_out
 from llmmix.unlearning.qa import encode_answer
 
@@ -62,7 +63,7 @@ def gradient_norms(
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        with eval_mode(model):
+        with evaluating(model, gradients=True):
             return deal_out(rows.select_columns(["prompt", "answer"]).to_list(), norm, shared)
     finally:
         for weight in frozen:

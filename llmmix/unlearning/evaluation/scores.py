@@ -19,8 +19,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.data import batches_of_tokens
-from llmmix.models import context_length, eval_mode
+from llmmix.models import context_length
+from llmmix.positions import batches_alike
+from llmmix.precision import evaluating
 from llmmix.processes import warn_once
 from llmmix.unlearning.qa import Encoded, cut, encode_answer, pad
 
@@ -168,7 +169,8 @@ def score_sequences(
             pieces += parts
             owners += [number] * len(parts)
     limit = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
-    batches = batches_of_tokens(
+    batches = batches_alike(
+        model,
         [len(piece.ids) for piece in pieces],
         token_budget,
         scored=[len(piece.ids) - piece.prompt_length for piece in pieces],
@@ -178,7 +180,7 @@ def score_sequences(
     def work(batch: list[int]) -> list[AnswerScore]:
         return _score_batch(model, [pieces[place] for place in batch], moments, limit)
 
-    with eval_mode(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         scored = deal_out(batches, work, shared)
     found: dict[int, list[AnswerScore]] = {}
     places = [place for batch in batches for place in batch]

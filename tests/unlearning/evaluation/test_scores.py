@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmmix.head import attach_head
 from llmmix.unlearning.evaluation import scores as answer_scores
@@ -143,3 +143,32 @@ def test_half_precision_is_normalised_in_fp32(checkpoint, tokenizer, rows):
         assert score.token_logps.dtype == np.float32
         rounded = torch.tensor(score.token_logps).bfloat16().float().numpy()
         assert (score.token_logps != rounded).any()
+
+
+def test_a_row_beyond_the_rope_switch_changes_no_score_of_a_shorter_one(tokenizer):
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 24,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            rope_parameters=rope,
+            initializer_range=0.3,
+        )
+    )
+    rows = {"prompt": ["What is 2+3?", "What is 2+3?"], "answer": ["5", "5 " * 20]}
+    beside = score_answers(model, tokenizer, Dataset.from_dict(rows))
+    for row, score in enumerate(beside):
+        one = Dataset.from_dict({name: values[row : row + 1] for name, values in rows.items()})
+        (alone,) = score_answers(model, tokenizer, one)
+        assert score.token_logps == pytest.approx(alone.token_logps, abs=1e-5)
