@@ -64,7 +64,8 @@ def load_train_and_eval(
     script_args: ScriptArguments,
     training_args: "TrainingArguments",
     *,
-    needs_all_rows: str | None = None,
+    role: str = "train",
+    whole_for: str | None = None,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The training split, and rows to evaluate on when `eval_strategy` asks for some.
 
@@ -74,7 +75,8 @@ def load_train_and_eval(
     Args:
         script_args: `DataArguments`, or TRL's `ScriptArguments`.
         training_args: The trainer's settings.
-        needs_all_rows: A method that cannot read a stream, to be named in the error.
+        role: See `load_role`.
+        whole_for: What needs all rows at once, and so no stream, to be named in the error.
 
     Raises:
         ValueError: No dataset was named, it has no such split or too few rows to hold some out, or
@@ -83,7 +85,7 @@ def load_train_and_eval(
     given = _as_data_arguments(script_args)
     streaming = given.streaming or given.dataset_streaming
     if streaming:
-        _check_stream(given, training_args, needs_all_rows)
+        _check_stream(given, training_args, whole_for)
     evaluated = training_args.eval_strategy != "no"
     if given.datasets:
         if given.dataset_name:
@@ -92,7 +94,7 @@ def load_train_and_eval(
     else:
         name = _named(given.dataset_name)
         splits = load_splits(name, given.dataset_config, streaming)
-        train = pick_split(splits, given.dataset_train_split, "dataset_train_split")
+        train = _of_role(splits, role, given.dataset_train_split, "dataset_train_split")
     if given.test_split_size is not None:
         train, test = hold_out(train, given.test_split_size, training_args)
         return train, test if evaluated else None
@@ -116,11 +118,11 @@ def _as_data_arguments(script_args: ScriptArguments) -> DataArguments:
 
 
 def _check_stream(
-    given: DataArguments, training_args: "TrainingArguments", needs_all_rows: str | None
+    given: DataArguments, training_args: "TrainingArguments", whole_for: str | None
 ) -> None:
     name = "streaming" if given.streaming else "dataset_streaming"
-    if needs_all_rows:
-        raise ValueError(f"`{name}`: {needs_all_rows} needs all rows at once. Leave it off.")
+    if whole_for:
+        raise ValueError(f"`{name}`: {whole_for} needs all rows at once. Leave it off.")
     if given.test_split_size is not None:
         raise ValueError(
             f"`test_split_size` cannot hold rows of a stream out. Leave `{name}` off, or name a "
@@ -188,9 +190,13 @@ def load_role(
         ValueError: No dataset was named, or it has no such split.
     """
     splits = load_splits(_named(name), config, argument=arguments[0])
+    return _of_role(splits, role, split, arguments[1])
+
+
+def _of_role(splits: DatasetDict, role: str, split: str, argument: str) -> Any:
     if split == "train" and role in splits:
         return splits[role]
-    return pick_split(splits, split, arguments[1])
+    return pick_split(splits, split, argument)
 
 
 def batches_of_tokens(
