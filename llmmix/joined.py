@@ -66,18 +66,19 @@ def _splits_of(entry: DatasetConfig, argument: str, streaming: bool) -> Any:
     path, config = split_name(entry.path)
     config = config or entry.name
     is_here = bool(local_files(path)) or os.path.isdir(os.path.expanduser(path))
-    if path.startswith("builtin:") or (is_here and not (entry.data_files or entry.data_dir)):
+    inside = entry.data_files or entry.data_dir
+    if path.startswith("builtin:") or (is_here and not inside):
         return load_splits(path, config, streaming, argument=argument)
-    by_format = path in SUFFIXES and not is_here
-    if by_format and not (entry.data_files or entry.data_dir):
+    by_format = path in SUFFIXES and bool(inside or not is_here)
+    if by_format and not inside:
         raise ValueError(f"`{argument}`: {path} is a format; name its files by `data_files`.")
     if by_format or is_here:
         folder = Path("" if by_format else path, entry.data_dir or "").expanduser()
-        files = _found(entry.data_files, folder, argument)
-        if not files:
+        if not entry.data_files:
             return load_splits(str(folder), config, streaming, argument=argument)
-        every = [file for found in files.values() for file in found]
-        if every and not (by_format and any(kind_of(file) not in SUFFIXES[path] for file in every)):
+        files = _found(entry.data_files, folder, argument)
+        kinds = {kind_of(file) for found in files.values() for file in found}
+        if kinds and not (by_format and kinds - set(SUFFIXES[path])):
             return load_files(files, argument, streaming)
     else:
         check_not_local(path, argument)
@@ -93,14 +94,16 @@ def _splits_of(entry: DatasetConfig, argument: str, streaming: bool) -> Any:
 
 
 def _found(data_files: Any, folder: Path, argument: str) -> dict[str, list[Path]]:
-    """The files of each split; no file for an address, which is for `datasets` to read."""
-    by_split = data_files if isinstance(data_files, dict) else {"train": data_files or []}
+    """The files of each split; nothing if some are addresses, which are for `datasets` to read."""
+    by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
     found: dict[str, list[Path]] = {}
     for split, names in by_split.items():
         for name in [names] if isinstance(names, str) else names:
-            path = os.path.join(folder, os.path.expanduser(name))
+            path = str(folder / os.path.expanduser(name))
             files = local_files(path)
-            if not files and "://" not in name:
+            if not files and "://" in name:
+                return {}
+            if not files:
                 raise FileNotFoundError(f"`{argument}`: no file {path} for `data_files`.")
             found.setdefault(split, []).extend(files)
     return found
