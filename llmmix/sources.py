@@ -209,7 +209,7 @@ def load_from_hub(argument: str, **options: Any) -> Any:
 
     Raises:
         FileNotFoundError: The hub does not give such a dataset.
-        ValueError: It has no such configuration or split.
+        ValueError: It has no such configuration or split, or its files cannot be read.
     """
     try:
         return datasets.load_dataset(**options)
@@ -218,8 +218,9 @@ def load_from_hub(argument: str, **options: Any) -> Any:
             f"`{argument}`: no file or folder {options['path']} is here, and the hub does not give "
             f"such a dataset: {_reason(error)}"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"`{argument}`: {options['path']}: {_reason(error)}") from error
+    except (ValueError, DatasetGenerationError) as error:
+        reason = _reason(error.__cause__ or error)
+        raise ValueError(f"`{argument}`: {options['path']}: {reason}") from error
 
 
 def _reason(error: BaseException) -> str:

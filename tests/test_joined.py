@@ -55,7 +55,8 @@ def test_names_and_built_ins(tmp_path):
         ([entry(), entry(columns=["x"])], r"`datasets\[1\]`: no column 'x' among \['text', 'n'\]"),
         ([entry(fraction=0.5), entry()], "`fraction` must be given for every entry or for none"),
         ([entry(fraction=0.0)], "`fraction` must be given"),
-        ([entry(), entry(data_files="data/c.csv")], "columns of different types"),
+        ([entry(data_files="data/c.csv")], r"`datasets\[0\]`: json: JSON parse error"),
+        ([entry(), entry(path="csv", data_files="data/c.csv")], "columns of different types"),
     ],
 )
 def test_entries_that_do_not_fit(entries, told):
