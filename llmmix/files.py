@@ -237,7 +237,7 @@ def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
         FileNotFoundError: `folder` holds no record, or one that was cut off before its first
             line ended.
     """
-    path = Path(folder) / RECORD
+    path = Path(folder).expanduser() / RECORD
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no {RECORD}: it is not the folder of a mixture run."
