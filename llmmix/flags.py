@@ -81,7 +81,11 @@ def parse_args(
         if any(isinstance(x, float) and math.isnan(x) for x in _listed(value)):
             raise UsageError(f"`{name}` must be a number, got NaN.")
     # A file of more flags that lies in the current folder is not for us
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    for part in parsed:
+        if isinstance(folder := getattr(part, "output_dir", None), str):
+            part.output_dir = os.path.expanduser(folder)  # a shell leaves --output_dir=~/run
+    return parsed
 
 
 def _refuse(message: str) -> NoReturn:
