@@ -137,8 +137,9 @@ def _read(path: Path, where: str) -> Iterator[Placed]:
 
 
 def _opened(path: Path) -> io.TextIOWrapper:
-    compression = COMPRESSED.get(path.suffix.lower())
-    stream: Any = pa.input_stream(str(path), compression=compression)
+    stream: Any = open(path, "rb")  # by Python: under some locales Arrow does not find the name
+    if compression := COMPRESSED.get(path.suffix.lower()):
+        stream = pa.CompressedInputStream(stream, compression)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 

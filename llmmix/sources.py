@@ -83,8 +83,12 @@ def local_files(name: str) -> list[Path]:
     path = os.path.expanduser(name)
     if os.path.isfile(path):
         return [Path(path)]
-    found = glob.glob(path, recursive=True) if glob.has_magic(path) else []
-    return sorted(Path(file) for file in found if os.path.isfile(file))
+    if not glob.has_magic(path):
+        return []
+    here = next(part for part in [*Path(path).parents, Path()] if part.is_dir())
+    pattern = os.path.join(glob.escape(str(here)), os.path.relpath(path, here))
+    found = sorted(Path(file) for file in glob.glob(pattern, recursive=True))
+    return [file for file in found if file.is_file()]
 
 
 def check_not_local(name: str, argument: str) -> None:
@@ -192,9 +196,11 @@ def _load_folder(path: Path, config: str | None, streaming: bool, argument: str)
         builder = datasets.load_dataset_builder(plain, name=config)
         named = (builder.config.data_files or {}).items()
         found = {str(split): [Path(file) for file in files] for split, files in named}
-        if all(format_of(file) for files in found.values() for file in files):
+        every = [file for files in found.values() for file in files]
+        if every and all(map(format_of, every)):
             return load_files(found, argument, streaming)
-        return datasets.load_dataset(plain, name=config, streaming=streaming)
+        splits = datasets.load_dataset(plain, name=config, streaming=streaming)
+        return _told(splits, every or [path], argument)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"`{argument}`: the folder {path} has no files of rows: {', '.join(FORMATS)}."
@@ -268,4 +274,4 @@ def _is_plain(path: Path) -> bool:
 
 
 def _digest(*names: str) -> str:
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:24]
+    return hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()[:24]

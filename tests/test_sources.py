@@ -75,14 +75,14 @@ def test_names_with_a_configuration(here):
 def test_a_pattern_counts_where_nothing_is_called_so(here, monkeypatch, caplog):
     monkeypatch.setenv("HOME", str(here))
     for name in "ba":
-        put(here / "data" / f"{name}.jsonl", name)
+        put(here / "data[1]" / f"{name}.jsonl", name)
     with caplog.at_level(logging.WARNING):
-        rows = load_splits("~/data/*.jsonl")["train"]
+        rows = load_splits("~/data[1]/*.jsonl")["train"]
     assert rows["answer"][:] == ["a"] * 3 + ["b"] * 3  # by name
     assert "2 files" in caplog.text and "train: 6 rows of question, answer" in caplog.text
-    (here / "data" / "c.parquet").touch()
+    (here / "data[1]" / "c.parquet").touch()
     with pytest.raises(ValueError, match="some files are Parquet and some are not"):
-        load_splits("data/*")
+        load_splits("data[1]/**")
 
 
 @pytest.mark.parametrize(
