@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.arrow_writer import ArrowWriter
 
 from llmmix.files import built_once, file_digest, write_whole
-from llmmix.row_types import fitted, merged, type_of_rows
+from llmmix.row_types import fitted, holds_json, merged, table_of, type_of_rows
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 # Columns of a CSV that trainers calculate with
@@ -58,11 +58,11 @@ def read_files(
     Raises:
         ValueError: A file has no rows, is broken or is not UTF-8; the message names file and line.
     """
-    listed = {split: [str(path.resolve()) for path in paths] for split, paths in files.items()}
+    listed = {split: [os.path.abspath(path) for path in paths] for split, paths in files.items()}
     if streaming:
         return _streamed(listed, argument)
     stamps = [(s, p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for s in listed for p in listed[s]]
-    made_by = file_digest(Path(__file__))
+    made_by = [file_digest(Path(__file__).with_name(f"row_{x}.py")) for x in ("files", "types")]
     key = hashlib.sha256(json.dumps([stamps, made_by]).encode()).hexdigest()[:24]
     folder = built_once(f"rows/{key}", lambda out: _write(listed, argument, out))
     names = json.loads((folder / "splits.json").read_text())
@@ -82,8 +82,14 @@ def _write(files: Mapping[str, Sequence[str]], argument: str, out: Path) -> None
         for number, split in enumerate(splits):
             sink = pa.OSFile(str(out / f"{number}.arrow"), "wb")
             writers[split] = ArrowWriter(stream=sink, features=features)
-        for split, row in _read_all(files, argument):
-            writers[split].write(features.encode_example(fitted(row, kind)))
+        for batch in _batches(_read_all(files, argument)):
+            for split, writer in writers.items():
+                rows = [row for own, row in batch if own == split]
+                if holds_json(kind):
+                    for row in rows:
+                        writer.write(features.encode_example(fitted(row, kind)))
+                elif rows:
+                    writer.write_table(table_of(rows, kind))
         for writer in writers.values():
             writer.finalize()
     finally:

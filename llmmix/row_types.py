@@ -43,18 +43,34 @@ def merged(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 
 def fitted(value: Any, kind: pa.DataType) -> Any:
-    """A value as its column takes it: texts for numbers where the column has texts."""
+    """A value as its column takes it: a number as text, or a whole number as a broken one."""
     if value is None or kind == JSON:
         return value
     if pa.types.is_struct(kind):
         return {field.name: fitted(value.get(field.name), field.type) for field in kind}
     if pa.types.is_list(kind):
-        inner = kind.value_type
-        nested = pa.types.is_nested(inner) or pa.types.is_string(inner)
-        return [fitted(entry, inner) for entry in value] if nested else value
+        return [fitted(entry, kind.value_type) for entry in value]
     if pa.types.is_string(kind) and not isinstance(value, str):
         return json.dumps(value)  # true, 1987, 0.5
+    if pa.types.is_floating(kind):
+        return float(value)  # Arrow refuses to round a large whole number
     return value
+
+
+def table_of(rows: list[dict[str, Any]], kind: pa.DataType) -> pa.Table:
+    """Rows as a table; `kind` holds no JSON."""
+    try:
+        values = pa.array(rows, type=kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        values = pa.array([fitted(row, kind) for row in rows], type=kind)
+    return pa.Table.from_struct_array(values)
+
+
+def holds_json(kind: pa.DataType) -> bool:
+    """Whether a type has JSON in it, which Arrow itself does not make of values."""
+    return kind == JSON or any(
+        holds_json(kind.field(number).type) for number in range(kind.num_fields)
+    )
 
 
 def _merged_all(kinds: Iterable[pa.DataType]) -> pa.DataType:

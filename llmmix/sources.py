@@ -238,7 +238,7 @@ def _plain_name(path: Path) -> str:
 
     It is the path itself, or else a link to it in the cache.
     """
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # a link to it keeps its ending
     if _is_plain(path):
         return str(path)
     link = cache_dir() / "names" / f"{_digest(str(path))}{path.suffix}"

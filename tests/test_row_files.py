@@ -108,6 +108,11 @@ def test_texts_and_numbers_in_one_column_are_texts(read):
     assert [row["a"] for row in rows] == ["1987", "in May", "true", "1" + "0" * 30]
 
 
+def test_whole_and_broken_numbers_are_broken_ones(read):
+    rows = read("a.jsonl", '{"a": [1, 0.5]}\n{"a": [1000000000000000001]}\n')
+    assert rows == [{"a": [1.0, 0.5]}, {"a": [1e18]}]
+
+
 def test_types_are_found_over_all_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1987}\n' * 1001 + '{"a": "in May", "b": 0}\n')

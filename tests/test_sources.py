@@ -53,6 +53,12 @@ def test_what_is_here_is_read_as_it_is_called(name, here, math_rows):
     assert answers(roles["forget"]) == answers(roles["facts"]) == {"mine"}
 
 
+def test_a_link_is_read_by_its_own_ending(here):
+    put(here / "blob")
+    (here / "rows.jsonl").symlink_to("blob")
+    assert answers(load_splits("rows.jsonl")["train"]) == {"mine"}
+
+
 def test_domains_are_found_by_the_same_rule(here, tokenizer):
     for name in ("a[1]", "me@host"):
         rows = [json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(4)]
