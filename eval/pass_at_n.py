@@ -55,7 +55,8 @@ class PassAtNArguments:
         metadata={"help": "Configuration of a hub dataset, or levels of builtin:math."},
     )
     dataset_split: str = field(
-        default="test", metadata={"help": "Split of the dataset to evaluate on."}
+        default="test",
+        metadata={"help": "Split of the dataset to evaluate on. Default: test, or the only one."},
     )
     prompt_column: str = field(
         default="prompt", metadata={"help": "Column with the prompt, as text or messages."}
@@ -198,12 +199,10 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
 
 def _load_rows(args: PassAtNArguments) -> "Dataset":
     """The rows to evaluate on, with columns `prompt` and `answer`."""
-    from llmmix.data import load_splits
+    from llmmix.sources import load_splits, pick_split
 
     splits = load_splits(args.dataset_name, args.dataset_config)
-    if args.dataset_split not in splits:
-        raise ValueError(f"`dataset_split`: no {args.dataset_split!r} among {list(splits)}.")
-    rows = splits[args.dataset_split]
+    rows = pick_split(splits, args.dataset_split, "dataset_split", default="test")
     for argument in ("prompt", "answer"):
         column = getattr(args, f"{argument}_column")
         if column not in rows.column_names:

@@ -1,88 +1,166 @@
-"""Datasets: loaded by name, and their rows put in batches.
+"""The rows of a run: what its flags and YAML name, a hold-out, roles; and rows put in batches.
 
-A dataset is a hub id, a folder, a `.json`, `.jsonl`, `.csv` or `.parquet` file, `builtin:math`,
-`builtin:preferences`, `builtin:authors` or `builtin:domains`.
+llmmix/sources.py loads a dataset by its name.
 """
 
-import os
+import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
+from trl import DatasetMixtureConfig, ScriptArguments
+from trl.scripts.utils import DatasetConfig
 
-from llmmix import builtin
+from llmmix.joined import load_joined
+from llmmix.sources import load_splits as load_splits
+from llmmix.sources import pick_split, say
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-    from trl import ScriptArguments
-
-if "HF_UPDATE_DOWNLOAD_COUNTS" not in os.environ:
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it tells the Hub of local files too
-
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_splits(
-    name: str,
-    config: str | None = None,
-    streaming: bool = False,
-    *,
-    argument: str = "dataset_name",
-) -> DatasetDict:
-    """All splits of a dataset.
+@dataclass
+class DataArguments(ScriptArguments, DatasetMixtureConfig):
+    """The flags by which TRL's scripts name their rows: `dataset_name`, or a list of `datasets`.
 
-    Args:
-        name: Hub id, folder, file or built-in.
-        config: Configuration of a hub dataset, or of a built-in (see `llmmix.builtin.dataset`).
-        streaming: Load an `IterableDataset` where the source allows it.
-        argument: Name of `name` in error messages.
+    `streaming` and `test_split_size` count with both. An entry of `datasets` may be a name alone.
 
     Raises:
-        FileNotFoundError: The file, or the text of `builtin:domains`, is not on this machine.
-        ValueError: The file is of another format, or there is no such built-in.
+        ValueError: `datasets` is no list, an entry has a key that TRL does not know, or no `path`;
+            or `test_split_size` is neither a share between 0 and 1 nor a whole number of rows.
     """
-    if name.startswith("builtin:"):
-        return builtin.dataset(name, config, argument=argument)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            saved = datasets.load_from_disk(path)
-            return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-        return datasets.load_dataset(str(path), name=config, streaming=streaming)
-    if path.is_file():
-        if path.suffix not in FILE_FORMATS:
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.datasets, list):
+            raise ValueError(f"`datasets` must be a list of datasets, got {self.datasets!r}.")
+        self.datasets = [_entry(entry, n) for n, entry in enumerate(self.datasets)]
+        super().__post_init__()
+        size = self.test_split_size
+        if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
             raise ValueError(
-                f"`{argument}`: {name} is not one of {', '.join(FILE_FORMATS)}; convert it first."
+                "`test_split_size` must be a share between 0 and 1, or a whole number of rows, got "
+                f"{size}."
             )
-        return datasets.load_dataset(
-            FILE_FORMATS[path.suffix], data_files=str(path), streaming=streaming
+
+
+def _entry(given: Any, number: int) -> DatasetConfig:
+    known = [field.name for field in fields(DatasetConfig)]
+    if isinstance(given, str):
+        return DatasetConfig(given)
+    if isinstance(given, DatasetConfig):
+        return given
+    if not isinstance(given, dict) or not isinstance(given.get("path"), str):
+        raise ValueError(
+            f"`datasets[{number}]` must have a `path`, such as {{path: rows.jsonl}}, got {given!r}."
         )
-    if path.suffix in FILE_FORMATS or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"`{argument}`: no file or folder {name}.")
-    return datasets.load_dataset(name, name=config, streaming=streaming)
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"`datasets[{number}]`: no {unknown[0]!r}; there are {', '.join(known)}.")
+    return DatasetConfig(**given)
 
 
 def load_train_and_eval(
-    script_args: "ScriptArguments", training_args: "TrainingArguments"
+    script_args: ScriptArguments,
+    training_args: "TrainingArguments",
+    *,
+    role: str = "train",
+    whole_for: str | None = None,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
-    """The training split, and the test split when `eval_strategy` asks for one.
+    """The training split, and rows to evaluate on when `eval_strategy` asks for some.
+
+    `test_split_size` holds rows of the training split out, the same ones on every process and in
+    every run of one `data_seed` (or else `seed`). Without it they are `dataset_test_split`.
+
+    Args:
+        script_args: `DataArguments`, or TRL's `ScriptArguments`.
+        training_args: The trainer's settings.
+        role: See `load_role`.
+        whole_for: What needs all rows at once, and so no stream, to be named in the error.
 
     Raises:
-        ValueError: No dataset was named, or it has no such split.
+        ValueError: No dataset was named, it has no such split or too few rows to hold some out, or
+            rows are streamed where all are needed.
     """
-    name = _named(script_args.dataset_name)
-    splits = load_splits(name, script_args.dataset_config, script_args.dataset_streaming)
-    train = _split(splits, script_args.dataset_train_split, "dataset_train_split")
-    if training_args.eval_strategy == "no":
+    given = _as_data_arguments(script_args)
+    streaming = given.streaming or given.dataset_streaming
+    if streaming:
+        _check_stream(given, training_args, whole_for)
+    evaluated = training_args.eval_strategy != "no"
+    if given.datasets:
+        if given.dataset_name:
+            say("`dataset_name` is left out, since `datasets` is given.")
+        train, splits = load_joined(given.datasets, streaming), DatasetDict()
+    else:
+        name = _named(given.dataset_name)
+        splits = load_splits(name, given.dataset_config, streaming)
+        train = _of_role(splits, role, given.dataset_train_split, "dataset_train_split")
+    if given.test_split_size is not None:
+        train, test = hold_out(train, given.test_split_size, training_args)
+        return train, test if evaluated else None
+    if not evaluated:
         return train, None
-    return train, _split(splits, script_args.dataset_test_split, "dataset_test_split")
+    if given.dataset_test_split not in splits:
+        found = f"the dataset has {list(splits)}" if splits else "`datasets` names rows to train on"
+        raise ValueError(
+            f"`dataset_test_split`: no split {given.dataset_test_split!r} to evaluate on; {found}. "
+            "Hold rows out with `test_split_size`, such as 0.1, or leave `eval_strategy` at no."
+        )
+    return train, splits[given.dataset_test_split]
+
+
+def _as_data_arguments(script_args: ScriptArguments) -> DataArguments:
+    return (
+        script_args
+        if isinstance(script_args, DataArguments)
+        else DataArguments(**vars(script_args))
+    )
+
+
+def _check_stream(
+    given: DataArguments, training_args: "TrainingArguments", whole_for: str | None
+) -> None:
+    name = "streaming" if given.streaming else "dataset_streaming"
+    if whole_for:
+        raise ValueError(f"`{name}`: {whole_for} needs all rows at once. Leave it off.")
+    if given.test_split_size is not None:
+        raise ValueError(
+            f"`test_split_size` cannot hold rows of a stream out. Leave `{name}` off, or name a "
+            "split by `dataset_test_split`."
+        )
+    if training_args.max_steps <= 0:
+        raise ValueError(f"`{name}`: a stream has no length; say where to end by `max_steps`.")
+
+
+def hold_out(
+    rows: Dataset | IterableDataset, size: float, training_args: "TrainingArguments"
+) -> tuple[Dataset, Dataset]:
+    """Rows to train on and rows to evaluate on, drawn by `data_seed`, or else by `seed`.
+
+    Args:
+        rows: The rows.
+        size: Share of the rows to hold out, below 1, or their number.
+        training_args: The trainer's settings.
+
+    Raises:
+        ValueError: The rows are a stream, or too few.
+    """
+    if not isinstance(rows, Dataset):
+        raise ValueError("`test_split_size` cannot hold rows of a stream out.")
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    count = math.ceil(size * len(rows)) if size < 1 else int(size)
+    if count >= len(rows):
+        raise ValueError(
+            f"`test_split_size={size:g}` holds out {count} of {len(rows)} rows and leaves none to "
+            "train on. Hold fewer out."
+        )
+    parts = rows.train_test_split(test_size=count, seed=seed)
+    say(f"`test_split_size`: held out {count} of {len(rows)} rows (seed {seed}).")
+    return parts["train"], parts["test"]
 
 
 def _named(dataset_name: str | None) -> str:
-    if dataset_name is None:
+    if not dataset_name:
         raise ValueError(
             "`dataset_name` is missing: give a hub id, a folder, a file or a built-in such as "
             "builtin:math."
@@ -111,21 +189,14 @@ def load_role(
     Raises:
         ValueError: No dataset was named, or it has no such split.
     """
-    name = _named(name)
-    if "@" in name and not Path(name).exists():
-        name, _, config = name.partition("@")
-    splits = load_splits(name, config, argument=arguments[0])
+    splits = load_splits(_named(name), config, argument=arguments[0])
+    return _of_role(splits, role, split, arguments[1])
+
+
+def _of_role(splits: DatasetDict, role: str, split: str, argument: str) -> Any:
     if split == "train" and role in splits:
-        split = role
-    elif split == "train" and len(splits) == 1:
-        split = next(iter(splits))
-    return _split(splits, split, arguments[1])
-
-
-def _split(splits: DatasetDict, name: str, argument: str) -> Dataset | IterableDataset:
-    if name not in splits:
-        raise ValueError(f"`{argument}`: no split {name!r}; the dataset has {list(splits)}.")
-    return splits[name]
+        return splits[role]
+    return pick_split(splits, split, argument)
 
 
 def batches_of_tokens(

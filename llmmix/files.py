@@ -106,11 +106,12 @@ def read_json_lines(path: str | Path) -> list[dict]:
 @cache  # said once, however often the file is read
 def warn_not_whole(message: str) -> None:
     """Log on the main process, once, that a file is not whole."""
-    if _is_main_process():
+    if is_main_process():
         logger.warning("%s. A killed run or a full disk leaves such a file.", message)
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Whether this is the process of rank 0, known before anything of torch is set up."""
     return os.environ.get("RANK", "0") == "0"  # which torchrun and accelerate set
 
 
@@ -135,7 +136,7 @@ def claim(folder: str | Path | None) -> Path:
     """
     folder = Path(folder or ".")
     key = folder.resolve()
-    if not _is_main_process():
+    if not is_main_process():
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +242,7 @@ def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
         FileNotFoundError: `folder` holds no record, or one that was cut off before its first
             line ended.
     """
-    path = Path(folder) / RECORD
+    path = Path(folder).expanduser() / RECORD
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no {RECORD}: it is not the folder of a mixture run."

@@ -25,6 +25,8 @@ NAMED = (
     *("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft"),
     "resume_from_checkpoint",
 )
+# Options that the recipes of mixtures have not
+OF_ONE_DATASET = ("dataset_name", "datasets", "streaming", "dataset_streaming", "test_split_size")
 RESUME = (
     "auto: go on from the newest complete checkpoint, and start where there is none. true: refuse "
     "to start. Or a checkpoint's folder. By default the run starts."
@@ -91,6 +93,8 @@ def parse_args(
     for arguments in parsed:
         check_settings(arguments)
         _keep_lists(arguments)
+        if isinstance(folder := getattr(arguments, "output_dir", None), str):
+            arguments.output_dir = os.path.expanduser(folder)  # a shell leaves --output_dir=~/run
     return parsed
 
 
@@ -214,4 +218,7 @@ def _check_keys(given: Iterable[str], known: Collection[str], where: str) -> Non
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists all."
+            if "domains" in known and key in OF_ONE_DATASET:
+                hint = ": name each dataset as a domain, `domains: [a=rows.jsonl, b=ORG/NAME]`"
+                hint += ", whose `validation_rows` are held out."
             raise UsageError(f"unknown option {key!r} in {where}{hint}")

@@ -10,18 +10,18 @@ goes on where it stopped.
 """
 
 from accelerate import PartialState
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix import SFTMixConfig
 from llmmix.cli import parse_args
-from llmmix.data import load_train_and_eval
+from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim, replacing
 from llmmix.models import prepare_model_args
 from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
 
 
 def main(
-    script_args: ScriptArguments,
+    script_args: DataArguments,
     training_args: SFTMixConfig,
     model_args: ModelConfig,
     reference_args: ReferenceArguments,
@@ -31,8 +31,8 @@ def main(
     if given and model_args.model_name_or_path is None:
         model_args.model_name_or_path = given[0]
     folder = claim(training_args.output_dir)
+    dataset, _ = load_train_and_eval(script_args, training_args, whole_for="confidence")
     checkpoint = prepare_model_args(model_args, training_args)
-    dataset, _ = load_train_and_eval(script_args, training_args)
     scored = add_confidence(
         dataset,
         training_args,
@@ -49,4 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, SFTMixConfig, ModelConfig, ReferenceArguments), __file__))
+    main(*parse_args((DataArguments, SFTMixConfig, ModelConfig, ReferenceArguments), __file__))

@@ -12,11 +12,11 @@ llmmix/steps.py and llmmix/filtering.py; for chains of thought see recipes/dco_c
 
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix import DCOConfig, DCOTrainer
 from llmmix.cli import parse_args
-from llmmix.data import load_train_and_eval
+from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
 from llmmix.filtering import LikelihoodFilter, attach_filter, check_share
 from llmmix.models import load_tokenizer, prepare_model_args
@@ -41,18 +41,25 @@ class SelectionArguments:
         if self.likelihood_threshold is not None:
             check_share("likelihood_threshold", self.likelihood_threshold)
 
+    def whole_for(self) -> str | None:
+        """What is set and needs all rows at once."""
+        filtered = None if self.likelihood_threshold is None else "likelihood_threshold"
+        return "stepwise" if self.stepwise else filtered
+
 
 def main(
-    script_args: ScriptArguments,
+    script_args: DataArguments,
     training_args: DCOConfig,
     model_args: ModelConfig,
     selection_args: SelectionArguments,
 ) -> None:
     """Load, train, save."""
     claim(training_args.output_dir)
+    train_dataset, eval_dataset = load_train_and_eval(
+        script_args, training_args, whole_for=selection_args.whole_for()
+    )
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
-    train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     if selection_args.stepwise:
         length = training_args.max_length
@@ -81,4 +88,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, DCOConfig, ModelConfig, SelectionArguments), __file__))
+    main(*parse_args((DataArguments, DCOConfig, ModelConfig, SelectionArguments), __file__))

@@ -11,11 +11,11 @@ is described in llmmix/solve_rates.py.
 
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix import DCOConfig, DCOTrainer, attach_weights
 from llmmix.cli import parse_args
-from llmmix.data import load_train_and_eval
+from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
 from llmmix.filtering import attach_filter, check_share
 from llmmix.grading.verify import Verifier
@@ -72,21 +72,21 @@ class SolveRateArguments:
 
 
 def main(
-    script_args: ScriptArguments,
+    script_args: DataArguments,
     training_args: DCOConfig,
     model_args: ModelConfig,
     solve_args: SolveRateArguments,
 ) -> None:
     """Load, train, save."""
     claim(training_args.output_dir)
+    train, held_out = load_train_and_eval(script_args, training_args, whole_for="dco_cot")
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
-    train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     trainer = DCOTrainer(
         checkpoint,
         args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=load_tokenizer(checkpoint, model_args, training_args),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
@@ -116,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, DCOConfig, ModelConfig, SolveRateArguments), __file__))
+    main(*parse_args((DataArguments, DCOConfig, ModelConfig, SolveRateArguments), __file__))

@@ -7,23 +7,26 @@ Rows are what `trl dpo` takes: chosen and rejected, with or without a prompt. Ad
 LoRA, whose reference is the base model. The method is described in llmmix/rpo.py.
 """
 
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix import RPOConfig, RPOTrainer
 from llmmix.cli import parse_args
-from llmmix.data import load_train_and_eval
+from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
 
 
-def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: ModelConfig) -> None:
+def main(script_args: DataArguments, training_args: RPOConfig, model_args: ModelConfig) -> None:
     """Load, train, save."""
     claim(training_args.output_dir)
+    whole_for = "precompute_ref_log_probs" if training_args.precompute_ref_log_probs else None
+    train_dataset, eval_dataset = load_train_and_eval(
+        script_args, training_args, whole_for=whole_for
+    )
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
-    train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     trainer = RPOTrainer(
         checkpoint,
         args=training_args,
@@ -45,4 +48,4 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, RPOConfig, ModelConfig), __file__))
+    main(*parse_args((DataArguments, RPOConfig, ModelConfig), __file__))

@@ -8,11 +8,11 @@ trained and each row scored first, into OUTPUT_DIR/confidence.jsonl, which a lat
 from. Add `--use_peft` for LoRA. The method is described in llmmix/sftmix/.
 """
 
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
-from llmmix.data import load_train_and_eval
+from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim, replacing
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
@@ -22,16 +22,18 @@ from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
 
 
 def main(
-    script_args: ScriptArguments,
+    script_args: DataArguments,
     training_args: SFTMixConfig,
     model_args: ModelConfig,
     reference_args: ReferenceArguments,
 ) -> None:
     """Load, score if need be, train, save."""
     folder = claim(training_args.output_dir)
+    train_dataset, eval_dataset = load_train_and_eval(
+        script_args, training_args, whole_for="SFTMix"
+    )
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
-    train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
     if CONFIDENCE not in (train_dataset.column_names or []) and training_args.mixup_weight:
         train_dataset = add_confidence(
             train_dataset,
@@ -66,4 +68,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, SFTMixConfig, ModelConfig, ReferenceArguments), __file__))
+    main(*parse_args((DataArguments, SFTMixConfig, ModelConfig, ReferenceArguments), __file__))

@@ -9,10 +9,11 @@ adapter switched off then serves as the reference. The losses are described in
 llmmix/unlearning/losses.py; measure with `llmmix eval unlearning`.
 """
 
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix import UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
+from llmmix.data import DataArguments
 from llmmix.files import claim
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
@@ -22,7 +23,7 @@ from llmmix.unlearning.preparation import RetainArguments, load_forget_and_retai
 
 
 def main(
-    script_args: ScriptArguments,
+    script_args: DataArguments,
     training_args: UnlearnConfig,
     model_args: ModelConfig,
     retain_args: RetainArguments,
@@ -30,13 +31,14 @@ def main(
     """Load, unlearn, save."""
     check_needs(training_args, retain_args.retain_dataset_name is not None)
     claim(training_args.output_dir)
+    forget, held_out, retain = load_forget_and_retain(script_args, retain_args, training_args)
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
-    forget, retain = load_forget_and_retain(script_args, retain_args)
     trainer = UnlearnTrainer(
         checkpoint,
         args=training_args,
         train_dataset=forget,
+        eval_dataset=held_out,
         retain_dataset=retain,
         processing_class=load_tokenizer(checkpoint, model_args, training_args),
         quantization_config=get_quantization_config(model_args),
@@ -54,4 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScriptArguments, UnlearnConfig, ModelConfig, RetainArguments), __file__))
+    main(*parse_args((DataArguments, UnlearnConfig, ModelConfig, RetainArguments), __file__))

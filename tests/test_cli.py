@@ -42,6 +42,14 @@ def test_later_wins_default_yaml_config_flag(script, tmp_path):
     assert parse_args((Arguments,), script, given)[0] == Arguments(2e-5, 16, ["a", "b"])
 
 
+def test_a_home_folder_is_expanded_where_the_shell_did_not(monkeypatch, tmp_path):
+    from llmmix.eval.pass_at_n import PassAtNArguments
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (args,) = parse_args((PassAtNArguments,), "none.py", [*MODEL, "--output_dir=~/run"])
+    assert args.output_dir == str(tmp_path / "run")
+
+
 def test_yaml_may_name_one_value_of_a_list_and_set_the_environment(script, tmp_path, monkeypatch):
     monkeypatch.setenv("LLMMIX_TEST", "before")
     other = tmp_path / "other.yaml"
@@ -99,7 +107,7 @@ def test_cp_copies_a_recipe_that_runs_from_anywhere(tmp_path, capsys):
         (["eval", "pass_at_k"], "did you mean 'pass_at_n'"),
         (["run", "dco_cot", "--solve_samples", "0"], "between 1 and `solve_samples`"),
         (["eval", "unlearning", *MODEL, "--forget", "f", "--leak_samples", "-1"], "`leak_samples`"),
-        (["run", "dco"], "`model_name_or_path` is missing"),
+        (["run", "dco"], "`dataset_name` is missing"),
         (["run", "dco", "--model_name_or_path", "builtin:tiny"], "`dataset_name` is missing"),
     ],
 )
@@ -215,7 +223,7 @@ def test_a_script_that_was_imported_runs_without_a_warning(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert cli.main(["run", "dco"]) == 2
-    assert "`model_name_or_path` is missing" in capsys.readouterr().err
+    assert "`dataset_name` is missing" in capsys.readouterr().err
 
 
 def test_a_number_is_finite(script, tmp_path):

@@ -16,7 +16,7 @@ from llmmix import (
     SFTMixConfig,
     SFTMixTrainer,
 )
-from llmmix.data import load_splits, load_train_and_eval
+from llmmix.data import DataArguments, load_splits, load_train_and_eval
 from llmmix.formats import check_preference_dataset, check_sft_dataset
 from llmmix.models import prepare_model_args, resolve_checkpoint
 
@@ -66,6 +66,33 @@ def test_missing_arguments_and_splits_are_named():
         prepare_model_args(ModelConfig(), args)
     train, test = load_train_and_eval(ScriptArguments(dataset_name="builtin:math"), args)
     assert (len(train), len(test)) == (4000, 1000)
+
+
+def test_a_hold_out_is_the_same_in_every_run_of_a_seed():
+    def held_out(**given):
+        script_args = DataArguments(dataset_name="builtin:math", test_split_size=0.1)
+        args = DCOConfig("out", eval_strategy="epoch", **given)
+        train, test = load_train_and_eval(script_args, args)
+        kept, drawn = ([row[0]["content"] for row in rows["prompt"]] for rows in (train, test))
+        assert len(kept) == 3600 and not set(kept) & set(drawn)
+        return drawn
+
+    assert held_out(seed=1) == held_out(seed=1) == held_out(seed=2, data_seed=1)
+    assert held_out(seed=1) != held_out(seed=2)
+
+
+def test_rows_to_evaluate_on(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 10)
+    script_args = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"))
+    args = DCOConfig("out", eval_strategy="epoch")
+    with pytest.raises(ValueError, match="`dataset_test_split`: no split 'test'.*Hold rows out"):
+        load_train_and_eval(script_args, args)
+    script_args.test_split_size = 3
+    train, test = load_train_and_eval(script_args, args)
+    assert (len(train), len(test)) == (7, 3)
+    args.eval_strategy = "no"  # what is held out is not trained on
+    train, test = load_train_and_eval(script_args, args)
+    assert len(train) == 7 and test is None
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
-"""Reads one table of runs: separated by commas, semicolons or tabs, or a JSON object a line.
+"""Reads one table of runs: separated by commas, semicolons or tabs, or JSON objects.
+
+The objects stand a line each, or in a list. A file that ends in .gz is unpacked.
 
 llmmix/laws/tables.py joins two of them.
 """
 
+import gzip
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,16 +70,19 @@ def load_table(argument: str, path: str | Path) -> Table:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not UTF-8 text, is not a table, or has a line with another number of
-            cells than the header.
+        ValueError: The file cannot be read, is not UTF-8 text, is not a table, or has a line with
+            another number of cells than the header.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     where = f"`{argument}`: {path}"
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{where} {kind}. Name a table: .csv, .tsv or .jsonl.")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{where} cannot be read: {error}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text ({error}). Save it as UTF-8.") from error
     read = _read_jsonl if text.lstrip().startswith(("{", "[")) else _read_csv
@@ -144,6 +151,8 @@ def _parsed(text: str, separator: str, width: int) -> pd.DataFrame:
 
 
 def _read_jsonl(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    if text.lstrip().startswith("["):
+        text = _lines_of_list(text, where)
     rows = []
     for n, line in enumerate(text.split("\n"), start=1):
         try:
@@ -158,6 +167,13 @@ def _read_jsonl(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
     for n, row in rows:
         values = (row.get(name) for name in header)
         yield n, ["" if value is None else str(value).strip() for value in values]
+
+
+def _lines_of_list(text: str, where: str) -> str:
+    try:
+        return "\n".join(map(json.dumps, json.loads(text)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}, line {error.lineno} is no JSON: {error.msg}.") from error
 
 
 def read_ids(table: Table, column: int) -> list[str]:

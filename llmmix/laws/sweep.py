@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from llmmix.files import warn_not_whole
 from llmmix.laws.inputs import check_mixtures
+from llmmix.laws.reading import load_table
 from llmmix.laws.tables import write_table
 
 
@@ -30,7 +30,7 @@ class SweepArguments:
         default="dirichlet",
         metadata={
             "help": "Mixtures to train: dirichlet (random draws), grid, or a table of mixtures "
-            "(.csv) with a line for each run."
+            "(.csv, .tsv or .jsonl, .gz or not) with a line for each run."
         },
     )
     concentration: list[float] = field(
@@ -64,8 +64,8 @@ def choose_mixtures(
         ValueError: `sample` is unknown, `mixtures` or `grid_steps` is below 1, a concentration is
             not positive, or the table has other domains.
     """
-    if args.sample.endswith(".csv"):
-        return _listed(Path(args.sample), list(domains))
+    if args.sample.removesuffix(".gz").endswith((".csv", ".tsv", ".jsonl")):
+        return _listed(args.sample, list(domains))
     if args.sample == "grid":
         if args.grid_steps < 1:
             raise ValueError(f"`grid_steps` must be at least 1, got {args.grid_steps}.")
@@ -89,23 +89,15 @@ def choose_mixtures(
     return np.round(drawn, 4) / np.round(drawn, 4).sum(1, keepdims=True)
 
 
-def _listed(table: Path, domains: list[str]) -> np.ndarray:
-    rows = _read(table)
-    known = set(rows.columns) - {"run_id", "name"} if len(rows) else set()
-    if known != set(domains):
+def _listed(path: str, domains: list[str]) -> np.ndarray:
+    table = load_table("sample", path)
+    if set(table.header) - {"run_id", "name"} != set(domains):
         raise ValueError(
-            f"`sample`: {table} must have a column for each of {domains}, and no others but run_id "
-            f"and name; got {sorted(known)}."
+            f"{table.at()} must have a column for each of {domains}, and no others but run_id and "
+            f"name; got {table.header}."
         )
-    return check_mixtures(rows[domains].to_numpy(), domains, "sample")
-
-
-def _read(table: Path) -> pd.DataFrame:
-    """A table as text, so that a run 007 keeps its name; a byte-order mark is skipped."""
-    try:
-        return pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame(columns=["run_id"])
+    columns = [table.cells(table.header.index(domain)) for domain in domains]
+    return check_mixtures(np.transpose(columns), domains, "sample")
 
 
 def finished(table: Path, run: str) -> dict[str, str] | None:

@@ -144,10 +144,7 @@ def load_domains(
     train: dict[str, Dataset] = {}
     validation: dict[str, Dataset] = {}
     for name, source in sources.items():
-        config = None
-        if "@" in source:
-            source, _, config = source.partition("@")
-        rows, held_out = _split(load_splits(source, config, argument="domains"), name, args)
+        rows, held_out = _split(load_splits(source, argument=f"domains: {name}"), name, args)
         _check_one_format(rows, name, args.dataset_text_field)
         for part, into in ((rows, train), (held_out, validation)):
             argument = f"domains: {name}"

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
-from llmmix.data import load_role
+from llmmix.data import load_role, load_train_and_eval
 from llmmix.finite import end_unless_finite
 from llmmix.head import attach_head
 from llmmix.ranges import check_settings
@@ -36,25 +36,26 @@ class RetainArguments:
 
 
 def load_forget_and_retain(
-    script_args: ScriptArguments, retain_args: RetainArguments
-) -> tuple[Any, Any]:
-    """The rows to forget that a recipe's flags name, and those to retain, or None.
+    script_args: ScriptArguments, retain_args: RetainArguments, training_args: SFTConfig
+) -> tuple[Any, Any, Any]:
+    """The rows that a recipe's flags name: to forget, to evaluate on or None, to retain or None.
 
     Raises:
-        ValueError: `load_role` finds no such rows.
+        ValueError: `load_train_and_eval` or `load_role` finds no such rows.
     """
-    name, config = script_args.dataset_name, script_args.dataset_config
-    forget = load_role(name, "forget", split=script_args.dataset_train_split, config=config)
+    forget, held_out = load_train_and_eval(
+        script_args, training_args, role="forget", whole_for="unlearning"
+    )
     if retain_args.retain_dataset_name is None:
-        return forget, None
+        return forget, held_out, None
     retain = load_role(
         retain_args.retain_dataset_name,
         "retain",
         split=retain_args.retain_dataset_split,
-        config=config,
+        config=script_args.dataset_config,
         arguments=("retain_dataset_name", "retain_dataset_split"),
     )
-    return forget, retain
+    return forget, held_out, retain
 
 
 @dataclass

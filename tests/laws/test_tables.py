@@ -1,5 +1,8 @@
 """Tables of mixtures and losses, of whatever tool, become the same runs, or an error that helps."""
 
+import csv
+import gzip
+import io
 import json
 
 import numpy as np
@@ -166,7 +169,7 @@ def test_json_lines(tmp_path):
     np.testing.assert_array_equal(runs.losses, [[2, 3.5], [2.5, np.nan], [np.nan, 1]])
 
 
-@pytest.mark.parametrize("text", ['[\n{"run": 1}]', '{"run": "a",\n"code": 1}', '{"run": 1}\n[1]'])
+@pytest.mark.parametrize("text", ['[{"run": 1}, 2]', '{"run": "a",\n"code": 1}', '{"run": 1}\n[1]'])
 def test_json_that_is_no_object_a_line_is_refused(tmp_path, text):
     message = refused(tmp_path, metrics=text)
     assert "metrics.csv, line " in message and "JSON object" in message
@@ -285,6 +288,25 @@ def test_an_id_that_stands_twice_is_named_with_its_lines(tmp_path, table):
 
 def test_an_empty_id_is_refused_with_its_line(tmp_path):
     assert "line 3" in refused(tmp_path, RATIOS.replace("\nb,", "\n,"))
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(RATIOS.encode())[:-9]])
+def test_a_table_that_cannot_be_unpacked_is_named(tmp_path, content):
+    with pytest.raises(ValueError, match=r"`ratios`: .*ratios\.csv\.gz cannot be read"):
+        read(tmp_path, content, content, ending=".csv.gz")
+
+
+def test_tables_in_odd_places_and_shapes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "a[1] *"
+    folder.mkdir()
+    write(folder, *(gzip.compress(text.encode()) for text in (RATIOS, METRICS)), ending=".csv.gz")
+    check_same(read_runs(*(f"~/a[1] */{name}.csv.gz" for name in ("ratios", "metrics"))))
+    as_lists = [
+        json.dumps(list(csv.DictReader(io.StringIO(text))), indent=1) for text in (RATIOS, METRICS)
+    ]
+    check_same(read(folder, *as_lists, ending=".json"))
+    assert "line 1 is no JSON" in refused(folder, "[1", "[1")
 
 
 # Shares

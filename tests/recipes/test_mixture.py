@@ -242,6 +242,7 @@ def test_mixtures_of_a_table(tmp_path):
     table = tmp_path / "next.csv"
     table.write_text("run_id,name,b,a\nnext-0000,next-0000,0.2500,0.75\nnext-0001,x,1,0\n")
     args = SweepArguments(sample=str(table))
+    table.write_text("\ufeff" + table.read_text().replace(",", ";"))  # as a spreadsheet saves it
     drawn = choose_mixtures(args, np.array([0.5, 0.5]), 0, ["a", "b"])
     assert drawn.tolist() == [[0.75, 0.25], [0.0, 1.0]]
     with pytest.raises(ValueError, match="`sample`: .* must have a column for each of"):

@@ -168,7 +168,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: `path` is no file, and no folder with such a file.
         ValueError: The file is not whole JSON.
     """
-    file = Path(path) / "unlearning.json" if Path(path).is_dir() else Path(path)
+    path = Path(path).expanduser()
+    file = path / "unlearning.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"`retain_log`: no file {file}.")
     document = read_json(file)

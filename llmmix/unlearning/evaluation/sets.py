@@ -6,6 +6,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from llmmix.data import load_role
+from llmmix.row_files import COMPRESSED
+from llmmix.sources import split_name
 
 
 def load_roles(
@@ -42,5 +44,7 @@ def load_roles(
 
 def _title(name: str) -> str:
     """The short name of a set: its configuration, the stem of its file, or the built-in's name."""
-    source, _, config = name.partition("@")
-    return (config or Path(source).stem.split(":")[-1]).removesuffix("_perturbed")
+    source, config = split_name(name)
+    path = Path(source)
+    stem = Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+    return (config or stem.split(":")[-1]).removesuffix("_perturbed")
