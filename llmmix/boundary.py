@@ -49,11 +49,14 @@ OURS = {
     r"ignore_mismatched_sizes": "has weights of other shapes than its config.json says",
     r"any data files|supported\) data files|task.toml": "holds no file of rows, such as .jsonl",
     r"corresponds to no data": "has no rows",
+    r"chat_template is not set": "has no chat template, which rows of messages need: name another "
+    "model, or give rows of text",
 }
 # What a library's message is about, where it names no argument
 ABOUT = {
     r"Target modules .*not found|modules were targeted|target_modules": "lora_target_modules",
     r"task type": "lora_task_type",
+    r"[Oo]ptimizer|optim": "optim",
     r"8 bit and 4 bit|bitsandbytes": "load_in_4bit` or `load_in_8bit",
     r"repos/create": "push_to_hub",
     r"deepspeed": "deepspeed",
@@ -63,7 +66,6 @@ ABOUT = {
     r"DynamoBackend": "torch_compile_backend",
     r"bf16|fp16": "bf16` or `fp16",
     r"tf32": "tf32",
-    r"[Oo]ptimizer|optim": "optim",
     r"[Ll]earning rate scheduler|lr_scheduler|num_warmup": "lr_scheduler_type",
     r"chat template|chat_template": "chat_template_path",
 }
@@ -127,14 +129,16 @@ def explain(error: BaseException, ours: Sequence[Path]) -> str | None:
 def _told(text: str, kinds: Sequence[str], loaded: str | None, package: str) -> str:
     """A library's message, with the argument that it is about, in our words where we have them."""
     where = "(--traceback shows where)"
+    kinds = MODELS if "chat_template is not set" in text else kinds
     named = [(argument, name) for argument, name in named_inputs(_given) if name]
     likely = [pair for pair in named if pair[1] in text or pair[1] == loaded]
     if not likely and (argument := _argument_of(text)):
         return f"`{argument}`: {text} {where}"
     likely = likely or [pair for pair in named if pair[0] in kinds]
     likely = likely if len({argument for argument, _ in likely}) == 1 else []
-    argument = next((name for pattern, name in ABOUT.items() if re.search(pattern, text)), None)
-    if likely and (likely[0][1] in text or not argument):
+    about = (name for pattern, name in ABOUT.items() if re.search(pattern, text))
+    argument = next((name for name in about if _has(name.partition("`")[0])), None)
+    if likely and (likely[0][1] in text or not argument or "chat_template is not set" in text):
         argument, name = likely[0]
         if words := next((words for p, words in OURS.items() if re.search(p, text)), None):
             return f"`{argument}`: {name} {words}."
@@ -147,8 +151,11 @@ def _told(text: str, kinds: Sequence[str], loaded: str | None, package: str) -> 
 
 
 def _names_argument(text: str) -> bool:
-    mentioned = re.findall(r"(?:`|--)(\w+)", text)
-    return any(hasattr(given, word) for word in mentioned for given in _given)
+    return any(_has(word) for word in re.findall(r"(?:`|--)(\w+)", text))
+
+
+def _has(argument: str) -> bool:
+    return any(hasattr(given, argument) for given in _given)
 
 
 def _argument_of(text: str) -> str | None:
@@ -171,15 +178,13 @@ def _is_users(file: str | None, ours: Sequence[Path]) -> bool:
 
 def _unknown_key(error: BaseException) -> str | None:
     """What is told of a key in a mapping of settings that the function it is for does not take."""
-    found = re.search(
-        r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
-    )
-    if not isinstance(error, TypeError) or not found:
+    found = re.search(r"[Uu]nexpected keyword arguments?:? '?(\w+)", str(error))
+    if not isinstance(error, TypeError | ValueError) or not found:
         return None
     for given in _given:
         for name, value in vars(given).items():
-            if isinstance(value, dict) and found[2] in value:
-                return f"`{name}` has a key {found[2]!r}, which {found[1]} does not take."
+            if isinstance(value, dict) and found[1] in value:
+                return f"`{name}` has a key that is not known: {_one_line(str(error), SHOWN)}"
     return None
 
 

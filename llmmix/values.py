@@ -21,6 +21,10 @@ TRUE, FALSE = ("yes", "true", "t", "y", "1", "on"), ("no", "false", "f", "n", "0
 OF_A_FILE = {"deepspeed", "fsdp_config", "accelerator_config"}  # a mapping, or the path of one
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16", "float64", "half", "float", "double"),
+    "lora_task_type": ("CAUSAL_LM",),
+    "torch_compile_mode": (
+        *("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    ),
     "include_num_input_tokens_seen": ("true", "false", "all", "non_padding", "no"),
 }
 WORDS = {"pad_to_multiple_of": ("auto", "none", "null")}  # what stands beside a whole number
