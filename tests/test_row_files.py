@@ -24,7 +24,7 @@ def read(tmp_path):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         whole = read_files({"train": [path]}, "rows")
         streamed = read_files({"train": [path]}, "rows", streaming=True)
-        found = {split: rows.to_list() for split, rows in whole.items()}
+        found = {split: list(rows) for split, rows in whole.items()}
         assert found == {split: list(rows) for split, rows in streamed.items()}
         return found["train"] if list(found) == ["train"] else found
 
