@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import logging
 import math
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any, NoReturn
 from llmmix.launching import UsageError
 from llmmix.scripts import command_of, summary_of
 
+logger = logging.getLogger(__name__)
+
 UPSTREAM = ("trl", "transformers")  # whose options come second in --help, but for these:
 NAMED = (
     *("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft"),
@@ -26,6 +29,7 @@ RESUME = (
     "auto: go on from the newest complete checkpoint, and start where there is none. true: refuse "
     "to start. Or a checkpoint's folder. By default the run starts."
 )
+WITH_ADAPTER = "with_adapter"  # in a YAML file: what `--use_peft` takes in place of the rest of it
 
 
 def parse_args(
@@ -34,6 +38,7 @@ def parse_args(
     """Parse a script's flags with TRL's parser, over its own YAML and the user's `--config`.
 
     Later wins: the dataclass's default, `SCRIPT.yaml` beside the script, `--config`, the flags.
+    With `--use_peft` the settings under a file's `with_adapter` win over the others of that file.
 
     Args:
         dataclass_types: The dataclasses whose fields are the flags.
@@ -68,9 +73,13 @@ def parse_args(
     given, argv = ours.parse_known_args(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for kind in dataclass_types for f in dataclasses.fields(kind)}
     defaults = path.with_suffix(".yaml")
-    for file in filter(None, [defaults if defaults.exists() else None, given.config]):
-        parser.set_defaults_with_config(**_read_yaml(Path(file), fields))
+    files = filter(None, [defaults if defaults.exists() else None, given.config])
+    layers = [_read_yaml(Path(file), fields) for file in files]
+    for settings, _ in layers:
+        parser.set_defaults_with_config(**settings)
     values, rest = parser.parse_known_args(argv)
+    if getattr(values, "use_peft", False):
+        values = _fit_to_adapter(parser, layers, argv, values)
     flags = [flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")]
     _check_keys(flags, fields, "the command line")
     if rest:
@@ -80,6 +89,25 @@ def parse_args(
             raise UsageError(f"`{name}` must be a number, got NaN.")
     # A file of more flags that lies in the current folder is not for us
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _fit_to_adapter(
+    parser: Any, layers: list[tuple[dict, dict]], argv: list[str], plain: argparse.Namespace
+) -> argparse.Namespace:
+    """The flags' values once what each file says of adapters has won over the rest of that file."""
+    for settings, with_adapter in layers:
+        parser.set_defaults_with_config(**{**settings, **with_adapter})
+    values, _ = parser.parse_known_args(argv)
+    for name in sorted({name for _, with_adapter in layers for name in with_adapter}):
+        before, after = getattr(plain, name), getattr(values, name)
+        if after != before and os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                "With an adapter `%s` is %s, in place of %s; a value that you give wins.",
+                name,
+                after,
+                before,
+            )
+    return values
 
 
 def _refuse(message: str) -> NoReturn:
@@ -134,18 +162,29 @@ def _own_options(dataclass_types: Iterable[type]) -> list[str]:
     return [*NAMED, *(name for base in ours for name in vars(base).get("__annotations__", {}))]
 
 
-def _read_yaml(path: Path, fields: dict[str, dataclasses.Field]) -> dict:
-    """The `key: value` pairs of a file, its `env` put into the environment, as TRL does."""
+def _read_yaml(path: Path, fields: dict[str, dataclasses.Field]) -> tuple[dict, dict]:
+    """The `key: value` pairs of a file, and those under its `with_adapter`.
+
+    What is under its `env` is put into the environment, as TRL does.
+    """
     import yaml
 
     if not path.is_file():
         raise UsageError(f"`--config` names no file: {path}.")
     given = yaml.safe_load(path.read_text())
     if given is None:  # comments alone
-        return {}
+        return {}, {}
     if not isinstance(given, dict):
         raise UsageError(f"{path} must hold `key: value` lines.")
     os.environ.update({key: str(value) for key, value in given.pop("env", {}).items()})
+    with_adapter = given.pop(WITH_ADAPTER, None) or {}
+    if not isinstance(with_adapter, dict):
+        raise UsageError(f"`{WITH_ADAPTER}` of {path} must hold `key: value` lines.")
+    return _settings(given, fields, path), _settings(with_adapter, fields, path)
+
+
+def _settings(given: dict, fields: dict[str, dataclasses.Field], path: Path) -> dict:
+    """The pairs of a file, checked, as the parser takes them."""
     _check_keys(given, fields, str(path))
     # One value of a list may be written without brackets, as on the command line
     return {

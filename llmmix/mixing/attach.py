@@ -18,6 +18,7 @@ from llmmix.finite import end_unless_finite
 from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.resuming import keep_token_count
+from llmmix.unmoved import tell_if_unmoved
 
 
 def attach_mixture(
@@ -52,6 +53,7 @@ def attach_mixture(
     callback.bind(trainer)
     trainer.add_callback(callback)
     end_unless_finite(trainer)
+    tell_if_unmoved(trainer)
     keep_token_count(trainer)
     return callback
 

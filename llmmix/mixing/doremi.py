@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import Trainer
 
+from llmmix.adapters import load_model, named_checkpoints
 from llmmix.mixing.checks import Weights, require, require_whole
 from llmmix.mixing.controllers import Observation
 from llmmix.mixing.proxies import AveragedController, ProxyCallback
@@ -153,8 +154,14 @@ def _load(reference: nn.Module | str | Path, trainer: Trainer) -> nn.Module:
     if isinstance(reference, nn.Module):
         return reference
     trained: Any = trainer.model
-    return AutoModelForCausalLM.from_pretrained(
-        resolve_checkpoint(str(reference)), dtype=trained.dtype, use_safetensors=True
+    (checkpoint,) = named_checkpoints([str(reference)], argument="reference")
+    model = resolve_checkpoint(checkpoint.model, "reference")
+    return load_model(
+        model,
+        checkpoint.adapter,
+        checkpoint.arguments,
+        revision=checkpoint.revision,
+        dtype=trained.dtype,
     )
 
 

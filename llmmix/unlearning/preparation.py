@@ -19,6 +19,7 @@ from llmmix.unlearning.guards import check_limit
 from llmmix.unlearning.qa import read_rows
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates
+from llmmix.unmoved import tell_if_unmoved
 
 
 @dataclass
@@ -196,6 +197,7 @@ def prepare_trainer(
     keep_outputs_in_fp32(trainer.accelerator)
     attach_head(model)
     end_unless_finite(trainer)
+    tell_if_unmoved(trainer)
     return prepared
 
 
