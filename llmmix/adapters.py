@@ -33,39 +33,45 @@ def is_adapter(name: str | os.PathLike[str]) -> bool:
 
 
 def base_of(adapter: str | Path, argument: str = MODEL) -> tuple[str, str | None]:
-    """The model that an adapter's folder names as its base, and its revision.
+    """The model that an adapter's folder names as its base ("" for none), and its revision.
 
     Args:
         adapter: The folder.
         argument: Name of `adapter` in error messages.
 
     Raises:
-        ValueError: The folder's `adapter_config.json` is not whole or names no model, or one that
-            is an adapter itself.
-        FileNotFoundError: It names a file or folder that is not there.
+        ValueError: The folder's `adapter_config.json` is not whole.
     """
     config = Path(adapter).expanduser() / ADAPTER_CONFIG
-    way_out = "Name the model with `model_name_or_path` and the folder with `adapter`."
     try:
         given = json.loads(config.read_bytes())
-    except ValueError:
+        return given.get("base_model_name_or_path") or "", given.get("revision")
+    except (ValueError, AttributeError):
         raise ValueError(f"`{argument}`: {config} is not whole.") from None
-    base = given.get("base_model_name_or_path") if isinstance(given, dict) else None
+
+
+def check_base(adapter: str | Path, argument: str = MODEL) -> None:
+    """Refuse an adapter's folder that is to stand for a model, and whose base is not known.
+
+    Raises:
+        ValueError: It names no base, or one that is an adapter itself.
+        FileNotFoundError: It names a file or folder that is not there.
+    """
+    base, _ = base_of(adapter, argument)
+    way_out = "Name the base with `model_name_or_path` and the folder with `adapter`."
     if not base:
-        raise ValueError(f"`{argument}`: {config} names no base model. {way_out}")
+        raise ValueError(f"`{argument}`: {adapter} is an adapter that names no base. {way_out}")
     if is_adapter(base):
         raise ValueError(
             f"`{argument}`: {adapter} is an adapter of {base}, which is an adapter itself. Merge "
             "that one into its base first (`merge_and_unload` of peft)."
         )
-    if not base.startswith("builtin:"):
-        try:
-            local_path(base, argument)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"`{argument}`: {adapter} is an adapter of {base}, which is not there. {way_out}"
-            ) from None
-    return base, given.get("revision")
+    try:
+        base.startswith("builtin:") or local_path(base, argument)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"`{argument}`: {adapter} is an adapter of {base}, which is not there. {way_out}"
+        ) from None
 
 
 def check_adapter(name: str, argument: str = "adapter") -> None:
@@ -119,8 +125,7 @@ def named_checkpoints(
 
     Raises:
         ValueError: Adapters are given for several models, or for one that is an adapter itself; or
-            two runs have one name; or `base_of` finds no base.
-        FileNotFoundError: An adapter names a base that is not there.
+            two runs have one name; or an `adapter_config.json` is not whole.
     """
     if adapters and len(models) > 1:
         raise ValueError(f"`adapter` goes with one `{argument}`, got several.")
@@ -169,13 +174,15 @@ def check_checkpoints(checkpoints: list[Checkpoint], **others: str | None) -> No
     named = [named_checkpoint(given, argument) for argument, given in others.items()]
     for checkpoint in filter(None, [*checkpoints, *named]):
         of_model, of_adapter = checkpoint.arguments
+        if checkpoint.adapter is not None:
+            check_adapter(checkpoint.adapter, of_adapter)
+            if of_model == of_adapter:  # the folder stands for the model
+                check_base(checkpoint.adapter, of_model)
         if not checkpoint.model.startswith("builtin:"):
             path = local_path(checkpoint.model, of_model)
             if path is not None:
                 own = checkpoint.adapter is not None and has_tokenizer(checkpoint.adapter)
                 check_checkpoint(str(path), of_model, tokenizer=not own)
-        if checkpoint.adapter is not None:
-            check_adapter(checkpoint.adapter, of_adapter)
 
 
 def _folder_names(names: list[str], argument: str) -> list[str]:
@@ -208,40 +215,6 @@ def named_errors(what: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         first = next(filter(None, str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{what}: {first}") from error
-
-
-def adapted_tokenizer(
-    checkpoint: str,
-    adapter: str | None,
-    arguments: tuple[str, str] = (MODEL, "adapter"),
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer and chat template that an adapter brings, and for what it lacks the model's.
-
-    Args:
-        checkpoint: What `resolve_checkpoint` returned.
-        adapter: PEFT folder or hub id, or None.
-        arguments: Names of the two in error messages.
-        revision: Revision of the checkpoint.
-        trust_remote_code: Run code of the checkpoint.
-
-    Raises:
-        ValueError: The tokenizer does not load.
-    """
-    from transformers.utils.hub import has_file
-
-    loading = {"trust_remote_code": trust_remote_code}
-    if adapter is None:
-        return named_tokenizer(checkpoint, arguments[0], revision=revision, **loading)
-    folder = os.path.expanduser(adapter)
-    if has_file(folder, "tokenizer_config.json"):
-        return named_tokenizer(folder, arguments[1], **loading)
-    tokenizer = named_tokenizer(checkpoint, arguments[0], revision=revision, **loading)
-    if (template := Path(folder, "chat_template.jinja")).is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
 
 
 def load_model(

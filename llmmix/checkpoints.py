@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from transformers.utils.hub import has_file
 
 from llmmix.completeness import fault_of
 
@@ -57,14 +57,14 @@ def local_path(name: str | os.PathLike[str], argument: str = MODEL) -> Path | No
     hint = ""
     if HUB_ID.fullmatch(given) and path.suffix not in LOCAL_SUFFIXES:
         first, _, second = given.partition("/")
-        if not second or not Path(first).is_dir() or _is_cached(given):
+        if (
+            not second
+            or not Path(first).is_dir()
+            or has_file(given, "config.json", local_files_only=True)
+        ):
             return None
         hint = f" For a model of the Hub, go where there is no folder {first}."
     raise FileNotFoundError(f"`{argument}`: no file or folder {given or repr('')}.{hint}")
-
-
-def _is_cached(hub_id: str) -> bool:
-    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
 
 
 def check_checkpoint(

@@ -9,14 +9,15 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import has_file
 
 from llmmix.adapters import Checkpoint as Checkpoint  # scripts take these from here
 from llmmix.adapters import (
-    adapted_tokenizer,
     base_of,
     is_adapter,
     load_model,
@@ -91,10 +92,9 @@ def trainable_checkpoint(
     if is_adapter(checkpoint):
         base, _ = base_of(checkpoint, argument)
         raise ValueError(
-            f"`{argument}`: {name} holds an adapter alone, of {base}. To train on from it, merge "
-            "it first: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-            ".save_pretrained(OTHER), and copy the tokenizer. To go on with its own run, use "
-            "`resume_from_checkpoint`."
+            f"`{argument}`: {name} holds an adapter alone, of {base or 'no base'}. To train on "
+            "from it, merge it first (`merge_and_unload` of peft, then `save_pretrained`) and name "
+            "what you saved. To go on with its own run, use `resume_from_checkpoint`."
         )
     check_checkpoint(checkpoint, argument, safetensors=safetensors, tokenizer=tokenizer)
     return checkpoint
@@ -149,6 +149,46 @@ def load_tokenizer(
     )
 
 
+def tokenizer_of(
+    checkpoint: Checkpoint, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer and chat template that an adapter brings, and for what it lacks the model's.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+        ValueError: The tokenizer does not load.
+    """
+    of_model, of_adapter = checkpoint.arguments
+    folder = None if checkpoint.adapter is None else os.path.expanduser(checkpoint.adapter)
+    if folder is not None and has_file(folder, "tokenizer_config.json"):
+        return named_tokenizer(folder, of_adapter, trust_remote_code=trust_remote_code)
+    tokenizer = named_tokenizer(
+        resolve_checkpoint(checkpoint.model, of_model),
+        of_model,
+        revision=checkpoint.revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if folder is not None and (template := Path(folder, "chat_template.jinja")).is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_checkpoint(checkpoint: Checkpoint, **loading: Any) -> Any:
+    """The model with its adapter, none of whose weights is new.
+
+    Args:
+        checkpoint: The model and the adapter.
+        **loading: Arguments of `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+        ValueError: The model lacks weights, or the adapter does not fit it.
+    """
+    path = resolve_checkpoint(checkpoint.model, checkpoint.arguments[0])
+    revision = checkpoint.revision
+    return load_model(path, checkpoint.adapter, checkpoint.arguments, revision=revision, **loading)
+
+
 class Loader:
     """Loads checkpoints, and holds one model at a time.
 
@@ -182,13 +222,7 @@ class Loader:
 
     def tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         """The tokenizer of the adapter if it has one, else of the model."""
-        return adapted_tokenizer(
-            resolve_checkpoint(checkpoint.model, checkpoint.arguments[0]),
-            checkpoint.adapter,
-            checkpoint.arguments,
-            revision=checkpoint.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return tokenizer_of(checkpoint, self.trust_remote_code)
 
     def model(self, checkpoint: Checkpoint) -> Any:
         """The model with its adapter; any other model that was held is let go."""
@@ -208,13 +242,8 @@ class Loader:
             free_memory()
 
     def _load(self, checkpoint: Checkpoint) -> Any:
-        model = load_model(
-            resolve_checkpoint(checkpoint.model, checkpoint.arguments[0]),
-            checkpoint.adapter,
-            checkpoint.arguments,
-            revision=checkpoint.revision,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
+        model = load_checkpoint(
+            checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
         return model.to(self.device)
 

@@ -29,12 +29,11 @@ import numpy as np
 from torch import nn
 from transformers import Trainer
 
-from llmmix.adapters import load_model, named_checkpoints
 from llmmix.mixing.checks import Weights, require, require_whole
 from llmmix.mixing.controllers import Observation
 from llmmix.mixing.proxies import AveragedController, ProxyCallback
 from llmmix.mixing.sampler import MixtureSampler
-from llmmix.models import resolve_checkpoint
+from llmmix.models import load_checkpoint, named_checkpoints
 
 
 @dataclass
@@ -155,14 +154,7 @@ def _load(reference: nn.Module | str | Path, trainer: Trainer) -> nn.Module:
         return reference
     trained: Any = trainer.model
     (checkpoint,) = named_checkpoints([str(reference)], argument="reference")
-    model = resolve_checkpoint(checkpoint.model, "reference")
-    return load_model(
-        model,
-        checkpoint.adapter,
-        checkpoint.arguments,
-        revision=checkpoint.revision,
-        dtype=trained.dtype,
-    )
+    return load_checkpoint(checkpoint, dtype=trained.dtype)
 
 
 def _check_reference(reference: nn.Module, trainer: Trainer) -> None:

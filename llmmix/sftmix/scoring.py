@@ -20,20 +20,15 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.adapters import (
-    adapted_tokenizer,
-    base_of,
-    is_adapter,
-    load_model,
-    named_tokenizer,
-)
 from llmmix.files import cache_dir, checkpoint_id, replacing
 from llmmix.head import attach_head
 from llmmix.models import (
     check_checkpoints,
     free_memory,
+    load_checkpoint,
     named_checkpoints,
     resolve_checkpoint,
+    tokenizer_of,
     trainable_checkpoint,
 )
 from llmmix.processes import main_process_says
@@ -270,18 +265,12 @@ def _load(
     quantization_config: "QuantizationConfigMixin | None",
 ) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that `SFTTrainer` takes, and its tokenizer."""
-    arguments, trusted = ("checkpoints", "checkpoints"), args.trust_remote_code
-    if not is_adapter(checkpoint):
-        return checkpoint, named_tokenizer(checkpoint, "checkpoints", trust_remote_code=trusted)
-    base, revision = base_of(checkpoint, "checkpoints")
-    base = resolve_checkpoint(base, "checkpoints")
-    loading = {**loading_settings(args), "revision": revision}  # the base's, not the run's
+    (named,) = named_checkpoints([checkpoint], argument="checkpoints")
+    tokenizer = tokenizer_of(named, args.trust_remote_code)
+    if named.adapter is None:
+        return checkpoint, tokenizer
+    loading = loading_settings(args)
     loading["dtype"] = loading.get("dtype") or "float32"  # as TRL loads
+    loading.pop("revision", None)  # the run's model's, not the base's
     args.model_init_kwargs = None
-    tokenizer = adapted_tokenizer(
-        base, checkpoint, arguments, revision=revision, trust_remote_code=trusted
-    )
-    model = load_model(
-        base, checkpoint, arguments, quantization_config=quantization_config, **loading
-    )
-    return model, tokenizer
+    return load_checkpoint(named, quantization_config=quantization_config, **loading), tokenizer
