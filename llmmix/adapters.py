@@ -209,12 +209,18 @@ def named_tokenizer(checkpoint: str, argument: str, **loading: Any) -> PreTraine
 
 @contextmanager
 def named_errors(what: str) -> Iterator[None]:
-    """Say in one line what did not load, with the first line of the library's error."""
+    """Say in one line what did not load, with the first line of the library's error.
+
+    Raises:
+        OSError: A file is missing, or the Hub cannot be reached.
+        ValueError: Anything else.
+    """
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         first = next(filter(None, str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{what}: {first}") from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{what}: {first}") from error
 
 
 def load_model(

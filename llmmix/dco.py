@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
@@ -243,6 +244,7 @@ class DCOTrainer(SFTTrainer):
         attach_heads(self)
         end_unless_finite(self)
         tell_if_unmoved(self)
+        sign(self)
         keep_token_count(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.models import eval_mode
 from llmmix.resuming import keep_token_count
@@ -212,6 +213,7 @@ class RPOTrainer(DPOTrainer):
         self._attach_own_heads()
         end_unless_finite(self)
         tell_if_unmoved(self)
+        sign(self)
         keep_token_count(self)
 
     def create_accelerator_and_postprocess(self) -> None:

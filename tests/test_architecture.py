@@ -39,6 +39,7 @@ LAYERS = [
     {
         "adapters",
         "builtin",
+        "cards",
         "checkpoints",
         "data",
         "dequantizing",

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from llmmix.cards import sign
 from llmmix.finite import end_unless_finite
 from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.sampler import MixtureSampler
@@ -54,6 +55,9 @@ def attach_mixture(
     trainer.add_callback(callback)
     end_unless_finite(trainer)
     tell_if_unmoved(trainer)
+    sign(
+        trainer, f"{getattr(trainer, '_name', '')} on a mixture: {callback.method}", callback.paper
+    )
     keep_token_count(trainer)
     return callback
 

@@ -118,6 +118,12 @@ class DoReMiCallback(ProxyCallback):
         TypeError: `reference` is neither a model nor the name of a checkpoint.
     """
 
+    method = "shares moved by DoReMi, for a proxy"
+    paper = (
+        "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining",
+        "2305.10429",
+    )
+
     def __init__(
         self,
         sampler: MixtureSampler,

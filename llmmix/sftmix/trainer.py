@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.dco import dco_weight
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import FusedHeadOutput
@@ -168,6 +169,7 @@ class SFTMixTrainer(SFTTrainer):
         attach_heads(self)
         end_unless_finite(self)
         tell_if_unmoved(self)
+        sign(self)
         keep_token_count(self)
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it

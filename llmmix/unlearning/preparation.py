@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
+from llmmix.cards import sign
 from llmmix.data import load_role
 from llmmix.finite import check_finite_settings, end_unless_finite
 from llmmix.head import attach_head
@@ -198,6 +199,7 @@ def prepare_trainer(
     attach_head(model)
     end_unless_finite(trainer)
     tell_if_unmoved(trainer)
+    sign(trainer)
     return prepared
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.config import UnlearnConfig, check_needs
@@ -116,6 +117,7 @@ class UnlearnTrainer(SFTTrainer):
             templates=templates,
             skip_tokens=args.skip_tokens if loss.skips_tokens else 0,
         )
+        sign(self, f"the unlearning loss {args.loss}", loss.paper)
         self.objective = self._make_objective()
         self.reference = self._make_reference(kwargs.get("peft_config"))
         self.guard = UnlearningGuard(
