@@ -14,7 +14,8 @@ from llmmix.adapters import ADAPTER_CONFIG
 from llmmix.checkpoints import origin_of
 from llmmix.files import read_json, write_whole
 
-NO_BASE = "[None](https://huggingface.co/None)"  # what TRL's card says of a base of no hub id
+NO_BASE = "[None](https://huggingface.co/None)"  # what TRL writes for a base of no hub id
+NO_MODEL = 'model="None"'  # and for a model that is not pushed
 
 
 def sign(trainer: Trainer, method: str | None = None, paper: tuple[str, str] | None = None) -> None:
@@ -57,6 +58,7 @@ def _name_base(trainer: Trainer, folder: str | None) -> None:
     card, config = Path(folder, "README.md"), Path(folder, ADAPTER_CONFIG)
     if card.is_file():
         text = card.read_text(encoding="utf-8").replace(NO_BASE, f"`{base}`")
+        text = text.replace(NO_MODEL, f'model="{folder}"')
         write_whole(card, text if base == loaded else text.replace(loaded, base))
     given = read_json(config)
     if base != loaded and given and given.get("base_model_name_or_path") == loaded:
