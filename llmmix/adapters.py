@@ -6,12 +6,13 @@ A folder with an adapter alone stands for the adapter on the model that it names
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import has_file
 
 from llmmix.checkpoints import (
     MODEL,
@@ -78,12 +79,17 @@ def check_adapter(name: str, argument: str = "adapter") -> None:
     """Refuse an adapter that is not there, or whose folder has none.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: There is no such folder, and no adapter of that name on the Hub.
         ValueError: The folder holds no adapter, or one that is not whole.
     """
     folder = local_path(name, argument)
     if folder is None:
-        return
+        with suppress(OSError):  # of a name that the Hub does not know
+            if has_file(name, ADAPTER_CONFIG):
+                return
+        raise FileNotFoundError(
+            f"`{argument}`: no folder {name} is here, and the Hub gives no adapter of that name."
+        )
     weights = [*folder.glob("adapter_model.safetensors"), *folder.glob("adapter_model.bin")]
     for there, what in ((folder / ADAPTER_CONFIG).is_file(), ADAPTER_CONFIG), (weights, "weights"):
         if not there:

@@ -32,6 +32,7 @@ def main(
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
     train_dataset, eval_dataset = load_train_and_eval(script_args, training_args)
+    tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     if CONFIDENCE not in (train_dataset.column_names or []) and training_args.mixup_weight:
         train_dataset = add_confidence(
             train_dataset,
@@ -47,7 +48,7 @@ def main(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(checkpoint, model_args, training_args),
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

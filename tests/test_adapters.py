@@ -109,6 +109,8 @@ def test_what_is_no_adapter_is_refused(checkpoint, adapter, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="`adapter`: no file or folder /no/run"):
         check("/no/run")
+    with pytest.raises(FileNotFoundError, match="`adapter`: no folder nope is here"):
+        check("nope")
     with pytest.raises(ValueError, match="`adapter`: .* holds no adapter: it has no adapter_con"):
         check(checkpoint)
     with pytest.raises(ValueError, match="is an adapter itself: name its base"):
