@@ -25,7 +25,7 @@ from llmmix.grading.printing import print_tables
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import compare, summarize
 from llmmix.grading.verify import Verifier
-from llmmix.models import Checkpoint, Loader, named_checkpoints
+from llmmix.models import Checkpoint, Loader, check_checkpoints, named_checkpoints
 from llmmix.processes import evaluation_state
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.backend == "vllm":
         raise ValueError("`backend` 'vllm' uses all GPUs from one process: no `--num_processes`.")
     state = evaluation_state()
+    check_checkpoints([run.checkpoint for run in runs])
     claim(args.output_dir)
     logging.disable_progress_bar()
     rows = _load_rows(args)

@@ -172,6 +172,8 @@ def _resolve(args: SpeedArguments) -> tuple[SpeedArguments, str]:
     """The arguments with the device and its sizes filled in, and the device."""
     import torch
 
+    from llmmix.models import check_checkpoints, named_checkpoints
+
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("speed runs on one process: leave `--num_processes` out.")
     if unknown := set(args.kinds) - set(KINDS):
@@ -188,6 +190,8 @@ def _resolve(args: SpeedArguments) -> tuple[SpeedArguments, str]:
         raise ValueError(f"`device` must be 'cpu' or 'cuda', got {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device` is 'cuda', and torch sees no GPU here.")
+    if {"steps", "sampling"} & set(args.kinds):
+        check_checkpoints(named_checkpoints(args.model_name_or_path))
     weighed = args.memory or "sampling" in args.kinds
     if weighed and device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise ValueError(

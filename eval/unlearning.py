@@ -198,7 +198,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     from transformers.utils import logging
 
     from llmmix.files import claim
-    from llmmix.models import Loader, named_checkpoints
+    from llmmix.models import Loader, check_checkpoints, named_checkpoints
     from llmmix.processes import evaluation_state
     from llmmix.unlearning.evaluation.checkpoint import evaluate_checkpoint
     from llmmix.unlearning.evaluation.document import read_document
@@ -207,6 +207,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
 
     _check(args)
     runs = named_checkpoints(args.model_name_or_path, args.adapter)
+    check_checkpoints(runs, retain_model=args.retain_model, original=args.original)
     state = evaluation_state()
     claim(args.output_dir)
     logging.disable_progress_bar()
@@ -218,7 +219,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     retained = read_document(args.retain_log) if args.retain_log else None
     folder = Path(args.output_dir)
     if args.retain_model:
-        (baseline,) = named_checkpoints([args.retain_model])
+        (baseline,) = named_checkpoints([args.retain_model], argument="retain_model")
         retained = evaluate_checkpoint(loader, baseline, data, plan, folder / baseline.name)
     results = {
         run.name: evaluate_checkpoint(
@@ -248,7 +249,7 @@ def load_sets(args: UnlearningArguments) -> "dict[str, Dataset]":
 def _plan(args: UnlearningArguments) -> "Plan":
     from accelerate import PartialState
 
-    from llmmix.models import named_checkpoints
+    from llmmix.adapters import named_checkpoint
     from llmmix.unlearning.evaluation.checkpoint import Plan
     from llmmix.unlearning.evaluation.probes import Relearning
     from llmmix.unlearning.evaluation.sampled_leaks import LeakOptions
@@ -288,7 +289,7 @@ def _plan(args: UnlearningArguments) -> "Plan":
         measuring,
         leaking,
         relearning,
-        original=named_checkpoints([args.original])[0] if args.original else None,
+        original=named_checkpoint(args.original, "original"),
         fluency=_function(args.fluency) if args.fluency else None,
         open_unlearning=args.compat is not None,
         sets={name: getattr(args, name) for name in SETS},

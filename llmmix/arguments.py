@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from llmmix.head import causal_lm
+from llmmix.models import trainable_checkpoint
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -46,6 +47,27 @@ def own_config(args: Any, config: type[Config], output_dir: str) -> Config:
     return config(**settings)
 
 
+def own_model(model: Any, args: Any, tokenizer: Any = None) -> Any:
+    """What TRL takes for a trainer's `model`: a loaded one as it is, a name resolved.
+
+    Args:
+        model: A model, or what a recipe's `model_name_or_path` may be: a hub id, a folder, a
+            `.gguf` file or `builtin:tiny`, as text or path.
+        args: The trainer's settings.
+        tokenizer: The tokenizer that the trainer was given; None: the checkpoint must have one.
+
+    Raises:
+        ValueError: `trainable_checkpoint` refuses it.
+        FileNotFoundError: There is no such file or folder.
+    """
+    if not isinstance(model, str | PathLike):
+        return model
+    safetensors = (args.model_init_kwargs or {}).get("use_safetensors") is True
+    return trainable_checkpoint(
+        model, "model", safetensors=safetensors, tokenizer=tokenizer is None
+    )
+
+
 def check_types(model: Any, train_dataset: Any, others: dict[str, Any]) -> None:
     """Refuse a model, collator or dataset of another type, such as what stands in its place.
 
@@ -57,9 +79,7 @@ def check_types(model: Any, train_dataset: Any, others: dict[str, Any]) -> None:
     Raises:
         TypeError: One of them is of a type that no trainer takes.
     """
-    if isinstance(model, PathLike):
-        raise TypeError(f"`model` must be a model or its name, a `str`: give {str(model)!r}.")
-    if not isinstance(model, str):
+    if not isinstance(model, str | PathLike):
         causal_lm(model)
     if (reference := others.get("ref_model")) is not None:
         causal_lm(reference, "ref_model")

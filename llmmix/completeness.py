@@ -58,7 +58,7 @@ def _faults(checkpoint: Path) -> Iterator[str]:
     if not (checkpoint / STATE).is_file():
         yield f"it has no {STATE}, which is written last"
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and (fault := _fault_of(path)):
+        if path.is_file() and (fault := fault_of(path)):
             yield f"{path.relative_to(checkpoint)} {fault}"
     state = json.loads((checkpoint / STATE).read_bytes())
     step = state.get("global_step") if isinstance(state, dict) else None
@@ -84,8 +84,8 @@ def _missing(checkpoint: Path) -> Iterator[str]:
             yield f"{shards.name} has no .metadata, which is written last"
 
 
-def _fault_of(path: Path) -> str | None:
-    """What is wrong with a file of a checkpoint, by its own format."""
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a file of a checkpoint, by its own format; None if it is whole."""
     size = path.stat().st_size
     kind = path.suffix
     if size == 0 and kind in (".json", ".safetensors", ".pt", ".pth", ".bin", ".distcp"):

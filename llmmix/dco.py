@@ -19,6 +19,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.arguments import check_types, own_config
+from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.finite import end_unless_finite
 from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
@@ -44,6 +46,7 @@ from llmmix.trainers import (
     log_dropped,
     log_metric,
 )
+from llmmix.unmoved import tell_if_unmoved
 from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
@@ -217,7 +220,7 @@ class DCOTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: "str | PathLike | PreTrainedModel | PeftModel",
         args: TrainingArguments | None = None,
         data_collator: Callable[[list], dict] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -234,12 +237,15 @@ class DCOTrainer(SFTTrainer):
         check_types(model, train_dataset, kwargs)
         check_own_loss("DCO", args, kwargs)
         train_dataset = check_sft_datasets(args, train_dataset, kwargs)
-        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        start = own_model(model, args, processing_class)
+        super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_heads(self)
         end_unless_finite(self)
+        tell_if_unmoved(self)
+        sign(self)
         keep_token_count(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False

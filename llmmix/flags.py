@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import functools
+import logging
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ from llmmix.scripts import command_of, summary_of
 from llmmix.values import from_yaml, hints_of, text_reader
 from llmmix.yaml_files import read_yaml
 
+logger = logging.getLogger(__name__)
+
 UPSTREAM = ("trl", "transformers")  # whose options come last in --help, and these before them:
 NAMED = (
     *("model_name_or_path", "dataset_name", "dataset_config", "output_dir", "use_peft"),
@@ -31,6 +34,7 @@ RESUME = (
     "auto: go on from the newest complete checkpoint, and start where there is none. true: refuse "
     "to start. Or a checkpoint's folder. By default the run starts."
 )
+WITH_ADAPTER = "with_adapter"  # in a YAML file: what `--use_peft` takes in place of the rest of it
 
 
 def parse_args(
@@ -39,6 +43,7 @@ def parse_args(
     """Parse a script's flags with TRL's parser, over its own YAML and the user's `--config`.
 
     Later wins: the dataclass's default, `SCRIPT.yaml` beside the script, `--config`, the flags.
+    With `--use_peft` the settings under a file's `with_adapter` win over the others of that file.
 
     Args:
         dataclass_types: The dataclasses whose fields are the flags.
@@ -78,10 +83,14 @@ def parse_args(
     readers = _set_readers(parser, hints)
     defaults = path.with_suffix(".yaml")
     files = [defaults] if defaults.exists() else []
-    for file in files if given.config is None else [*files, given.config]:
-        from_file = _from_file(Path(file).expanduser(), hints, readers)
-        parser.set_defaults_with_config(**from_file)
+    if given.config is not None:
+        files.append(Path(given.config).expanduser())
+    layers = [_from_file(file, hints, readers) for file in files]
+    for settings, _ in layers:
+        parser.set_defaults_with_config(**settings)
     values, rest = parser.parse_known_args(argv)
+    if getattr(values, "use_peft", False):
+        values = _fit_to_adapter(parser, layers, argv, values)
     flags = [flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")]
     _check_keys(flags, hints, "the command line")
     if rest:
@@ -96,6 +105,25 @@ def parse_args(
         if isinstance(folder := getattr(arguments, "output_dir", None), str):
             arguments.output_dir = os.path.expanduser(folder)  # a shell leaves --output_dir=~/run
     return parsed
+
+
+def _fit_to_adapter(
+    parser: Any, layers: list[tuple[dict, dict]], argv: list[str], plain: argparse.Namespace
+) -> argparse.Namespace:
+    """The flags' values once what each file says of adapters has won over the rest of that file."""
+    for settings, with_adapter in layers:
+        parser.set_defaults_with_config(**{**settings, **with_adapter})
+    values, _ = parser.parse_known_args(argv)
+    for name in sorted({name for _, with_adapter in layers for name in with_adapter}):
+        before, after = getattr(plain, name), getattr(values, name)
+        if after != before and os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                "With an adapter `%s` is %s, in place of %s; a value that you give wins.",
+                name,
+                after,
+                before,
+            )
+    return values
 
 
 def _set_readers(parser: argparse.ArgumentParser, hints: dict[str, tuple]) -> dict[str, Callable]:
@@ -184,8 +212,11 @@ def _own_options(dataclass_types: Iterable[type]) -> list[str]:
 
 def _from_file(
     path: Path, hints: dict[str, tuple], readers: dict[str, Callable[[str], Any]]
-) -> dict[str, Any]:
-    """The values in a YAML file, its `env` put into the environment, as TRL does."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values in a YAML file, and those under its `with_adapter`.
+
+    What is under its `env` is put into the environment, as TRL does.
+    """
     if not path.is_file():
         raise UsageError(f"`--config` names no file: {str(path)!r}.")
     try:
@@ -193,14 +224,22 @@ def _from_file(
     except ValueError as error:
         raise UsageError(f"`--config`: {error}") from error
     _set_environment(given.pop("env", {}), path)
-    _check_keys(given, hints, str(path))
-    values = {}
-    for key, value in given.items():
-        try:
-            values[key] = from_yaml(value, hints[key], readers[key])
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise UsageError(f"`{key}` in {path} {error}") from error
-    return values
+    with_adapter = given.pop(WITH_ADAPTER, {})
+    if not isinstance(with_adapter, dict):
+        raise UsageError(f"`{WITH_ADAPTER}` of {path} must hold `key: value` lines.")
+
+    def settings(texts: dict[str, Any]) -> dict[str, Any]:
+        _check_keys(texts, hints, str(path))
+        return {k: _value(k, text, path, hints[k], readers[k]) for k, text in texts.items()}
+
+    return settings(given), settings(with_adapter)
+
+
+def _value(key: str, given: Any, path: Path, hint: tuple, reader: Callable[[str], Any]) -> Any:
+    try:
+        return from_yaml(given, hint, reader)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UsageError(f"`{key}` in {path} {error}") from error
 
 
 def _set_environment(given: Any, path: Path) -> None:

@@ -1,23 +1,35 @@
-"""Checkpoints and their tokenizers: found by name, told apart, loaded once, and put to use.
+"""Checkpoints and their tokenizers: found by name, loaded once, and put to use.
 
-A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`.
+A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`. checkpoints.py tells where it is
+and whether it is whole.
 """
 
 import gc
-import json
 import logging
+import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import has_file
 
+from llmmix.adapters import Checkpoint as Checkpoint  # scripts take these from here
+from llmmix.adapters import (
+    base_of,
+    is_adapter,
+    load_model,
+    named_errors,
+    named_tokenizer,
+)
+from llmmix.adapters import check_checkpoints as check_checkpoints
+from llmmix.adapters import named_checkpoints as named_checkpoints
 from llmmix.builtin.tiny import tiny_checkpoint
-from llmmix.files import built_once, checkpoint_id, file_digest
-from llmmix.processes import save_on_any_rank
+from llmmix.checkpoints import MODEL, check_checkpoint, local_path, made_from
+from llmmix.dequantizing import dequantized
+from llmmix.files import checkpoint_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,42 +38,67 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def resolve_checkpoint(name: str) -> str:
+def resolve_checkpoint(name: str | os.PathLike[str], argument: str = MODEL) -> str:
     """A name that `from_pretrained` takes: built-ins are built, GGUF files dequantized.
 
     Args:
-        name: Hub id, folder, `.gguf` file or `builtin:tiny`.
+        name: Hub id, folder, `.gguf` file or `builtin:tiny`; `~` is the home folder.
+        argument: Name of `name` in error messages.
 
     Returns:
-        `name` itself, or a folder in the cache.
+        `name` itself, its folder, or one in the cache.
 
     Raises:
-        ValueError: `name` is an unknown built-in.
-        FileNotFoundError: `name` is a `.gguf` file that does not exist.
+        ValueError: `name` is an unknown built-in, a file that is not `.gguf`, or a `.gguf` file
+            that does not load whole.
+        FileNotFoundError: `name` is a file or folder that does not exist.
     """
+    name = os.fspath(name)
     if name.startswith("builtin:"):
-        return str(tiny_checkpoint(name))
-    if name.endswith(".gguf"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"`model_name_or_path`: no file {name}.")
-        return str(built_once(f"gguf/{file_digest(path)}", lambda out: _dequantize(path, out)))
-    return name
+        if name != "builtin:tiny":
+            raise ValueError(f"`{argument}`: no built-in {name!r}; there is builtin:tiny.")
+        return made_from(name, tiny_checkpoint(name))
+    path = local_path(name, argument)
+    if path is None:
+        return name
+    if path.is_dir():
+        return str(path)
+    if path.suffix.lower() != ".gguf":
+        raise ValueError(
+            f"`{argument}`: {name} is a file, and no .gguf: name the folder that it is in."
+        )
+    return made_from(str(path.resolve()), dequantized(path, argument))
 
 
-def _dequantize(path: Path, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def trainable_checkpoint(
+    name: str | os.PathLike[str],
+    argument: str = MODEL,
+    *,
+    safetensors: bool = True,
+    tokenizer: bool = True,
+) -> str:
+    """`resolve_checkpoint` for training, which an adapter's folder or half a model cannot begin.
 
-    logger.warning("Dequantizing %s to fp32; this is done once.", path.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    # The weights are dequantized on load, but the model still calls itself quantized and refuses
-    # to be saved or trained
-    del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
-    save_on_any_rank(model, out)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+    Args:
+        name: See `resolve_checkpoint`.
+        argument: Name of `name` in error messages.
+        safetensors: Whether weights are read from safetensors alone.
+        tokenizer: Whether its tokenizer is to be loaded.
+
+    Raises:
+        FileNotFoundError: As `resolve_checkpoint` does.
+        ValueError: So too; or the folder holds an adapter alone, or `check_checkpoint` refuses it.
+    """
+    checkpoint = resolve_checkpoint(name, argument)
+    if is_adapter(checkpoint):
+        base, _ = base_of(checkpoint, argument)
+        raise ValueError(
+            f"`{argument}`: {name} holds an adapter alone, of {base or 'no base'}. To train on "
+            "from it, merge it first (`merge_and_unload` of peft, then `save_pretrained`) and name "
+            "what you saved. To go on with its own run, use `resume_from_checkpoint`."
+        )
+    check_checkpoint(checkpoint, argument, safetensors=safetensors, tokenizer=tokenizer)
+    return checkpoint
 
 
 def prepare_model_args(model_args: "ModelConfig", training_args: "SFTConfig | DPOConfig") -> str:
@@ -73,13 +110,15 @@ def prepare_model_args(model_args: "ModelConfig", training_args: "SFTConfig | DP
         The checkpoint to hand to a trainer.
 
     Raises:
-        ValueError: No model was named.
+        ValueError: No model was named, or `trainable_checkpoint` refuses it.
+        FileNotFoundError: The model or `chat_template_path` is a file or folder that does not
+            exist.
     """
     if model_args.model_name_or_path is None:
         raise ValueError(
             "`model_name_or_path` is missing: a hub id, a folder, a .gguf file or builtin:tiny."
         )
-    training_args.model_init_kwargs = {
+    loading: dict[str, Any] = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
@@ -87,82 +126,68 @@ def prepare_model_args(model_args: "ModelConfig", training_args: "SFTConfig | DP
         "use_safetensors": True,
         **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # never text here
     }
-    return resolve_checkpoint(model_args.model_name_or_path)
+    training_args.model_init_kwargs = loading
+    if template := getattr(training_args, "chat_template_path", None):
+        there = local_path(template, "chat_template_path")
+        training_args.chat_template_path = str(there or template)  # type: ignore[union-attr]
+    safetensors = loading["use_safetensors"] is True
+    return trainable_checkpoint(model_args.model_name_or_path, safetensors=safetensors)
 
 
 def load_tokenizer(
     checkpoint: str, model_args: "ModelConfig", training_args: "SFTConfig | DPOConfig"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint that `prepare_model_args` returned."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a checkpoint that `prepare_model_args` returned.
 
-    return AutoTokenizer.from_pretrained(
+    Raises:
+        ValueError: It does not load.
+    """
+    return named_tokenizer(
         checkpoint,
+        MODEL,
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model to evaluate.
-
-    Attributes:
-        name: Name of its folder of results.
-        model: The model as it was given: hub id, folder, `.gguf` file or built-in.
-        adapter: A PEFT folder, or None.
-    """
-
-    name: str
-    model: str
-    adapter: str | None = None
-
-
-def named_checkpoints(models: list[str], adapters: list[str] | None = None) -> list[Checkpoint]:
-    """A checkpoint for each model, or for each adapter of the only model.
-
-    The adapter 'none' is the model alone. A model that is a folder with only an adapter stands for
-    the adapter on the base model that it names.
+def tokenizer_of(
+    checkpoint: Checkpoint, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer and chat template that an adapter brings, and for what it lacks the model's.
 
     Raises:
-        ValueError: Adapters are given for several models, or two runs have one name.
+        FileNotFoundError: There is no such model.
+        ValueError: The tokenizer does not load.
     """
-    if adapters and len(models) > 1:
-        raise ValueError("`adapter` goes with one `model_name_or_path`, got several.")
-    found = []
-    given = adapters or models
-    for source, name in zip(given, _folder_names(given), strict=True):
-        if not adapters:
-            found.append(Checkpoint(name, *_base_and_adapter(source)))
-        elif source == "none":
-            found.append(Checkpoint(_folder_names(models)[0], models[0]))
-        else:
-            found.append(Checkpoint(name, models[0], source))
-    if len({checkpoint.name for checkpoint in found}) < len(found):
-        raise ValueError(
-            f"Two runs would share a folder: {', '.join(c.name for c in found)}. Rename one."
-        )
-    return found
+    of_model, of_adapter = checkpoint.arguments
+    folder = None if checkpoint.adapter is None else os.path.expanduser(checkpoint.adapter)
+    if folder is not None and has_file(folder, "tokenizer_config.json"):
+        return named_tokenizer(folder, of_adapter, trust_remote_code=trust_remote_code)
+    tokenizer = named_tokenizer(
+        resolve_checkpoint(checkpoint.model, of_model),
+        of_model,
+        revision=checkpoint.revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if folder is not None and (template := Path(folder, "chat_template.jinja")).is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 
-def _base_and_adapter(source: str) -> tuple[str, str | None]:
-    """A model and None; or, for a folder with only an adapter, its base model and the folder."""
-    folder = Path(source)
-    config = folder / "adapter_config.json"
-    if not config.is_file() or (folder / "config.json").exists():
-        return source, None
-    return json.loads(config.read_bytes())["base_model_name_or_path"], source
+def load_checkpoint(checkpoint: Checkpoint, **loading: Any) -> Any:
+    """The model with its adapter, none of whose weights is new.
 
+    Args:
+        checkpoint: The model and the adapter.
+        **loading: Arguments of `from_pretrained`.
 
-def _folder_names(names: list[str]) -> list[str]:
-    """The last part of each name, or all of it where two would share a folder."""
-    short = [
-        Path(name).resolve().name if Path(name).exists() else Path(name).name for name in names
-    ]
-    short = short if len(set(short)) == len(short) else names
-    if len(set(short)) < len(short):
-        raise ValueError(f"`model_name_or_path` or `adapter` names one twice: {', '.join(names)}.")
-    return [name.strip("./").replace("/", "-").replace(":", "-") for name in short]
+    Raises:
+        FileNotFoundError: There is no such model.
+        ValueError: The model lacks weights, or the adapter does not fit it.
+    """
+    path = resolve_checkpoint(checkpoint.model, checkpoint.arguments[0])
+    revision = checkpoint.revision
+    return load_model(path, checkpoint.adapter, checkpoint.arguments, revision=revision, **loading)
 
 
 class Loader:
@@ -184,21 +209,21 @@ class Loader:
         """The identity of a checkpoint's weights, as they are loaded."""
         from transformers import AutoConfig
 
-        path = resolve_checkpoint(checkpoint.model)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        path = resolve_checkpoint(checkpoint.model, checkpoint.arguments[0])
+        with named_errors(f"`{checkpoint.arguments[0]}`: {checkpoint.model} does not load"):
+            config = AutoConfig.from_pretrained(
+                path, revision=checkpoint.revision, trust_remote_code=self.trust_remote_code
+            )
         adapter = checkpoint.adapter
         return {
             "model": checkpoint_id(path, getattr(config, "_commit_hash", None)),
-            "adapter": checkpoint_id(adapter) if adapter else None,
+            "adapter": checkpoint_id(os.path.expanduser(adapter)) if adapter else None,
             "dtype": self.dtype,
         }
 
     def tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model."""
-        from transformers import AutoTokenizer
-
-        path = resolve_checkpoint(checkpoint.model)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        """The tokenizer of the adapter if it has one, else of the model."""
+        return tokenizer_of(checkpoint, self.trust_remote_code)
 
     def model(self, checkpoint: Checkpoint) -> Any:
         """The model with its adapter; any other model that was held is let go."""
@@ -218,18 +243,9 @@ class Loader:
             free_memory()
 
     def _load(self, checkpoint: Checkpoint) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve_checkpoint(checkpoint.model),
-            dtype=self.dtype,
-            use_safetensors=True,
-            trust_remote_code=self.trust_remote_code,
+        model = load_checkpoint(
+            checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
-        if checkpoint.adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, checkpoint.adapter)
         return model.to(self.device)
 
 

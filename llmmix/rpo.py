@@ -19,6 +19,7 @@ Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from llmmix.arguments import check_types, own_config
+from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.finite import end_unless_finite
 from llmmix.precision import evaluating
 from llmmix.ranges import check_settings
@@ -42,6 +44,7 @@ from llmmix.trainers import (
     log_dropped,
     log_metric,
 )
+from llmmix.unmoved import tell_if_unmoved
 from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
@@ -188,7 +191,7 @@ class RPOTrainer(DPOTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: "str | PathLike | PreTrainedModel | PeftModel",
         ref_model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         data_collator: Callable[[list], dict] | None = None,
@@ -205,10 +208,13 @@ class RPOTrainer(DPOTrainer):
         }
         check_types(model, train_dataset, kwargs | {"ref_model": ref_model})
         train_dataset = check_preference_datasets(train_dataset, kwargs)
-        super().__init__(model, ref_model, args=args, train_dataset=train_dataset, **kwargs)
+        start = own_model(model, args, processing_class)
+        super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         self._attach_own_heads()
         end_unless_finite(self)
+        tell_if_unmoved(self)
+        sign(self)
         keep_token_count(self)
 
     def create_accelerator_and_postprocess(self) -> None:

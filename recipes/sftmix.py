@@ -34,6 +34,7 @@ def main(
     )
     checkpoint = prepare_model_args(model_args, training_args)
     resume = checkpoint_to_resume(training_args)
+    tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     if CONFIDENCE not in (train_dataset.column_names or []) and training_args.mixup_weight:
         train_dataset = add_confidence(
             train_dataset,
@@ -49,7 +50,7 @@ def main(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(checkpoint, model_args, training_args),
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -132,6 +132,23 @@ def test_arguments_stand_in_trls_order_in_rpo_and_unlearning(checkpoint, rows, t
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+def test_a_model_in_python_may_be_named_as_on_the_command_line(
+    name, checkpoint, rows, tmp_path, monkeypatch
+):
+    trainer, config, _ = TRAINERS[name]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path))
+    for folder in ("m", "tiny-1"):
+        (tmp_path / folder).symlink_to(checkpoint)
+    for given in ("~/m", Path("~/m"), Path(checkpoint), "builtin:tiny"):
+        args = config(str(tmp_path / "out"), **ONE_STEP)
+        built = trainer(given, args=args, train_dataset=rows(name), **others(name))
+        assert built.model.config.hidden_size == 32
+    with pytest.raises(FileNotFoundError, match="`model`: no file or folder"):
+        trainer("~/no", args=args, train_dataset=rows(name), **others(name))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_what_stands_in_anothers_place_is_refused_at_once(checkpoint, rows, name):
     trainer, given = TRAINERS[name][0], rows(name)
     classifier = LlamaForSequenceClassification(LlamaConfig(**SMALL))
@@ -143,7 +160,6 @@ def test_what_stands_in_anothers_place_is_refused_at_once(checkpoint, rows, name
         ({"train_dataset": "rows.jsonl"}, "`train_dataset` .*got str"),
         ({"eval_dataset": [1]}, "`eval_dataset` must be a `Dataset`.*got list"),
         ({"eval_dataset": {"a": given, "b": 3}}, r"`eval_dataset\['b'\]` .*got int"),
-        ({"model": Path(checkpoint)}, "`model` must be a model or its name, a `str`: give"),
         ({"model": None}, f"{causal_lm}.*got NoneType"),
         ({"model": nn.Linear(2, 2)}, f"{causal_lm}.*got Linear"),
         ({"model": classifier}, f"{causal_lm}.*got LlamaForSequenceClassification"),

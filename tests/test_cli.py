@@ -50,6 +50,39 @@ def test_a_home_folder_is_expanded_where_the_shell_did_not(monkeypatch, tmp_path
     assert args.output_dir == str(tmp_path / "run")
 
 
+@dataclass
+class AdapterArguments:
+    use_peft: bool = field(default=False)
+
+
+def test_an_adapter_takes_the_rate_that_fits_it_unless_one_is_given(script, tmp_path, caplog):
+    with open(tmp_path / "mine.yaml", "a") as defaults:
+        defaults.write("with_adapter:\n  learning_rate: 3.0e-4\n")
+    other = tmp_path / "other.yaml"
+
+    def rate(*flags, config=None):
+        if config is not None:
+            other.write_text(config)
+            flags = ("--config", str(other), *flags)
+        return parse_args((Arguments, AdapterArguments), script, [*flags])[0].learning_rate
+
+    assert rate() == 2e-5 and not caplog.records
+    assert rate("--use_peft") == rate(config="use_peft: true") == 3e-4
+    said = {record.getMessage() for record in caplog.records}
+    assert said == {
+        "With an adapter `learning_rate` is 0.0003, in place of 2e-05; a value that you give wins."
+    }
+    caplog.clear()
+    assert rate("--use_peft", "--learning_rate", "2e-5") == 2e-5
+    assert rate("--use_peft", config="learning_rate: 1.0e-6") == 1e-6
+    assert not caplog.records
+    own = "learning_rate: 1.0e-6\nwith_adapter:\n  learning_rate: 1.0e-3\n"
+    assert rate("--use_peft", config=own) == 1e-3 and rate(config=own) == 1e-6
+    for wrong, said in (("learning_rte: 1", "did you mean 'learning_rate'"), ("- 1", "must hold")):
+        with pytest.raises(UsageError, match=said):
+            rate(config=f"with_adapter:\n  {wrong}\n")
+
+
 def test_yaml_may_name_one_value_of_a_list_and_set_the_environment(script, tmp_path, monkeypatch):
     monkeypatch.setenv("LLMMIX_TEST", "before")
     other = tmp_path / "other.yaml"

@@ -46,7 +46,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     (tmp_path / "rows.xlsx").write_text("")
     with pytest.raises(ValueError, match=r"is not one of \.json, \.jsonl"):
         load_splits(str(tmp_path / "rows.xlsx"))
-    with pytest.raises(FileNotFoundError, match="no file .*nope.gguf"):
+    with pytest.raises(FileNotFoundError, match="no file or folder .*nope.gguf"):
         resolve_checkpoint(str(tmp_path / "nope.gguf"))
     with pytest.raises(ValueError, match="no built-in"):
         resolve_checkpoint("builtin:huge")

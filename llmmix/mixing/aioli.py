@@ -286,6 +286,12 @@ class AioliCallback(MixtureCallback):
         options: Keyword arguments of `MixtureCallback`.
     """
 
+    method = "shares moved by Aioli"
+    paper = (
+        "Aioli: A Unified Optimization Framework for Language Model Data Mixing",
+        "2411.05735",
+    )
+
     def __init__(self, sampler: MixtureSampler, config: AioliConfig | None = None, **options: Any):
         config = AioliConfig() if config is None else config
         make = functools.partial(CONTROLLERS[config.estimator], config)

@@ -14,10 +14,12 @@ from typing import Any
 
 from transformers import Trainer
 
+from llmmix.cards import sign
 from llmmix.finite import end_unless_finite
 from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.resuming import keep_token_count
+from llmmix.unmoved import tell_if_unmoved
 
 
 def attach_mixture(
@@ -52,6 +54,10 @@ def attach_mixture(
     callback.bind(trainer)
     trainer.add_callback(callback)
     end_unless_finite(trainer)
+    tell_if_unmoved(trainer)
+    sign(
+        trainer, f"{getattr(trainer, '_name', '')} on a mixture: {callback.method}", callback.paper
+    )
     keep_token_count(trainer)
     return callback
 

@@ -43,6 +43,8 @@ class MixtureCallback(ResumedCallback):
         signals: Measures the model; None where a fixed mixture has no targets.
     """
 
+    method = "fixed shares"  # for the model's card
+    paper: tuple[str, str] | None = None  # title and arXiv id of the method
     measures_losses = True  # whether the controller needs targets
     trainer: Trainer
     loader: MixtureLoader

@@ -153,6 +153,12 @@ class DoGECallback(ProxyCallback):
         average: Mean of the weights over the steps, by domain; printed when training ends.
     """
 
+    method = "shares moved by DoGE, for a proxy"
+    paper = (
+        "DoGE: Domain Reweighting with Generalization Estimation",
+        "2310.15393",
+    )
+
     def __init__(self, sampler: MixtureSampler, config: DoGEConfig | None = None, **options: Any):
         config = DoGEConfig() if config is None else config
         super().__init__(sampler, functools.partial(DoGE, config), **options)

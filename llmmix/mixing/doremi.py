@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import Trainer
 
 from llmmix.mixing.checks import Weights, require, require_whole
 from llmmix.mixing.controllers import Observation
 from llmmix.mixing.proxies import AveragedController, ProxyCallback
 from llmmix.mixing.sampler import MixtureSampler
-from llmmix.models import resolve_checkpoint
+from llmmix.models import load_checkpoint, named_checkpoints
 
 
 @dataclass
@@ -118,6 +118,12 @@ class DoReMiCallback(ProxyCallback):
         TypeError: `reference` is neither a model nor the name of a checkpoint.
     """
 
+    method = "shares moved by DoReMi, for a proxy"
+    paper = (
+        "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining",
+        "2305.10429",
+    )
+
     def __init__(
         self,
         sampler: MixtureSampler,
@@ -153,9 +159,8 @@ def _load(reference: nn.Module | str | Path, trainer: Trainer) -> nn.Module:
     if isinstance(reference, nn.Module):
         return reference
     trained: Any = trainer.model
-    return AutoModelForCausalLM.from_pretrained(
-        resolve_checkpoint(str(reference)), dtype=trained.dtype, use_safetensors=True
-    )
+    (checkpoint,) = named_checkpoints([str(reference)], argument="reference")
+    return load_checkpoint(checkpoint, dtype=trained.dtype)
 
 
 def _check_reference(reference: nn.Module, trainer: Trainer) -> None:

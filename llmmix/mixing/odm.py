@@ -167,6 +167,12 @@ class ODMCallback(MixtureCallback):
         options: Keyword arguments of `MixtureCallback`.
     """
 
+    method = "shares moved by ODM"
+    paper = (
+        "Efficient Online Data Mixing For Language Model Pre-Training",
+        "2312.02406",
+    )
+
     def __init__(self, sampler: MixtureSampler, config: ODMConfig | None = None, **options: Any):
         config = ODMConfig() if config is None else config
         self.measures_losses = config.reward == "losses"

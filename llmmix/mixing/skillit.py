@@ -172,6 +172,12 @@ class SkillItCallback(MixtureCallback):
         options: Keyword arguments of `MixtureCallback`.
     """
 
+    method = "shares moved by Skill-It"
+    paper = (
+        "Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models",
+        "2307.14430",
+    )
+
     def __init__(
         self, sampler: MixtureSampler, config: SkillItConfig | None = None, **options: Any
     ):

@@ -18,11 +18,19 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.files import cache_dir, checkpoint_id, replacing
 from llmmix.head import attach_head
-from llmmix.models import free_memory, resolve_checkpoint
+from llmmix.models import (
+    check_checkpoints,
+    free_memory,
+    load_checkpoint,
+    named_checkpoints,
+    resolve_checkpoint,
+    tokenizer_of,
+    trainable_checkpoint,
+)
 from llmmix.precision import evaluating
 from llmmix.processes import main_process_says
 from llmmix.sftmix.losses import confidence
@@ -101,13 +109,15 @@ def add_confidence(
     """
     _check_input(dataset)
     rows_digest = digest_of_rows(dataset)
-    if not checkpoints:
-        if model is None:
-            raise ValueError("Give the `model` to train a reference from, or `checkpoints`.")
+    if checkpoints:
+        checkpoints = [scoring_checkpoint(name) for name in checkpoints]
+    elif model is None:
+        raise ValueError("Give the `model` to train a reference from, or `checkpoints`.")
+    else:
         checkpoints = train_reference(
             dataset,
             args,
-            model,
+            trainable_checkpoint(model, "model"),
             num_checkpoints,
             peft_config,
             quantization_config,
@@ -116,7 +126,7 @@ def add_confidence(
     nlls = np.stack(
         [
             mean_nlls(dataset, args, name, quantization_config, rows_digest=rows_digest)
-            for name in map(resolve_checkpoint, checkpoints)
+            for name in checkpoints
         ]
     )
     scores = confidence(torch.from_numpy(nlls)).numpy()
@@ -128,6 +138,18 @@ def add_confidence(
     if CONFIDENCE in dataset.column_names:
         dataset = dataset.remove_columns(CONFIDENCE)
     return dataset.select(scored).add_column(CONFIDENCE, scores[scored])
+
+
+def scoring_checkpoint(name: str) -> str:
+    """A checkpoint or an adapter's folder to score with, resolved and checked.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: It would not load, or not whole.
+    """
+    checkpoint = resolve_checkpoint(name, "checkpoints")
+    check_checkpoints(named_checkpoints([checkpoint], argument="checkpoints"))
+    return checkpoint
 
 
 def _check_input(dataset: object) -> None:
@@ -243,16 +265,12 @@ def _load(
     quantization_config: "QuantizationConfigMixin | None",
 ) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that `SFTTrainer` takes, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=args.trust_remote_code)
-    if not (Path(checkpoint) / "adapter_config.json").exists():
+    (named,) = named_checkpoints([checkpoint], argument="checkpoints")
+    tokenizer = tokenizer_of(named, args.trust_remote_code)
+    if named.adapter is None:
         return checkpoint, tokenizer
-    from peft import AutoPeftModelForCausalLM
-
     loading = loading_settings(args)
     loading["dtype"] = loading.get("dtype") or "float32"  # as TRL loads
-    loading.pop("revision", None)  # the base's, not the adapter's
+    loading.pop("revision", None)  # the run's model's, not the base's
     args.model_init_kwargs = None
-    model = AutoPeftModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=quantization_config, **loading
-    )
-    return model, tokenizer
+    return load_checkpoint(named, quantization_config=quantization_config, **loading), tokenizer

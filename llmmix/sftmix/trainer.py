@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from llmmix.arguments import check_types, own_config
+from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.dco import dco_weight
 from llmmix.finite import end_unless_finite
 from llmmix.head import FusedHeadOutput
@@ -40,6 +42,7 @@ from llmmix.trainers import (
     log_metric,
     training_rows,
 )
+from llmmix.unmoved import tell_if_unmoved
 from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
@@ -140,7 +143,7 @@ class SFTMixTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: "str | PathLike | PreTrainedModel | PeftModel",
         args: TrainingArguments | None = None,
         data_collator: Callable[[list], dict] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -159,12 +162,15 @@ class SFTMixTrainer(SFTTrainer):
         train_dataset = check_sft_datasets(args, train_dataset, kwargs)
         if args.mixup_weight:
             check_confidence(train_dataset)
-        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        start = own_model(model, args, processing_class)
+        super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_heads(self)
         end_unless_finite(self)
+        tell_if_unmoved(self)
+        sign(self)
         keep_token_count(self)
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it

@@ -21,6 +21,7 @@ tests/unlearning/test_flat.py.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
-from llmmix.arguments import check_types, own_config
+from llmmix.arguments import check_types, own_config, own_model
 from llmmix.head import FusedHeadOutput
 from llmmix.ranges import check_settings
 from llmmix.trainers import check_own_loss
@@ -238,7 +239,7 @@ class FLATTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: "str | PathLike | PreTrainedModel | PeftModel",
         args: TrainingArguments | None = None,
         data_collator: None = None,
         train_dataset: Dataset | None = None,
@@ -261,7 +262,8 @@ class FLATTrainer(SFTTrainer):
         self.parts = with_retained(("template", "forget"), retain_dataset is not None)
         templates = resolve_templates(args.template_file, templates)
         check_args(args, train_dataset, kwargs)
-        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        start = own_model(model, args, processing_class)
+        super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         self._prepared = prepare_trainer(
             self, "FLAT", args, self.parts, retain_dataset=retain_dataset, templates=templates
         )

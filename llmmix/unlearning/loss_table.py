@@ -75,12 +75,42 @@ def _idk(step: Step) -> Terms:
     return step.by_token(nll_loss(*step.parts["template"]), "template")
 
 
+# Title and arXiv id of the papers, for the model's card
+TOFU = "TOFU: A Task of Fictitious Unlearning for LLMs", "2401.06121"
+NPO = (
+    "Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning",
+    "2404.05868",
+)
+SIMNPO = (
+    "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning",
+    "2410.07163",
+)
+UNDIAL = (
+    "UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models",
+    "2402.10052",
+)
+CEU = "CE-U: Cross Entropy Unlearning", "2503.01224"
+WGA = (
+    "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond",
+    "2502.19301",
+)
+SATIMP = "Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning", "2505.11953"
+WMDP = (
+    "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning",
+    "2403.03218",
+)
+PRIMAL_DUAL = (
+    "Constrained Entropic Unlearning: A Primal-Dual Framework for Large Language Models",
+    "2506.05314",
+)
+
 LOSSES = {
-    "grad_ascent": Loss(_ascent, capped=True, retain_weight=0.0),
-    "grad_diff": Loss(_ascent, capped=True),
-    "kl": Loss(_ascent, capped=True, retain_loss="kl"),
+    "grad_ascent": Loss(_ascent, TOFU, capped=True, retain_weight=0.0),
+    "grad_diff": Loss(_ascent, TOFU, capped=True),
+    "kl": Loss(_ascent, TOFU, capped=True, retain_loss="kl"),
     "npo": Loss(
         _npo,
+        NPO,
         settings=("beta",),
         reference="logps",
         token_mean=False,
@@ -89,6 +119,7 @@ LOSSES = {
     ),
     "simnpo": Loss(
         _simnpo,
+        SIMNPO,
         settings=("beta", "delta"),
         token_mean=False,
         forget_weight=0.125,
@@ -97,6 +128,7 @@ LOSSES = {
     ),
     "dpo": Loss(
         _dpo,
+        NPO,
         reads=("template", "forget"),
         settings=("beta",),
         reference="logps",
@@ -106,17 +138,19 @@ LOSSES = {
     ),
     "undial": Loss(
         _undial,
+        UNDIAL,
         settings=("beta",),
         reference="logits",
         logits=True,
         retain_weight=0.0,
         beta=10.0,
     ),
-    "ceu": Loss(_ceu, logits=True, skips_tokens=True, retain_weight=0.0),
-    "wga": Loss(_wga, settings=("beta",), beta=1.0),
-    "satimp": Loss(_satimp, settings=("beta", "beta2"), retain_weight=0.1, beta=5.0),
+    "ceu": Loss(_ceu, CEU, logits=True, skips_tokens=True, retain_weight=0.0),
+    "wga": Loss(_wga, WGA, settings=("beta",), beta=1.0),
+    "satimp": Loss(_satimp, SATIMP, settings=("beta", "beta2"), retain_weight=0.1, beta=5.0),
     "rmu": Loss(
         _rmu,
+        WMDP,
         settings=("layer", "steering", "seed"),
         reference="hidden",
         token_mean=False,
@@ -124,10 +158,11 @@ LOSSES = {
     ),
     "pdu": Loss(
         _pdu,
+        PRIMAL_DUAL,
         settings=("epsilon", "dual_step", "dual_warmup_epochs"),
         logits=True,
         retain_required=True,
         objective=PDU,
     ),
-    "idk": Loss(_idk, reads=("template",)),
+    "idk": Loss(_idk, TOFU, reads=("template",)),
 }

@@ -110,6 +110,7 @@ class Loss:
 
     Attributes:
         forget: (step, **settings) -> its values on a micro-batch, and the weight of each.
+        paper: Title and arXiv id of its paper.
         reads: Parts of a batch that the forget term reads. The last is the one that it is a mean
             over.
         settings: Fields of `UnlearnConfig` that `objective` takes as keywords.
@@ -128,6 +129,7 @@ class Loss:
     """
 
     forget: Callable[..., Terms]
+    paper: tuple[str, str] | None = None
     reads: tuple[str, ...] = ("forget",)
     settings: tuple[str, ...] = ()
     reference: str = ""

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
+from llmmix.cards import sign
 from llmmix.data import load_role, load_train_and_eval
 from llmmix.finite import end_unless_finite
 from llmmix.head import attach_head
@@ -20,6 +21,7 @@ from llmmix.unlearning.guards import check_limit
 from llmmix.unlearning.qa import read_rows
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates
+from llmmix.unmoved import tell_if_unmoved
 
 
 @dataclass
@@ -198,6 +200,8 @@ def prepare_trainer(
     keep_outputs_in_fp32(trainer.accelerator)
     attach_head(model)
     end_unless_finite(trainer)
+    tell_if_unmoved(trainer)
+    sign(trainer)
     return prepared
 
 

@@ -12,6 +12,7 @@ what each needs: llmmix/unlearning/loss_table.py. Settings: llmmix/unlearning/co
 
 import math
 from collections.abc import Iterator
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from llmmix.arguments import check_types, own_config
+from llmmix.arguments import check_types, own_config, own_model
+from llmmix.cards import sign
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.config import UnlearnConfig, check_needs
@@ -80,7 +82,7 @@ class UnlearnTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: "str | PathLike | PreTrainedModel | PeftModel",
         args: TrainingArguments | None = None,
         data_collator: None = None,
         train_dataset: Dataset | None = None,
@@ -104,7 +106,8 @@ class UnlearnTrainer(SFTTrainer):
         loss = LOSSES[args.loss]
         self.parts = with_retained(loss.reads, retain_dataset is not None)
         templates = resolve_templates(args.template_file, templates)
-        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        start = own_model(model, args, processing_class)
+        super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         self._prepared = prepare_trainer(
             self,
             "Unlearning",
@@ -114,6 +117,7 @@ class UnlearnTrainer(SFTTrainer):
             templates=templates,
             skip_tokens=args.skip_tokens if loss.skips_tokens else 0,
         )
+        sign(self, f"the unlearning loss {args.loss}", loss.paper)
         self.objective = self._make_objective()
         self.reference = self._make_reference(kwargs.get("peft_config"))
         self.guard = UnlearningGuard(

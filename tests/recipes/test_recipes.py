@@ -32,9 +32,16 @@ def test_defaults_parse_and_the_script_is_short(name):
     types = tuple(getattr(module, element.id) for element in call[0].args[0].elts)
     parsed = cli.parse_args(types, str(script), [])
     defaults = script.with_suffix(".yaml")
-    if defaults.exists():
-        for key, value in yaml.safe_load(defaults.read_text()).items():
-            assert any(getattr(part, key, None) == value for part in parsed), key
+    if not defaults.exists():
+        return
+    plain = yaml.safe_load(defaults.read_text())
+    adapted = plain | plain.pop("with_adapter")
+    assert plain.get("warmup_steps", 0) < 1, "a share of the run"
+    assert adapted["learning_rate"] >= 10 * plain["learning_rate"]
+    with_adapter = cli.parse_args(types, str(script), ["--use_peft"])
+    for settings, found in ((plain, parsed), (adapted, with_adapter)):
+        for key, value in settings.items():
+            assert any(getattr(part, key, None) == value for part in found), key
 
 
 @pytest.mark.parametrize("kind", ["recipes", "eval"])
