@@ -94,7 +94,7 @@ def _sample_in_torch(
     fall_back: bool,
 ) -> Iterator[Completion]:
     """By the engine, what it can decode; by `generate` the rest."""
-    name = type(model).__name__
+    name = type(getattr(model, "get_base_model", lambda: model)()).__name__  # not PEFT's
     for prompts, why in assigned(model, wanted, options):
         if why is None:
             yield from Engine(model, tokenizer, prompts, options).run()
