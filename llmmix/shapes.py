@@ -15,11 +15,13 @@ chat without a system message. Text in `prompt` and `completion` stays as it sta
 """
 
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from trl import extract_prompt
 
 from llmmix.messages import (
+    ASKING,
     Prompt,
     UnreadableCell,
     check_answered,
@@ -74,6 +76,27 @@ def preference_shapes() -> tuple[Shape, ...]:
     )
 
 
+def answer_shapes() -> tuple[Shape, ...]:
+    """The shapes of rows read as a `prompt` and an `answer` of text, as unlearning needs them.
+
+    Of a chat, or a completion of several messages, the assistant's last turn is the answer, and
+    what comes before it is the prompt. Text alone has an empty prompt.
+    """
+    last = "the assistant's last turn and what comes before it"
+    answer = partial(_last_turn, read=partial(_answer, parted=False))
+    chat = partial(_last_turn, read=_chat)
+    return (
+        Shape(("prompt", "completion"), partial(_last_turn, read=_completion)),
+        Shape(("question", "answer"), answer, ("system",)),
+        Shape(("prompt", "gt"), partial(_last_turn, read=partial(_completion, said="gt"))),
+        Shape(("prompt", "answer"), partial(_last_turn, read=partial(_completion, said="answer"))),
+        Shape(("instruction", "output"), answer, ("input", "system"), ASKED),
+        Shape(("messages",), chat, (), last),
+        Shape(("conversations",), chat, ("system",), last),
+        Shape(("text",), _unasked),
+    )
+
+
 ASKED = "a question and what answers it, in the chat template where there is one"
 
 
@@ -117,10 +140,10 @@ class Cells:
         return value
 
 
-def _completion(row: Row, has_template: bool) -> Row:
+def _completion(row: Row, has_template: bool, said: str = "completion") -> Row:
     cells = Cells(row)
     prompt = cells.get("prompt", in_one_form, check_asked)
-    completion = cells.get("completion", in_one_form, check_answered)
+    completion = cells.get(said, in_one_form, check_answered)
     return {
         "prompt": _like(completion, prompt, "user"),
         "completion": _like(prompt, completion, "assistant"),
@@ -144,11 +167,29 @@ class _Text:
         return {self.column: Cells(row).get(self.column, text_of, check_asked)}
 
 
-def _answer(row: Row, has_template: bool) -> Row:
+def _answer(row: Row, has_template: bool, parted: bool = True) -> Row:
     cells = Cells(row)
     prompt = _question(cells, has_template)
     answer = cells.get("answer" if "question" in row else "output", _last_said, check_answered)
-    return {"prompt": prompt, "completion": _like(prompt, _parted(prompt, answer), "assistant")}
+    answer = _parted(prompt, answer) if parted else answer
+    return {"prompt": prompt, "completion": _like(prompt, answer, "assistant")}
+
+
+def _last_turn(row: Row, has_template: bool, read: Callable[[Row, bool], Row]) -> Row:
+    made = read(row, has_template)
+    if isinstance(made.get("completion"), str):
+        return {"prompt": made["prompt"], "answer": made["completion"]}
+    messages = made.get("messages") or made["prompt"] + made["completion"]
+    column = "messages" if "messages" in made else "completion"
+    ends = [i for i, message in enumerate(messages) if message["role"] not in ASKING]
+    before, answer = messages[: ends[-1]], messages[ends[-1]]["content"]
+    if not answer.strip() or not before:
+        raise UnreadableCell(f"the last turn of `{column}` has no text, or nothing comes before it")
+    return {"prompt": before, "answer": answer}
+
+
+def _unasked(row: Row, has_template: bool) -> Row:
+    return {"prompt": "", "answer": Cells(row).get("text", text_of, check_asked)}
 
 
 def _preference(row: Row, has_template: bool) -> Row:
