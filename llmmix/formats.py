@@ -196,12 +196,22 @@ def _read_all(
     _check_template(made, argument, has_template)
     unread = [c for c in foreign if c in dataset.column_names and c not in made]
     if not as_they_are:
-        used = [c for c in columns if c in unread]
-        rows = rows.select(kept).map(read, remove_columns=used, desc=f"Reading {argument}")
-        return rows.remove_columns([c for c in unread if c not in used])
+        # Under another name: a column that keeps its name keeps its type, and 4 would not be "4"
+        names = {c: GIVEN + c for c in columns if c in made}
+        read = partial(_read_renamed, read=read)
+        rows = rows.select(kept).rename_columns(names)
+        rows = rows.map(read, remove_columns=[*names.values()], desc=f"Reading {argument}")
+        return rows.remove_columns(unread)
     dataset = dataset.remove_columns(unread) if unread else dataset
     # Not the selected copy where all are kept: its indices would slow every later read
     return dataset.select(kept) if faults else dataset
+
+
+GIVEN = "given "
+
+
+def _read_renamed(row: Row, read: Callable[[Row], Row]) -> Row:
+    return read({name.removeprefix(GIVEN): cell for name, cell in row.items()})
 
 
 def _read_stream(

@@ -80,7 +80,7 @@ def split_steps(
 
 
 def _in_one_form(dataset: Dataset) -> Dataset:
-    """The dataset with its cells read as those of any trainer; rows of other columns as they are."""
+    """The dataset with its cells read as any trainer reads them; other columns as they are."""
     columns = set(dataset.column_names)
     if "steps" not in columns and columns & {"messages", "conversations"}:
         rest = dataset.remove_columns([c for c in ("prompt", "completion") if c in columns])

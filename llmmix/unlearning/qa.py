@@ -48,8 +48,8 @@ def read_rows(
     """Rows with a `prompt` (text or messages) and an `answer` (text), from any of `FORMATS`.
 
     A `question` is asked as `question_prompt` does. Of a chat the assistant's last turn is the
-    answer. A `text` has an empty prompt. Columns of `READ` are removed, others kept. Rows without a question or an
-    answer are dropped and counted.
+    answer. A `text` has an empty prompt. Columns of `READ` are removed, others are kept. Rows
+    without a question or an answer are dropped and counted.
 
     Args:
         dataset: The rows.
