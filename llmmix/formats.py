@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+)
 
 from llmmix.messages import UnreadableCell, is_messages
 from llmmix.processes import warn_once
@@ -199,12 +207,28 @@ def _read_all(
         # Under another name: a column that keeps its name keeps its type, and 4 would not be "4"
         names = {c: GIVEN + c for c in columns if c in made}
         read = partial(_read_renamed, read=read)
+        features = _features(rows, columns, made)
         rows = rows.select(kept).rename_columns(names)
-        rows = rows.map(read, remove_columns=[*names.values()], desc=f"Reading {argument}")
+        rows = rows.map(
+            read, remove_columns=[*names.values()], features=features, desc=f"Reading {argument}"
+        )
         return rows.remove_columns(unread)
     dataset = dataset.remove_columns(unread) if unread else dataset
     # Not the selected copy where all are kept: its indices would slow every later read
     return dataset.select(kept) if faults else dataset
+
+
+def _features(rows: Dataset, columns: Sequence[str], made: Row) -> Features | None:
+    """The types of what is read from messages of changing keys, which the first rows do not tell.
+
+    None where the messages that are given have one set of keys.
+    """
+    loose = [rows.features[c] for c in columns if "Json(" in str(rows.features[c])]
+    if not loose:
+        return None
+    message = next((f.feature for f in loose if isinstance(f, List)), loose[0])
+    types = {c: List(message) if is_messages(v) else Value("string") for c, v in made.items()}
+    return Features({**rows.features, **types})
 
 
 GIVEN = "given "

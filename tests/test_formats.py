@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import json
 import logging
 import math
 
@@ -10,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from llmmix import DCOConfig, DCOTrainer, RPOConfig, RPOTrainer, SFTMixConfig, SFTMixTrainer
+from llmmix.data import load_splits
 from llmmix.formats import check_preference_dataset, check_rows_type, check_sft_dataset
 from llmmix.messages import UnreadableCell, folded, messages_of, spoken, text_of
 from llmmix.unlearning.qa import read_rows
@@ -200,6 +202,20 @@ def test_what_comes_before_the_last_turn_of_a_completion_is_context(tokenizer):
     assert prompt[1]["tool_calls"] == CALL
     again = read_rows(read_rows(Dataset.from_list([row]), "rows", tokenizer), "rows", tokenizer)
     assert again["prompt"][:] == [prompt]
+
+
+def test_messages_of_changing_keys_are_kept(tokenizer, tmp_path):
+    """The first rows, by whose types a file is written, have neither calls nor parts."""
+    last = [*ASKED[:1], {"role": "assistant", "content": None, "tool_calls": CALL}]
+    last += [said("4", "tool"), said([{"type": "text", "text": "It is 4."}])]
+    rows = [*[{"messages": ASKED}] * 1000, {"messages": last}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = load_splits(str(tmp_path / "rows.jsonl"))["train"]
+    calling = [ASKED[0], said("") | {"tool_calls": CALL}, said("4", "tool")]
+    made = check_sft_dataset(rows, "rows", processing_class=tokenizer)
+    assert made[0] == {"messages": ASKED}
+    assert made[-1] == {"messages": [*calling, said("It is 4.")]}
+    assert read_rows(rows, "rows", tokenizer)[-1] == {"prompt": calling, "answer": "It is 4."}
 
 
 def test_rows_in_trls_form_are_returned_as_they_are(tokenizer):
