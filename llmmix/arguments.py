@@ -8,9 +8,9 @@ from dataclasses import fields
 from os import PathLike
 from typing import Any, TypeVar
 
-from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
+from llmmix.formats import check_rows_type
 from llmmix.head import causal_lm
 from llmmix.models import trainable_checkpoint
 
@@ -97,7 +97,5 @@ def check_types(model: Any, train_dataset: Any, others: dict[str, Any]) -> None:
         for name, part in named.items()
     }
     for name, part in rows.items():
-        if part is not None and not isinstance(part, Dataset | IterableDataset):
-            raise TypeError(
-                f"`{name}` must be a `Dataset` or `IterableDataset`, got {type(part).__name__}."
-            )
+        if part is not None:
+            check_rows_type(part, name)

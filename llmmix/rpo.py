@@ -207,8 +207,8 @@ class RPOTrainer(DPOTrainer):
             "processing_class": processing_class,
         }
         check_types(model, train_dataset, kwargs | {"ref_model": ref_model})
-        train_dataset = check_preference_datasets(train_dataset, kwargs)
         start = own_model(model, args, processing_class)
+        train_dataset = check_preference_datasets(args, start, train_dataset, kwargs)
         super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         self._attach_own_heads()

@@ -13,9 +13,14 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+
+from llmmix.formats import check_rows_type, check_sft_dataset, read_shape
+from llmmix.messages import check_asked, in_one_form, text_of
+from llmmix.shapes import Cells, Shape
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,10 @@ def split_steps(
         ValueError: The rows have neither `prompt` and `steps` nor `messages`; no row holds a step;
             or the tokenizer does not tell where in the text its tokens stand.
     """
+    check_rows_type(dataset, "dataset")
+    if not isinstance(dataset, Dataset):
+        raise ValueError("`dataset` must be a map-style `Dataset`, whose steps are counted.")
+    dataset = _in_one_form(dataset)
     split, names = _splitter(dataset, tokenizer, separator)
     found = dataset.map(
         _split_rows,
@@ -68,6 +77,25 @@ def split_steps(
             found = whole
     logger.info("Split %d rows into %d steps.", len(dataset), len(found))
     return found
+
+
+def _in_one_form(dataset: Dataset) -> Dataset:
+    """The dataset with its cells read as any trainer reads them; other columns as they are."""
+    columns = set(dataset.column_names)
+    if "steps" not in columns and columns & {"messages", "conversations"}:
+        rest = dataset.remove_columns([c for c in ("prompt", "completion") if c in columns])
+        return cast(Dataset, check_sft_dataset(rest, "dataset"))
+    if not len(dataset) or not set(STEPWISE.needs) <= columns:
+        return dataset
+    return cast(Dataset, read_shape(dataset, "dataset", STEPWISE, None))
+
+
+def _read_steps(row: dict, has_template: bool) -> dict:
+    prompt = Cells(row).get("prompt", in_one_form, check_asked)
+    return {"prompt": prompt, "steps": [text_of(step) for step in row["steps"] or ()]}
+
+
+STEPWISE = Shape(("prompt", "steps"), _read_steps)
 
 
 def _splitter(
@@ -107,12 +135,12 @@ def _split_rows(
 def _steps_of(row: dict) -> list[str]:
     """The steps of a row that are not blank."""
     if "steps" in row:
-        return [step for step in row["steps"] or () if step and step.strip()]
-    return [message["content"] for message in row["messages"] or () if _is_step(message)]
+        return [step for step in row["steps"] if step.strip()]
+    return [message["content"] for message in row["messages"] if _is_step(message)]
 
 
 def _is_step(message: dict) -> bool:
-    return message["role"] == "assistant" and bool((message["content"] or "").strip())
+    return message["role"] == "assistant" and bool(message["content"].strip())
 
 
 def _split_messages(row: dict, kept: list[str]) -> list[dict]:

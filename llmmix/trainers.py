@@ -13,12 +13,14 @@ from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer, TrainingArguments
-from trl import DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoProcessor, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import get_config_model_id
 
 from llmmix.formats import check_preference_dataset, check_sft_dataset
 from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.processes import warn_once
+from llmmix.turns import WHOLE_CHATS, log_scored, tokenize_turns
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -75,62 +77,74 @@ def check_unsharded(method: str, accelerator: Accelerator) -> None:
 
 
 def check_sft_datasets(
-    args: SFTConfig, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
+    args: SFTConfig, model: Any, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
 ) -> Rows | None:
     """`check_sft_dataset` on the training and the evaluation rows of an SFT trainer.
 
+    With `assistant_only_loss`, chats whose template TRL cannot mark come back as tokens and labels.
+
     Args:
         args: The trainer's settings.
+        model: Its model, or the name of it, whose tokenizer is loaded where none is given.
         train_dataset: The training rows.
-        trainer_arguments: The trainer's other arguments, by name; `eval_dataset` is replaced.
+        trainer_arguments: The trainer's other arguments, by name; `eval_dataset` is replaced, and
+            a missing `processing_class` is added.
 
     Returns:
         The training rows.
 
     Raises:
-        ValueError: `check_sft_dataset` refuses the training or the evaluation rows.
+        ValueError: `check_sft_dataset` or `tokenize_turns` refuses the training or the evaluation
+            rows.
     """
     if trainer_arguments.get("formatting_func") is not None:
         return train_dataset  # the function makes the text, from columns of any name
     if _leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
         return train_dataset  # the collator makes the batch, from columns of any name
-    tokenizer = None if args.chat_template_path else trainer_arguments.get("processing_class")
+    tokenizer = _processing_class(args, model, trainer_arguments)
 
     def check(rows: Rows | None, argument: str) -> Rows:
-        return check_sft_dataset(rows, argument, args.dataset_text_field, tokenizer)
+        templated = None if args.chat_template_path else tokenizer
+        rows = check_sft_dataset(rows, argument, args.dataset_text_field, templated)
+        return tokenize_turns(rows, argument, args, tokenizer)
 
     _check_evaluated(trainer_arguments, check)
     train_dataset = check(train_dataset, "train_dataset")
-    if not args.assistant_only_loss and "messages" in next(iter(train_dataset)):
-        warn_once(
-            "Rows of `messages` are scored whole, the user's turns included. To score responses "
-            "alone, set `assistant_only_loss=True` or give `prompt` and `completion`."
-        )
+    stream = isinstance(train_dataset, IterableDataset) and not args.assistant_only_loss
+    if stream and "messages" in next(iter(train_dataset)):
+        warn_once(f"Scored: {WHOLE_CHATS}.")
     return train_dataset
 
 
 def check_preference_datasets(
-    train_dataset: Rows | None, trainer_arguments: dict[str, Any]
+    args: DPOConfig, model: Any, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
 ) -> Rows:
     """`check_preference_dataset` on the training and the evaluation rows of a trainer.
 
-    Args:
-        train_dataset: The training rows.
-        trainer_arguments: What else the trainer was given, by name.
-
-    Returns:
-        The training rows.
-
-    Raises:
-        ValueError: `check_preference_dataset` refuses the training or the evaluation rows.
+    Arguments, result and errors are those of `check_sft_datasets`.
     """
-    tokenizer = trainer_arguments.get("processing_class")
+    tokenizer = _processing_class(args, model, trainer_arguments)
 
     def check(rows: Rows | None, argument: str) -> Rows:
         return check_preference_dataset(rows, argument, tokenizer)
 
     _check_evaluated(trainer_arguments, check)
     return check(train_dataset, "train_dataset")
+
+
+def _processing_class(
+    args: SFTConfig | DPOConfig, model: Any, trainer_arguments: dict[str, Any]
+) -> Any:
+    """The tokenizer, loaded as TRL would where it is not given: rows are put into its template."""
+    if trainer_arguments.get("processing_class") is None:
+        by_name, settings = isinstance(model, str), args.model_init_kwargs
+        revision = settings.get("revision") if by_name and isinstance(settings, dict) else None
+        trainer_arguments["processing_class"] = AutoProcessor.from_pretrained(
+            model if by_name else get_config_model_id(model.config),
+            revision=revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    return trainer_arguments["processing_class"]
 
 
 def _check_evaluated(
@@ -157,7 +171,7 @@ def length_limit(args: SFTConfig) -> int | None:
 
 
 def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None:
-    """Log how many rows the trainer dropped because `max_length` left no token to score, or cut.
+    """Log which tokens are scored, and the rows that `max_length` left none of, or cut.
 
     Args:
         before: The rows that the trainer was given.
@@ -179,6 +193,7 @@ def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None
             f"Dropped {dropped} of {len(before)} rows: with max_length={max_length} no token of "
             "the response is left."
         )
+    log_scored(before, after)
     if max_length is not None and "input_ids" in after.column_names:
         ids = after.select_columns("input_ids").with_format("arrow")
         lengths = (len(row) for row in ids[:]["input_ids"])

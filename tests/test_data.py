@@ -1,30 +1,14 @@
-"""Every bad input gets one clear error, or a stated and counted drop."""
+"""Datasets are found by name, and what is not there is named."""
 
 import json
-import logging
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments
 
-from llmmix import (
-    DCOConfig,
-    DCOTrainer,
-    RPOConfig,
-    RPOTrainer,
-    SFTMixConfig,
-    SFTMixTrainer,
-)
+from llmmix import DCOConfig
 from llmmix.data import DataArguments, load_splits, load_train_and_eval
-from llmmix.formats import check_preference_dataset, check_sft_dataset
 from llmmix.models import prepare_model_args, resolve_checkpoint
-
-QUIET = {"bf16": False, "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
-
-
-def chat(text, role="assistant"):
-    return [{"role": role, "content": text}]
 
 
 def test_files_folders_and_saved_datasets_load(tmp_path):
@@ -93,73 +77,3 @@ def test_rows_to_evaluate_on(tmp_path):
     args.eval_strategy = "no"  # what is held out is not trained on
     train, test = load_train_and_eval(script_args, args)
     assert len(train) == 7 and test is None
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (None, "`train_dataset` is required"),
-        (Dataset.from_dict({"prompt": []}), "`train_dataset` is empty"),
-        (Dataset.from_dict({"question": ["a"], "answer": ["b"]}), r"\['answer', 'question'\]"),
-        (Dataset.from_dict({"prompt": ["a"], "completion": [" "]}), "empty in every one of 1 rows"),
-    ],
-)
-def test_sft_rows_that_cannot_be_trained_on(rows, message):
-    with pytest.raises(ValueError, match=message):
-        check_sft_dataset(rows, "train_dataset")
-    if rows is not None and "question" in rows.column_names:
-        with pytest.raises(ValueError, match="accepted are prompt-completion rows"):
-            check_sft_dataset(rows, "train_dataset")
-
-
-@pytest.mark.parametrize(
-    "blank",
-    [
-        {"prompt": "a", "completion": "  "},
-        {"prompt": "a", "completion": None},
-        {"prompt": chat("a", "user"), "completion": chat("")},
-        {"prompt": chat("a", "user"), "completion": []},
-        {"messages": [*chat("a", "user"), *chat(" ")]},
-        {"messages": chat("a", "user")},
-        {"text": "\n"},
-    ],
-)
-def test_empty_completions_are_dropped_and_counted(blank, caplog):
-    text = isinstance(blank.get("prompt", ""), str)
-    full = {
-        "prompt": "a" if text else chat("a", "user"),
-        "completion": "b" if text else chat("b"),
-        "messages": [*chat("a", "user"), *chat("b")],
-        "text": "b",
-    }
-    good = {key: full[key] for key in blank}
-    rows = Dataset.from_list([good, blank, good])
-    with caplog.at_level(logging.WARNING):
-        kept = check_sft_dataset(rows, "train_dataset")
-    assert len(kept) == 2
-    assert "Dropped 1 of 3 rows with an empty" in caplog.text
-
-
-def test_empty_preferences_are_dropped_and_counted(caplog):
-    rows = Dataset.from_dict({"prompt": ["a", "a"], "chosen": ["b", "b"], "rejected": ["c", ""]})
-    assert len(check_preference_dataset(rows, "train_dataset")) == 1
-    assert "Dropped 1 of 2 rows" in caplog.text
-    with pytest.raises(ValueError, match="accepted are `chosen` and `rejected`"):
-        check_preference_dataset(rows.remove_columns("chosen"), "train_dataset")
-
-
-def test_chat_rows_need_a_template(checkpoint, math_rows, preference_rows):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.chat_template = None
-    for trainer, config, rows in (
-        (DCOTrainer, DCOConfig, math_rows),
-        (SFTMixTrainer, SFTMixConfig, math_rows),
-        (RPOTrainer, RPOConfig, preference_rows),
-    ):
-        with pytest.raises(ValueError, match="tokenizer has no chat template"):
-            trainer(
-                checkpoint,
-                args=config("out", **QUIET),
-                train_dataset=rows,
-                processing_class=tokenizer,
-            )

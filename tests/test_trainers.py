@@ -76,11 +76,11 @@ def test_chat_rows_scored_whole_are_pointed_out(checkpoint, caplog):
     rows = Dataset.from_list([{"messages": [*chat("2+2", "user"), *chat("4")]}] * 4)
     with caplog.at_level(logging.WARNING):
         DCOTrainer(checkpoint, args=DCOConfig("out", **QUIET), train_dataset=rows)
-        assert "scored whole, the user's turns included" in caplog.text
+        assert "Scored: 100% of 56 tokens, whole chats, the user's turns included" in caplog.text
         caplog.clear()
         args = DCOConfig("out", assistant_only_loss=True, **QUIET)
         trainer = DCOTrainer(checkpoint, args=args, train_dataset=rows)
-        assert "scored whole" not in caplog.text
+        assert "Scored: 14% of 56 tokens, the assistant's turns." in caplog.text
     scored = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
     assert trainer.processing_class.decode(scored) == "4<|im_end|>"
 

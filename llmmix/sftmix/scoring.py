@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.files import cache_dir, checkpoint_id, replacing
+from llmmix.formats import check_rows_type
 from llmmix.head import attach_head
 from llmmix.models import (
     check_checkpoints,
@@ -153,6 +154,7 @@ def scoring_checkpoint(name: str) -> str:
 
 
 def _check_input(dataset: object) -> None:
+    check_rows_type(dataset, "dataset")
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"SFTMix scores every row beforehand, so the dataset must be a map-style `Dataset`, "

@@ -42,6 +42,7 @@ from llmmix.trainers import (
     log_metric,
     training_rows,
 )
+from llmmix.turns import turns_found
 from llmmix.unmoved import tell_if_unmoved
 from llmmix.windows import evaluated, window
 
@@ -159,11 +160,12 @@ class SFTMixTrainer(SFTTrainer):
         }
         check_types(model, train_dataset, kwargs)
         check_own_loss("SFTMix", args, kwargs)
-        train_dataset = check_sft_datasets(args, train_dataset, kwargs)
+        start = own_model(model, args, processing_class)
+        train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
         if args.mixup_weight:
             check_confidence(train_dataset)
-        start = own_model(model, args, processing_class)
-        super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
+        with turns_found(args, train_dataset):
+            super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)

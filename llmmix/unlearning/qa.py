@@ -6,7 +6,7 @@ end-of-sequence token too does no harm.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
@@ -15,15 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 from trl.trainer.utils import pad as pad_tensors
 
-from llmmix.processes import warn_once
+from llmmix.formats import check_rows_type, read_shape
+from llmmix.messages import Prompt, folded, spoken
 from llmmix.prompts import encode
-
-Prompt = str | list[dict[str, Any]]  # text, or messages
+from llmmix.shapes import answer_shapes, asked, shape_of
 
 FORMATS = (
     "`question` and `answer`, `prompt` and `completion` (text or lists of messages), `prompt` and "
-    "`gt`, or `text`"
+    "`answer` or `gt`, `instruction` and `output`, `messages`, `conversations`, or `text`"
 )
+
+
+# Once read they are gone, so that rows read twice are the same
+READ = ("completion", "gt", "messages", "conversations", "text")
 
 
 class Encoded(NamedTuple):
@@ -43,8 +47,9 @@ def read_rows(
 ) -> Dataset:
     """Rows with a `prompt` (text or messages) and an `answer` (text), from any of `FORMATS`.
 
-    A `question` is asked as `question_prompt` does. A `text` has an empty prompt. Other columns are
-    kept. Rows without an answer are dropped and counted.
+    A `question` is asked as `question_prompt` does. Of a chat the assistant's last turn is the
+    answer. A `text` has an empty prompt. Columns of `READ` are removed, others are kept. Rows
+    without a question or an answer are dropped and counted.
 
     Args:
         dataset: The rows.
@@ -52,59 +57,27 @@ def read_rows(
         tokenizer: The tokenizer whose chat template asks the question.
 
     Raises:
-        ValueError: There are no rows, their columns are of no accepted format, or every answer is
-            empty.
+        TypeError: `dataset` is text, a list or several splits.
+        ValueError: There are no rows, their columns are of no accepted format, no row has both a
+            question and an answer, or rows are chats and the tokenizer has no chat template.
     """
+    if dataset is not None:
+        check_rows_type(dataset, argument)
     if not isinstance(dataset, Dataset) or not len(dataset):
         given = "no rows" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise ValueError(f"`{argument}` must be a map-style `Dataset` of {FORMATS}, got {given}.")
-    columns = set(dataset.column_names)
-    known = (("question", "answer"), ("prompt", "completion"), ("prompt", "gt"), (None, "text"))
-    for prompt, answer in known:
-        if answer in columns and (prompt is None or prompt in columns):
-            break
-    else:
+    shape = shape_of(dataset.column_names, answer_shapes())
+    if shape is None:
         raise ValueError(
-            f"`{argument}` has the columns {sorted(columns)}; accepted are {FORMATS}. Rename the "
-            "columns to these."
+            f"`{argument}` has the columns {sorted(dataset.column_names)}; accepted are {FORMATS}. "
+            "Rename the columns to these."
         )
-    answers = [_text_of(given) for given in dataset[answer]]
-    prompts: list[Prompt]
-    if prompt is None:
-        prompts = [""] * len(answers)
-    elif prompt == "question":
-        prompts = [question_prompt(tokenizer, question) for question in dataset[prompt]]
-    else:
-        prompts = list(dataset[prompt])
-    asked = [True] * len(answers) if prompt is None else [_is_asked(p) for p in dataset[prompt]]
-    kept = [row for row, given in enumerate(asked) if given and answers[row].strip()]
-    what = f"`{answer}`" if prompt is None else f"`{prompt}` or `{answer}`"
-    if not kept:
-        raise ValueError(f"`{argument}`: {what} is empty in every one of {len(dataset)} rows.")
-    if len(kept) < len(dataset):
-        dropped = len(dataset) - len(kept)
-        warn_once(f"Dropped {dropped} of {len(dataset)} rows of `{argument}`: empty {what}.")
-    rest = dataset.remove_columns(list({"prompt", "answer"} & columns)).select(kept)
-    rest = rest.add_column("prompt", [prompts[row] for row in kept])
-    return rest.add_column("answer", [answers[row] for row in kept])
-
-
-def _is_asked(prompt: Prompt | None) -> bool:
-    return bool(prompt.strip() if isinstance(prompt, str) else prompt)
-
-
-def _text_of(answer: Any) -> str:
-    """Text itself, a number as text, or what the last message says."""
-    if answer is None or isinstance(answer, str | int | float):
-        return "" if answer is None else str(answer)
-    return (answer[-1].get("content") or "") if answer else ""
+    return read_shape(dataset, argument, shape, tokenizer, READ)
 
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> Prompt:
     """A question as it is put to a model: a user's message, or text without a chat template."""
-    if tokenizer.chat_template is None:
-        return f"Question: {question}\nAnswer:"
-    return [{"role": "user", "content": question}]
+    return asked(question, tokenizer.chat_template is not None)
 
 
 def encode_answer(
@@ -180,11 +153,6 @@ def pad(sequences: Sequence[Encoded], pad_id: int | None = None) -> dict[str, Te
 
 
 def overlap(a: Iterable[Prompt], b: Iterable[Prompt]) -> list[Prompt]:
-    """Prompts, or texts, that stand in both, in the order of `a`."""
-    known = {_key(prompt) for prompt in b}
-    return [prompt for prompt in a if _key(prompt) in known]
-
-
-def _key(prompt: Prompt) -> str:
-    text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
-    return " ".join(text.split()).casefold()
+    """Prompts, or texts, that stand in both, in the order of `a`; see `llmmix.messages.folded`."""
+    known = {folded(spoken(prompt)) for prompt in b}
+    return [prompt for prompt in a if folded(spoken(prompt)) in known]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from llmmix.unlearning.qa import Prompt
+from llmmix.messages import Prompt, folded, text_of
 
 Templates = (
     Sequence[str] | Callable[[dict], list[str]]
@@ -101,7 +101,8 @@ def clean_templates(templates: list[str], argument: str) -> list[str]:
     Raises:
         ValueError: No template is left.
     """
-    unique = list(dict.fromkeys(t.strip() for t in templates if t and t.strip()))
+    texts = [text_of(template).strip() for template in templates]
+    unique = list(dict.fromkeys(text for text in texts if text))
     if unique and unique[0].strip("\"'").lower().rstrip("s") in HEADERS:
         unique = unique[1:]
     if not unique:
@@ -133,7 +134,9 @@ def templates_of(rows: Dataset, templates: Templates) -> list[list[str]]:
         ValueError: A row's `template` is empty, or a function gives no answer for a row.
     """
     if "template" in rows.column_names:
-        given = [[t] if isinstance(t, str) else list(t or []) for t in rows["template"]]
+        given = [
+            [text_of(t) for t in (ts if isinstance(ts, list) else [ts])] for ts in rows["template"]
+        ]
         if empty := [row for row, ts in enumerate(given) if not any(t.strip() for t in ts)]:
             raise ValueError(
                 f"`template` is empty in {len(empty)} rows (first: row {empty[0]}). Fill it, or "
@@ -159,8 +162,7 @@ def check_templates(
                 f"Row {row} has no question for a template to answer (rows of `text` alone have "
                 "none). Use a loss that needs no template, such as npo or grad_diff."
             )
-        said = " ".join(answer.split()).casefold()
-        if any(" ".join(t.split()).casefold() == said for t in templates):
+        if any(folded(t) == folded(answer) for t in templates):
             raise ValueError(
                 f"Row {row} is to forget {answer!r}, which is one of its templates too: it would "
                 "be learned and forgotten at once. Remove the row or the template."

@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.files import plain, read_json, write_whole
+from llmmix.messages import spoken
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import answer_items, ask_original, score_items
 from llmmix.unlearning.evaluation.subject import (
@@ -83,8 +84,9 @@ def as_rows(rows: Dataset, role: str, tokenizer: PreTrainedTokenizerBase) -> Dat
         tokenizer: The tokenizer whose chat template asks the questions.
     """
     columns = set(rows.column_names)
-    ready = {"prompt", "answer"} <= columns and not columns & {"question", "completion", "text"}
-    return rows if ready else read_rows(rows, role, tokenizer)
+    read = {"prompt", "answer"} <= columns and not columns & {"question", "completion", "text"}
+    of_text = read and all(prompt == "" for prompt in rows["prompt"])  # read from `text`
+    return rows if of_text else read_rows(rows, role, tokenizer)
 
 
 def evaluate_subject(
@@ -198,7 +200,7 @@ def check_disjoint(sets: Mapping[str, Dataset]) -> None:
     }
     for role in set(sets) - {"forget"}:
         if common := overlap(asked["forget"], asked[role]):
-            first = common[0] if isinstance(common[0], str) else common[0][-1]["content"]
+            first = spoken(common[0])
             raise ValueError(
                 f"{len(common)} of {len(asked['forget'])} questions of `forget` stand in `{role}` "
                 f"too (first: {first[:80]!r}). Take them out of one of the two."

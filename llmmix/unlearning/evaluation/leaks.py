@@ -26,6 +26,7 @@ from llmmix.grading.evaluation import evaluate, judge_again
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier
+from llmmix.messages import text_of
 from llmmix.unlearning.evaluation.texts import Tokenize, rouge, says
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class LeakScorer:
 
     def __init__(self, name: str, rows: Dataset, tokenize: Tokenize | None = None):
         has_column = "secret" in rows.column_names
-        secrets = [s or "" for s in rows["secret"]] if has_column else [""] * len(rows)
+        secrets = [text_of(secret) for secret in rows["secret"]] if has_column else [""] * len(rows)
         missing = sum(not secret.strip() for secret in secrets)
         if name == "auto":
             name = "rouge" if missing else "extraction"

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from datasets import Dataset
 
+from llmmix.messages import text_of
 from llmmix.unlearning.evaluation.gradients import gradient_norms
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.membership import min_k, min_k_plus_plus, zlib_score
@@ -54,6 +55,7 @@ def score_items(subject: Subject, rows: Dataset, options: MeasureOptions) -> lis
     correct, wrong = _truth_nlls(subject, rows, options, scores)
     norms = _gradient_norms(subject, rows, options)
     secrets = rows["secret"][:] if "secret" in rows.column_names else [None] * len(rows)
+    secrets = [text_of(secret) or None for secret in secrets]
     questions = rows["question"][:] if "question" in rows.column_names else rows["prompt"][:]
     columns = (questions, rows["answer"][:], scores, correct, wrong, norms, secrets)
     eos = subject.tokenizer.eos_token_id
@@ -193,13 +195,14 @@ def _truth_nlls(
     own = [None if score is None else score.nll for score in scores]
     if "perturbed_answer" not in columns:
         return own, [[] for _ in own]
-    perturbed = [[p] if isinstance(p, str) else p or [] for p in rows["perturbed_answer"]]
-    rephrased = (
-        rows["paraphrased_answer"][:] if "paraphrased_answer" in columns else [None] * len(rows)
-    )
-    rephrased = [r[0] if isinstance(r, list) and r else r for r in rephrased]
+    perturbed = [
+        [text_of(text) for text in (p if isinstance(p, list) else [p])]
+        for p in rows["perturbed_answer"]
+    ]
+    given = rows["paraphrased_answer"][:] if "paraphrased_answer" in columns else [None] * len(own)
+    rephrased = [text_of((r or [None])[0] if isinstance(r, list) else r) for r in given]
     asked = [
-        [*([right] if right and right.strip() else []), *wrong]
+        [*([right] if right.strip() else []), *wrong]
         for right, wrong in zip(rephrased, perturbed, strict=True)
     ]
 
@@ -216,7 +219,7 @@ def _truth_nlls(
     found = subject.keep("alternatives", data_digest(rows), {}, compute)
     correct, wrong = [], []
     for nlls, right, nll in zip(found, rephrased, own, strict=True):
-        with_right = bool(right and right.strip())
+        with_right = bool(right.strip())
         correct.append(nlls[0] if with_right else nll)
         wrong.append([n for n in nlls[with_right:] if n is not None])
     return correct, wrong

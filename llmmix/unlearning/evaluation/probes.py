@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmmix.messages import text_of
 from llmmix.unlearning.evaluation.copies import quantized, relearn
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import measure_items
@@ -177,8 +178,9 @@ def check_paraphrases(rows: Dataset) -> list[str]:
         ValueError: A row has no `paraphrased_question`.
     """
     column = "paraphrased_question"
-    asked: list = rows[column][:] if column in rows.column_names else [None] * len(rows)
-    if missing := sum(not (question or "").strip() for question in asked):
+    given = rows[column][:] if column in rows.column_names else [None] * len(rows)
+    asked = [text_of(question) for question in given]
+    if missing := sum(not question.strip() for question in asked):
         raise ValueError(
             f"The probe 'paraphrase' needs a `{column}` in every row; {missing} of {len(rows)} "
             "have none. Add the column, or leave the probe out."
