@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from llmmix.unlearning.qa import Prompt
+from llmmix.prompts import Prompt
 
 Templates = (
     Sequence[str] | Callable[[dict], list[str]]

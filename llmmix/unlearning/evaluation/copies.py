@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from llmmix.models import context_length
-from llmmix.unlearning.qa import encode_answer, pad
+from llmmix.prompts import encode_answer, options_of
+from llmmix.unlearning.qa import pad
 
 GROUP = 64  # weights of one output channel that share a scale under int4
 
@@ -64,8 +65,8 @@ def relearn(
             f"{steps}, {batch_size} and {learning_rate}."
         )
     room = context_length(model) or float("inf")
-    pairs = zip(rows["prompt"], rows["answer"], strict=True)
-    encoded = [encode_answer(tokenizer, prompt, answer) for prompt, answer in pairs]
+    triples = zip(rows["prompt"], rows["answer"], options_of(rows), strict=True)
+    encoded = [encode_answer(tokenizer, *pair, options=asked) for *pair, asked in triples]
     encoded = [e for e in encoded if e.prompt_length < len(e.ids) <= room]
     if not encoded:
         raise ValueError(f"None of the {len(rows)} `rows` fits the context of {room} tokens.")

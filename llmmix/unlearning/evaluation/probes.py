@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmmix.prompts import TEMPLATE_COLUMNS
 from llmmix.unlearning.evaluation.copies import quantized, relearn
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import measure_items
@@ -72,7 +73,7 @@ def probe_metrics(
         ValueError: A row has no `paraphrased_question`, `relearning` leaves no row to learn or to
             measure, or most weights of the model are in layers that cannot be rounded.
     """
-    columns = ("question", "prompt", "answer", "secret")
+    columns = ("question", "prompt", "answer", "secret", *TEMPLATE_COLUMNS)
     asked = rows.select_columns([name for name in columns if name in rows.column_names])
     found = {}
     for name in names:
