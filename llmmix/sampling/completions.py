@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmmix.prompts import encode
+from llmmix.prompts import Prompt, encode
 from llmmix.sampling.engine import Engine
 from llmmix.sampling.requests import Completion, SamplingOptions, check_room, requests_for
 
@@ -22,7 +22,7 @@ from llmmix.sampling.requests import Completion, SamplingOptions, check_room, re
 def sample(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict]],
+    prompts: Sequence[Prompt | list[int]],
     num_samples: int,
     *,
     temperature: float = 1.0,
@@ -39,7 +39,7 @@ def sample(
         model: A causal language model of transformers, whose mode and attention are put back at the
             end, or a `vllm.LLM`.
         tokenizer: The model's tokenizer; it needs no pad token, since nothing is padded.
-        prompts: Text, or lists of chat messages.
+        prompts: Text, lists of chat messages, or token ids as `encode` gives them.
         num_samples: Completions of each prompt.
         temperature: Divisor of the logits; 0 takes the most probable token, the first of equals,
             so that all samples of a prompt are one answer.
