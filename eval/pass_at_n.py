@@ -190,15 +190,9 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
             "`verifier_timeout` must be positive and `verifier_workers` 1 or more, got "
             f"{args.verifier_timeout} and {args.verifier_workers}."
         )
+    rest = (args.top_p, args.max_new_tokens, args.seed, args.num_samples, args.token_budget)
     for temperature in args.temperature:
-        SamplingOptions(
-            temperature,
-            args.top_p,
-            args.max_new_tokens,
-            args.seed,
-            args.num_samples,
-            args.token_budget,
-        )
+        SamplingOptions(temperature, *rest)
     pass_at_n(args.num_samples, 0, args.n)
     if args.max_problems is not None and args.max_problems < 1:
         raise ValueError(f"`max_problems` must be 1 or more, got {args.max_problems}.")

@@ -43,6 +43,7 @@ from llmmix.trainers import (
     log_dropped,
     log_metric,
 )
+from llmmix.turn_ends import score_what_is_sampled
 from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ class DCOTrainer(SFTTrainer):
         attach_heads(self)
         end_unless_finite(self)
         keep_token_count(self)
+        score_what_is_sampled(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False
 

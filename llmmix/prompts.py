@@ -12,7 +12,7 @@ tokens of prompt and completion leave those of the prompt. What a row asks of th
 import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -100,8 +100,8 @@ def encode(
     if isinstance(text, str):
         return _encode_text(tokenizer, text)
     if text and isinstance(text[0], int):
-        return list(text)
-    options = dict(options or {})
+        return text
+    messages, options = cast(list[dict[str, Any]], text), dict(options or {})
     if options.get("continue_final_message"):
         generation = False
     if tokenizer.chat_template is None and options.get("chat_template") is None:
@@ -111,10 +111,10 @@ def encode(
         )
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            text, **{"add_generation_prompt": generation, **options}, tokenize=True
+            messages, **{"add_generation_prompt": generation, **options}, tokenize=True
         )
     except TemplateError as error:
-        roles = ", ".join(str(message.get("role")) for message in text)
+        roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
             f"The chat template refuses messages of the roles {roles}: {error}"
         ) from error
@@ -278,22 +278,9 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int 
         at -= 1
         if ids[at] in special:
             end = at + 1
-        elif tokenizer.decode([ids[at]]).strip():
+        elif str(tokenizer.decode([ids[at]])).strip():
             break
     return end
-
-
-def scored_to_the_end(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]
-) -> list[int]:
-    """The labels of a row, -100 behind the token that ends its last scored turn; see `turn_end`."""
-    scored = [place for place, label in enumerate(labels) if label != -100]
-    if not scored:
-        return list(labels)
-    stop = scored[-1] + 1
-    start = next((p for p in range(stop - 1, -1, -1) if labels[p] == -100), -1) + 1
-    end = turn_end(tokenizer, ids[:stop], start)
-    return [*labels[:end], *[-100] * (len(labels) - end)]
 
 
 def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -39,6 +39,7 @@ from llmmix.trainers import (
     log_metric,
     training_rows,
 )
+from llmmix.turn_ends import score_what_is_sampled
 from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ class SFTMixTrainer(SFTTrainer):
         attach_heads(self)
         end_unless_finite(self)
         keep_token_count(self)
+        if args.dco_n_samples:
+            score_what_is_sampled(self)
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it
             self._confident = confident_half(read_confidence(training_rows(self, "SFTMix")))

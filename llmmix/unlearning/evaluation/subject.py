@@ -143,6 +143,6 @@ def keep_in_cache(fingerprint: dict[str, Any]) -> Keep:
 def data_digest(rows: Dataset) -> str:
     """A digest of what is measured: prompts and their templates, answers, alternatives, secrets."""
     names = ("prompt", "answer", "paraphrased_answer", "perturbed_answer", "secret")
-    names += TEMPLATE_COLUMNS
-    columns = {name: rows[name][:] for name in names if name in rows.column_names}
+    measured = [name for name in (*names, *TEMPLATE_COLUMNS) if name in rows.column_names]
+    columns = {name: rows[name][:] for name in measured}
     return hashlib.blake2b(json.dumps(columns).encode(), digest_size=8).hexdigest()
