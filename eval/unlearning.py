@@ -200,8 +200,8 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     from llmmix.files import claim
     from llmmix.models import Loader, named_checkpoints
     from llmmix.processes import evaluation_state
-    from llmmix.unlearning.evaluation.checkpoint import evaluate_checkpoint
-    from llmmix.unlearning.evaluation.document import read_document
+    from llmmix.unlearning.evaluation.checkpoint import check_plan, evaluate_checkpoint
+    from llmmix.unlearning.evaluation.document import read_document, write_document
     from llmmix.unlearning.evaluation.printing import print_table
     from llmmix.unlearning.evaluation.probes import check_probes
 
@@ -216,16 +216,18 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     check_probes(probes, data["forget"], plan.relearning)
     loader = Loader(state.device, args.dtype, args.trust_remote_code)
     retained = read_document(args.retain_log) if args.retain_log else None
-    folder = Path(args.output_dir)
+    folder, results = Path(args.output_dir), {}
+    others = named_checkpoints([args.retain_model]) if args.retain_model else []
+    check_plan(loader, [*runs, *others], data, plan)
     if args.retain_model:
         (baseline,) = named_checkpoints([args.retain_model])
         retained = evaluate_checkpoint(loader, baseline, data, plan, folder / baseline.name)
-    results = {
-        run.name: evaluate_checkpoint(
+    for run in runs:
+        results[run.name] = evaluate_checkpoint(
             loader, run, data, plan, folder / run.name, retained=retained, probes=probes
         )
-        for run in runs
-    }
+        if state.is_main_process:
+            write_document(folder / run.name, results[run.name])
     loader.let_go()
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -309,9 +311,11 @@ def _check(args: UnlearningArguments) -> None:
     for name in ("leak_threshold", "min_k"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"`{name}` must lie in (0, 1], got {getattr(args, name)}.")
-    for name, least in {"leak_samples": 0, "leak_max_new_tokens": 1}.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"`{name}` must be {least} or more, got {getattr(args, name)}.")
+    counts = dict.fromkeys(("leak_max_new_tokens", "max_new_tokens", "token_budget", "max_rows"), 1)
+    for name, least in (counts | {"leak_samples": 0}).items():
+        given = getattr(args, name)
+        if given is not None and given < least:
+            raise ValueError(f"`{name}` must be {least} or more, got {given}.")
     if args.leak_n and max(args.leak_n) > args.leak_samples:
         raise ValueError(
             f"`leak_n` of {max(args.leak_n)} needs as many samples; `leak_samples` is "
@@ -335,7 +339,6 @@ def _write(
 
     folder = Path(args.output_dir)
     for name, result in results.items():
-        write_document(folder / name, result)
         if args.compat:
             write_open_unlearning(folder / name / "open_unlearning", result["open_unlearning"])
     if args.retain_model and retained:

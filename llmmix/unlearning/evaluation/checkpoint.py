@@ -1,6 +1,6 @@
 """All that is measured of one checkpoint: its document, with leaks and probes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -10,10 +10,11 @@ from typing import Any
 from datasets import Dataset
 
 from llmmix.models import Checkpoint, Loader
-from llmmix.unlearning.evaluation.document import as_rows, evaluate_subject
+from llmmix.prompts import encode_answer, options_of
+from llmmix.unlearning.evaluation.document import as_rows, check_disjoint, evaluate_subject
 from llmmix.unlearning.evaluation.open_unlearning import open_unlearning_document
 from llmmix.unlearning.evaluation.probes import Relearning, probe_metrics
-from llmmix.unlearning.evaluation.sampled_leaks import LeakOptions, leak_metrics
+from llmmix.unlearning.evaluation.sampled_leaks import LeakOptions, check_leaks, leak_metrics
 from llmmix.unlearning.evaluation.subject import MeasureOptions, checkpoint_subject
 from llmmix.unlearning.evaluation.summary import Fluency
 
@@ -41,6 +42,36 @@ class Plan:
     fluency: Fluency | None = None
     open_unlearning: bool = False
     sets: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_plan(
+    loader: Loader, checkpoints: Sequence[Checkpoint], data: Mapping[str, Dataset], plan: Plan
+) -> None:
+    """Refuse, before any model is loaded, rows and options that a measurement would refuse later.
+
+    Args:
+        loader: Loads the tokenizers.
+        checkpoints: The models to be measured; the original is added.
+        data: Rows by role, in any format of `llmmix.unlearning.qa.read_rows`.
+        plan: What is measured.
+
+    Raises:
+        ValueError: Rows are of no known format, or stand in two sets; a model's chat template is
+            missing or refuses messages; or `check_leaks` refuses the options.
+    """
+    original = [] if plan.original is None else [plan.original]
+    for number, checkpoint in enumerate([*checkpoints, *original]):
+        tokenizer = loader.tokenizer(checkpoint)
+        sets = {role: as_rows(rows, role, tokenizer) for role, rows in data.items()}
+        if not number:
+            check_disjoint(sets)
+            check_leaks(sets["forget"], plan.leaking)
+        for role, rows in sets.items():
+            for row, options in zip(rows.take(1), options_of(rows.take(1)), strict=True):
+                try:
+                    encode_answer(tokenizer, row["prompt"], row["answer"], options=options)
+                except ValueError as error:
+                    raise ValueError(f"`{role}` under {checkpoint.name}: {error}") from error
 
 
 def evaluate_checkpoint(

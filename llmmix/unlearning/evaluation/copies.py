@@ -59,11 +59,7 @@ def relearn(
         ValueError: `steps` or `batch_size` is below 1, `learning_rate` is not positive, or no row
             fits the context.
     """
-    if min(steps, batch_size) < 1 or not learning_rate > 0:
-        raise ValueError(
-            "`steps` and `batch_size` must be 1 or more and `learning_rate` positive, got "
-            f"{steps}, {batch_size} and {learning_rate}."
-        )
+    check_relearning(steps, learning_rate, batch_size)
     room = context_length(model) or float("inf")
     triples = zip(rows["prompt"], rows["answer"], options_of(rows), strict=True)
     encoded = [encode_answer(tokenizer, *pair, options=asked) for *pair, asked in triples]
@@ -90,6 +86,19 @@ def relearn(
             optimizer.zero_grad()
     learner.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     return learner.eval()
+
+
+def check_relearning(steps: int, learning_rate: float, batch_size: int) -> None:
+    """Refuse a number that `relearn` cannot train with.
+
+    Raises:
+        ValueError: `steps` or `batch_size` is below 1, or `learning_rate` is not positive.
+    """
+    if min(steps, batch_size) < 1 or not learning_rate > 0:
+        raise ValueError(
+            "`steps` and `batch_size` must be 1 or more and `learning_rate` positive, got "
+            f"{steps}, {batch_size} and {learning_rate}."
+        )
 
 
 def quantized(model: PreTrainedModel, bits: int) -> PreTrainedModel:
