@@ -201,7 +201,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     from llmmix.models import Loader, named_checkpoints
     from llmmix.processes import evaluation_state
     from llmmix.unlearning.evaluation.checkpoint import check_plan, evaluate_checkpoint
-    from llmmix.unlearning.evaluation.document import read_document, write_document
+    from llmmix.unlearning.evaluation.document import read_document
     from llmmix.unlearning.evaluation.printing import print_table
     from llmmix.unlearning.evaluation.probes import check_probes
 
@@ -215,19 +215,16 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     data, plan, probes = load_sets(args), _plan(args), args.probes or []
     check_probes(probes, data["forget"], plan.relearning)
     loader = Loader(state.device, args.dtype, args.trust_remote_code)
-    retained = read_document(args.retain_log) if args.retain_log else None
-    folder, results = Path(args.output_dir), {}
-    others = named_checkpoints([args.retain_model]) if args.retain_model else []
-    check_plan(loader, [*runs, *others], data, plan)
-    if args.retain_model:
-        (baseline,) = named_checkpoints([args.retain_model])
+    retained, results = read_document(args.retain_log) if args.retain_log else None, {}
+    folder = Path(args.output_dir)
+    baselines = named_checkpoints([args.retain_model]) if args.retain_model else []
+    check_plan(loader, [*runs, *baselines], data, plan)
+    for baseline in baselines:
         retained = evaluate_checkpoint(loader, baseline, data, plan, folder / baseline.name)
     for run in runs:
         results[run.name] = evaluate_checkpoint(
             loader, run, data, plan, folder / run.name, retained=retained, probes=probes
         )
-        if state.is_main_process:
-            write_document(folder / run.name, results[run.name])
     loader.let_go()
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -334,15 +331,12 @@ def _function(path: str) -> Callable:
 def _write(
     args: UnlearningArguments, results: dict[str, dict[str, Any]], retained: dict[str, Any] | None
 ) -> None:
-    from llmmix.unlearning.evaluation.document import write_document, write_summary
+    from llmmix.unlearning.evaluation.document import write_summary
     from llmmix.unlearning.evaluation.open_unlearning import write_open_unlearning
 
     folder = Path(args.output_dir)
-    for name, result in results.items():
-        if args.compat:
-            write_open_unlearning(folder / name / "open_unlearning", result["open_unlearning"])
-    if args.retain_model and retained:
-        write_document(folder / "retain_model", retained)
+    for name, result in results.items() if args.compat else ():
+        write_open_unlearning(folder / name / "open_unlearning", result["open_unlearning"])
     write_summary(folder / "summary.json", results, retained)
 
 

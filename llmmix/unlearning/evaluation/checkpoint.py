@@ -7,11 +7,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from llmmix.models import Checkpoint, Loader
 from llmmix.prompts import encode_answer, options_of
-from llmmix.unlearning.evaluation.document import as_rows, check_disjoint, evaluate_subject
+from llmmix.unlearning.evaluation.document import (
+    as_rows,
+    check_disjoint,
+    evaluate_subject,
+    write_document,
+)
 from llmmix.unlearning.evaluation.open_unlearning import open_unlearning_document
 from llmmix.unlearning.evaluation.probes import Relearning, probe_metrics
 from llmmix.unlearning.evaluation.sampled_leaks import LeakOptions, check_leaks, leak_metrics
@@ -84,14 +90,14 @@ def evaluate_checkpoint(
     retained: dict[str, Any] | None = None,
     probes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """The document of one checkpoint.
+    """The document of one checkpoint, which is written too.
 
     Args:
         loader: Loads models when they are needed.
         checkpoint: The model.
         data: Rows by role, in any format of `llmmix.unlearning.qa.read_rows`.
         plan: What is measured.
-        folder: Where the samples for leaks are kept.
+        folder: Where the document is written, and the samples for leaks are kept.
         retained: The document of the model trained without the forget set.
         probes: Probes, among `llmmix.unlearning.evaluation.probes.PROBES`; None leaves `probes` out
             of the document.
@@ -138,4 +144,7 @@ def evaluate_checkpoint(
         document["open_unlearning"] = open_unlearning_document(
             items, subject.tokenizer, logs, plan.measuring.min_k
         )
-    return header | document
+    document = header | document
+    if PartialState().is_main_process:
+        write_document(folder, document)  # at once: another checkpoint may fail
+    return document
