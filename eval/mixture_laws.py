@@ -132,10 +132,10 @@ def main(args: MixtureLawsArguments) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"Note: {message}")
+        if args.run:  # first: it takes a moment, and the study minutes
+            document["fidelity"] = _assess(args.run)
         if args.ratios and args.metrics:
             document |= _study(args, args.ratios, args.metrics, folder)
-        if args.run:
-            document["fidelity"] = _assess(args.run)
     document = plain(document)
     write_whole(folder / "mixture_laws.json", json.dumps(document, indent=1))
     print(f"Results: {folder}")
@@ -263,6 +263,8 @@ def _check(args: MixtureLawsArguments) -> None:
         raise ValueError(f"`level` must lie between 0.5 and 1, got {args.level}.")
     if args.max_runs is not None and args.max_runs < 3:
         raise ValueError(f"`max_runs` must be 3 or more, got {args.max_runs}.")
+    if args.search not in ("auto", "gradient", "sample"):
+        raise ValueError(f"`search` must be auto, gradient or sample, got {args.search!r}.")
     if args.next < 0:
         raise ValueError(f"`next` must be 0 or more, got {args.next}.")
 

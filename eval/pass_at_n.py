@@ -22,15 +22,18 @@ from llmmix.grading.estimators import pass_at_n
 from llmmix.grading.evaluation import evaluate, judge_again
 from llmmix.grading.ground_truth import reference_loss
 from llmmix.grading.printing import print_tables
+from llmmix.grading.problems import encode_prompts, read_problems
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import compare, summarize
 from llmmix.grading.verify import Verifier
 from llmmix.models import Checkpoint, Loader, check_checkpoints, named_checkpoints
 from llmmix.processes import evaluation_state
+from llmmix.sampling.requests import SamplingOptions
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["PassAtNArguments", "evaluate", "main", "pass_at_n", "reference_loss"]
 
@@ -158,11 +161,12 @@ def main(args: PassAtNArguments) -> dict[str, dict[str, Any]]:
     with Verifier(
         args.verifier, timeout=args.verifier_timeout, workers=args.verifier_workers
     ) as verifier:
+        loader = Loader(state.device, args.dtype, args.trust_remote_code)
+        for checkpoint in dict.fromkeys(run.checkpoint for run in runs):
+            encode_prompts(loader.tokenizer(checkpoint), rows)  # before the first is sampled
         for run in runs:
             result = _evaluate_one(run, rows, verifier, args, state)
             if state.is_main_process:
-                folder = Path(args.output_dir) / run.name
-                write_whole(folder / "pass_at_n.json", json.dumps(result, indent=1))
                 results[run.name] = result
     state.destroy_process_group()
     if state.is_main_process:
@@ -188,6 +192,14 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
             "`verifier_timeout` must be positive and `verifier_workers` 1 or more, got "
             f"{args.verifier_timeout} and {args.verifier_workers}."
         )
+    rest = (args.top_p, args.max_new_tokens, args.seed, args.num_samples, args.token_budget)
+    for temperature in args.temperature:
+        SamplingOptions(temperature, *rest)
+    pass_at_n(args.num_samples, 0, args.n)
+    if args.max_problems is not None and args.max_problems < 1:
+        raise ValueError(f"`max_problems` must be 1 or more, got {args.max_problems}.")
+    if "{prompt}" not in args.prompt_template:
+        raise ValueError(f"`prompt_template` lacks {{prompt}}: {args.prompt_template!r}.")
     if len(set(args.temperature)) < len(args.temperature):
         raise ValueError(f"`temperature` names one twice: {args.temperature}.")
     several = len(args.temperature) > 1
@@ -199,27 +211,18 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
 
 
 def _load_rows(args: PassAtNArguments) -> "Dataset":
-    """The rows to evaluate on, with columns `prompt` and `answer`."""
+    """The rows to evaluate on, with columns `prompt` and `answer`, one in each row."""
     from llmmix.sources import load_splits, pick_split
 
     splits = load_splits(args.dataset_name, args.dataset_config)
-    rows = pick_split(splits, args.dataset_split, "dataset_split", default="test")
-    for argument in ("prompt", "answer"):
-        column = getattr(args, f"{argument}_column")
-        if column not in rows.column_names:
-            raise ValueError(f"`{argument}_column`: no {column!r} among {rows.column_names}.")
-        if column != argument:
-            rows = rows.remove_columns(list({argument} & set(rows.column_names)))
-            rows = rows.rename_column(column, argument)
-    rows = rows if args.max_problems is None else rows.take(args.max_problems)
-    if "{prompt}" not in args.prompt_template:
-        raise ValueError(f"`prompt_template` lacks {{prompt}}: {args.prompt_template!r}.")
-    if not len(rows) or not isinstance(rows[0]["prompt"], str):
-        return rows
-    texts: list[Any] = [args.prompt_template.replace("{prompt}", p) for p in rows["prompt"]]
-    if args.apply_chat_template:
-        texts = [[{"role": "user", "content": text}] for text in texts]
-    return rows.remove_columns("prompt").add_column("prompt", texts)
+    return read_problems(
+        pick_split(splits, args.dataset_split, "dataset_split", default="test"),
+        prompt_column=args.prompt_column,
+        answer_column=args.answer_column,
+        prompt_template=args.prompt_template,
+        apply_chat_template=args.apply_chat_template,
+        most=args.max_problems,
+    )
 
 
 def _evaluate_one(
@@ -270,13 +273,25 @@ def _evaluate_one(
         **options,
         **result,
     }
-    if "completion" in rows.column_names and args.backend == "transformers":
-        if state.is_main_process:
+    if state.is_main_process:
+        file = Path(args.output_dir, run.name, "pass_at_n.json")
+        write_whole(file, json.dumps(result, indent=1))
+        if "completion" in rows.column_names and args.backend == "transformers":
             kept = [row for row in range(len(rows)) if row not in set(left_out)]
-            result["loss"] = reference_loss(model, tokenizer, rows.select(kept))
+            result["loss"] = _loss_if_any(model, tokenizer, rows.select(kept))
+            write_whole(file, json.dumps(result, indent=1))
     del model
     loader.let_go()  # before the next model is loaded
     return result
+
+
+def _loss_if_any(model: Any, tokenizer: "PreTrainedTokenizerBase", rows: "Dataset") -> float | None:
+    """The loss of the reference completions; None, said in a line, where it cannot be had."""
+    try:
+        return reference_loss(model, tokenizer, rows)
+    except Exception as error:  # of the model's own making: no result is lost for it
+        print(f"No loss of the reference completions: {type(error).__name__}: {error}")
+        return None
 
 
 def _settings(run: _Run, loader: Loader, args: PassAtNArguments) -> dict[str, Any]:

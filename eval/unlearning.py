@@ -200,7 +200,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     from llmmix.files import claim
     from llmmix.models import Loader, check_checkpoints, named_checkpoints
     from llmmix.processes import evaluation_state
-    from llmmix.unlearning.evaluation.checkpoint import evaluate_checkpoint
+    from llmmix.unlearning.evaluation.checkpoint import check_plan, evaluate_checkpoint
     from llmmix.unlearning.evaluation.document import read_document
     from llmmix.unlearning.evaluation.printing import print_table
     from llmmix.unlearning.evaluation.probes import check_probes
@@ -216,17 +216,17 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     data, plan, probes = load_sets(args), _plan(args), args.probes or []
     check_probes(probes, data["forget"], plan.relearning)
     loader = Loader(state.device, args.dtype, args.trust_remote_code)
-    retained = read_document(args.retain_log) if args.retain_log else None
+    retained, results = read_document(args.retain_log) if args.retain_log else None, {}
     folder = Path(args.output_dir)
-    if args.retain_model:
-        (baseline,) = named_checkpoints([args.retain_model], argument="retain_model")
+    named = [args.retain_model] if args.retain_model else []
+    baselines = named_checkpoints(named, argument="retain_model") if named else []
+    check_plan(loader, [*runs, *baselines], data, plan)
+    for baseline in baselines:
         retained = evaluate_checkpoint(loader, baseline, data, plan, folder / baseline.name)
-    results = {
-        run.name: evaluate_checkpoint(
+    for run in runs:
+        results[run.name] = evaluate_checkpoint(
             loader, run, data, plan, folder / run.name, retained=retained, probes=probes
         )
-        for run in runs
-    }
     loader.let_go()
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -310,9 +310,11 @@ def _check(args: UnlearningArguments) -> None:
     for name in ("leak_threshold", "min_k"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"`{name}` must lie in (0, 1], got {getattr(args, name)}.")
-    for name, least in {"leak_samples": 0, "leak_max_new_tokens": 1}.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"`{name}` must be {least} or more, got {getattr(args, name)}.")
+    counts = dict.fromkeys(("leak_max_new_tokens", "max_new_tokens", "token_budget", "max_rows"), 1)
+    for name, least in (counts | {"leak_samples": 0}).items():
+        given = getattr(args, name)
+        if given is not None and given < least:
+            raise ValueError(f"`{name}` must be {least} or more, got {given}.")
     if args.leak_n and max(args.leak_n) > args.leak_samples:
         raise ValueError(
             f"`leak_n` of {max(args.leak_n)} needs as many samples; `leak_samples` is "
@@ -332,16 +334,12 @@ def _function(path: str) -> Callable:
 def _write(
     args: UnlearningArguments, results: dict[str, dict[str, Any]], retained: dict[str, Any] | None
 ) -> None:
-    from llmmix.unlearning.evaluation.document import write_document, write_summary
+    from llmmix.unlearning.evaluation.document import write_summary
     from llmmix.unlearning.evaluation.open_unlearning import write_open_unlearning
 
     folder = Path(args.output_dir)
-    for name, result in results.items():
-        write_document(folder / name, result)
-        if args.compat:
-            write_open_unlearning(folder / name / "open_unlearning", result["open_unlearning"])
-    if args.retain_model and retained:
-        write_document(folder / "retain_model", retained)
+    for name, result in results.items() if args.compat else ():
+        write_open_unlearning(folder / name / "open_unlearning", result["open_unlearning"])
     write_summary(folder / "summary.json", results, retained)
 
 

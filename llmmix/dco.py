@@ -46,6 +46,7 @@ from llmmix.trainers import (
     log_dropped,
     log_metric,
 )
+from llmmix.turn_ends import score_what_is_sampled
 from llmmix.turns import turns_found
 from llmmix.unmoved import tell_if_unmoved
 from llmmix.windows import evaluated, window
@@ -249,6 +250,7 @@ class DCOTrainer(SFTTrainer):
         tell_if_unmoved(self)
         sign(self)
         keep_token_count(self)
+        score_what_is_sampled(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False
 

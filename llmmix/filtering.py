@@ -29,6 +29,7 @@ from llmmix.dco import dco_weight, n_samples_of
 from llmmix.precision import evaluating
 from llmmix.resuming import ResumedCallback
 from llmmix.trainers import log_metric, training_rows
+from llmmix.turn_ends import scored_to_the_end
 
 logger = get_logger(__name__)
 
@@ -60,10 +61,15 @@ class LikelihoodFilter:
         logps = [torch.zeros(0, device=trainer.args.device)]
         with evaluating(model, trainer):
             for start in range(0, len(rows), size):
-                batch = trainer.data_collator([dataset[row] for row in rows[start : start + size]])
+                part = [dataset[row] for row in rows[start : start + size]]
+                batch = trainer.data_collator([self._ended(row) for row in part])
                 batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
                 logps.append(model(**batch, fused_lm_head=True).log_probs.sum(1))
         return dco_weight(torch.cat(logps), self.n_samples) > self.threshold
+
+    def _ended(self, row: dict[str, list[int]]) -> dict[str, list[int]]:
+        tokenizer = self.trainer.processing_class
+        return row | {"labels": scored_to_the_end(tokenizer, row["input_ids"], row["labels"])}
 
 
 class FilteredSampler(Sampler[int]):

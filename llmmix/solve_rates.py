@@ -33,9 +33,9 @@ from trl import SFTTrainer
 from llmmix.dco import dco_weight, n_samples_of
 from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.ground_truth import reference_answers
+from llmmix.grading.problems import encode_prompts
 from llmmix.grading.verify import Verifier, judge
 from llmmix.precision import evaluating
-from llmmix.prompts import encode
 from llmmix.resuming import ResumedCallback
 from llmmix.sampling import sample
 from llmmix.sampling.requests import check_room
@@ -92,14 +92,13 @@ class SolveRates(ResumedCallback):
                 f"more, got {min_samples}, {num_samples} and {refresh_every}."
             )
         self._answers = reference_answers(rows)
-        prompts = rows.select_columns(["prompt"])
         tokenizer = trainer.processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
                 f"Solve rates need a tokenizer, and the trainer's `processing_class` is a "
                 f"{type(tokenizer).__name__}."
             )
-        ids = [encode(tokenizer, row["prompt"]) for row in prompts]
+        ids = encode_prompts(tokenizer, rows)
         check_room(ids, trainer.model, max_new_tokens, token_budget)  # now, not in mid-run
         self.trainer, self._tokenizer = trainer, tokenizer
         self.verifier = verifier if isinstance(verifier, Verifier) else Verifier(verifier)
@@ -156,12 +155,12 @@ class SolveRates(ResumedCallback):
     def _estimate(self, rows: list[int]) -> dict[int, tuple[float, int]]:
         """p^ of each row, and how many of its verifications failed."""
         step = self.trainer.state.global_step
-        dataset = training_rows(self.trainer, "A solve rate").select_columns(["prompt"])
+        dataset = training_rows(self.trainer, "A solve rate")
         model: Any = self.trainer.model
         completions = sample(
             model,
             self._tokenizer,
-            [dataset[row]["prompt"] for row in rows],
+            encode_prompts(self._tokenizer, dataset.select(rows)),
             self.num_samples,
             numbers=rows,
             seed=self.trainer.args.seed * 1_000_003 + step,  # other draws at each refresh

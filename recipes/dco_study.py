@@ -107,10 +107,11 @@ def main(args: StudyArguments) -> None:
     """Train and sample each N and seed; one table, one figure."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+    pass_at_n(args.num_samples, 0, args.n)  # refuse N before training
+    folder = claim(args.output_dir)
     checkpoint = resolve_checkpoint("builtin:tiny")
     splits = load_splits("builtin:math", "1")
     train, test = splits["train"].take(args.train_rows), splits["test"].take(args.test_rows)
-    folder = claim(args.output_dir)
     results: dict[str, dict[int, dict[int, float]]] = {}
     for n in args.n_samples:
         for seed in args.seeds:

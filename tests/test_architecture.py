@@ -62,7 +62,7 @@ LAYERS = [
         "steps",
         "turns",
     },
-    {"arguments", "trainers"},
+    {"arguments", "trainers", "turn_ends"},
     {
         "dco",
         "filtering",
@@ -112,6 +112,7 @@ PRIVATE = {
     "_paper": SFTTrainer,
     "_precompute_model_hash": DPOTrainer,
     "_precompute_ref_logps": DPOTrainer,
+    "_prepare_dataset": SFTTrainer,
     "_send_telemetry": SFTTrainer,
     "_set_signature_columns_if_needed": Trainer,
     "_signature_columns": Trainer,
@@ -195,7 +196,7 @@ PLANTED = [
     (
         "private upstream names",
         "llmmix/dco.py",
-        "class A(SFTTrainer):\n    def _prepare_dataset(self):\n        return 1\n",
+        "class A(SFTTrainer):\n    def _save_checkpoint(self):\n        return 1\n",
     ),
     ("private upstream names", "llmmix/filtering.py", "def f(x):\n    x._train_dataset = 1\n"),
     ("private upstream names", "llmmix/report.py", "y = getattr(1, '_hidden', None)\n"),

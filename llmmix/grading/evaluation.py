@@ -9,19 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from llmmix import sampling
 from llmmix.grading.answers import BUILT_IN, Verdict
 from llmmix.grading.estimators import pass_at_n
 from llmmix.grading.ground_truth import reference_answers
-from llmmix.grading.sample_log import SampleLog, prompt_id
+from llmmix.grading.problems import encode_prompts, problem_ids
+from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier, judge
-from llmmix.prompts import encode
-from llmmix.sampling import Completion, sample
-from llmmix.sampling.requests import too_long
+from llmmix.models import context_length
+from llmmix.prompts import check_turn_end, options_of, stop_tokens
+from llmmix.sampling.requests import Completion, too_long
 
 
 def evaluate(
@@ -36,14 +39,15 @@ def evaluate(
     log: SampleLog | None = None,
     process: tuple[int, int] = (0, 1),
     description: str = "Sampling",
-    **sampling: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Sample completions of every problem, judge them, and estimate pass@N.
 
     Args:
         model: A causal language model of transformers, or a `vllm.LLM`.
         tokenizer: The model's tokenizer.
-        dataset: Rows with `prompt` and `answer`.
+        dataset: Rows with `prompt` and `answer`, and perhaps `tools` and `chat_template_kwargs`,
+            with which the chat template is rendered.
         num_samples: Samples of each problem.
         n: The N to report.
         verifier: A `Verifier`, or its first argument: a name, "module:function", or a function
@@ -54,14 +58,14 @@ def evaluate(
             k-th problem; its result covers those, and what the log held at the start. With several
             processes, the caller calls `judge_again` once beforehand.
         description: Title of the progress bar.
-        **sampling: Options of `llmmix.sampling.sample`.
+        **options: Options of `llmmix.sampling.sample`.
 
     Returns:
         What `summarize` returns, and on one process the `tokens_per_second` of this call.
 
     Raises:
-        ValueError: A row has no reference answer, an N is above `num_samples`, or the log holds
-            samples of other problems.
+        ValueError: A row has no reference answer or no prompt, an N is above `num_samples`, no
+            prompt leaves room for a completion, or the log holds samples of other problems.
     """
     # Which samples the log holds, and which are wanted
     answers = reference_answers(dataset)
@@ -71,22 +75,23 @@ def evaluate(
     if log is not None and process[1] == 1:
         judge_again(log, dataset, verifier)
     records = {} if log is None else {(r["problem"], r["sample"]): r for r in log.read()}
-    prompts = list(dataset["prompt"])
-    ids = [prompt_id(prompt) for prompt in prompts]
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    left_out = too_long(encoded, model, sampling.get("max_new_tokens", 256))
+    ids = problem_ids(dataset)
+    prompts = encode_prompts(tokenizer, dataset)
+    left_out = _without_room(prompts, model, options.get("max_new_tokens", 256))
+    if isinstance(model, torch.nn.Module) and not isinstance(dataset[0]["prompt"], str):
+        check_turn_end(tokenizer, stop_tokens(model, tokenizer), options_of(dataset.take(1))[0])
     mine = [row for row in range(process[0], len(prompts), process[1]) if row not in set(left_out)]
     wanted = sum((row, s) not in records for row in mine for s in range(num_samples))
 
     # Sample, and judge while the next are sampled
-    draws = sample(
+    draws = sampling.sample(
         model,
         tokenizer,
         [prompts[row] for row in mine],
         num_samples,
         numbers=mine,
         done=records.keys(),
-        **sampling,
+        **options,
     )
     started, tokens = time.perf_counter(), 0
     judged: Iterable[tuple[Completion, Verdict]] = judge(draws, dict(enumerate(answers)), verifier)
@@ -104,6 +109,18 @@ def evaluate(
     if process[1] == 1:
         result["tokens_per_second"] = tokens / seconds if tokens else None
     return result
+
+
+def _without_room(prompts: list[list[int]], model: Any, max_new_tokens: int) -> list[int]:
+    """Which prompts leave no room for a completion."""
+    left_out = too_long(prompts, model, max_new_tokens)
+    if prompts and len(left_out) == len(prompts):
+        raise ValueError(
+            f"None of the {len(prompts)} prompts leaves room for max_new_tokens={max_new_tokens} "
+            f"in a context of {context_length(model)} tokens; the shortest has "
+            f"{min(map(len, prompts))}. Lower `max_new_tokens`."
+        )
+    return left_out
 
 
 def _records(
@@ -146,7 +163,7 @@ def judge_again(log: SampleLog, dataset: Dataset, verifier: Verifier) -> None:
         ValueError: The log holds samples of another prompt, or a row has no reference answer.
     """
     answers = reference_answers(dataset)
-    ids = [prompt_id(prompt) for prompt in dataset["prompt"]]
+    ids = problem_ids(dataset)
     with log.locked():
         records = list(log.read())
         known = [record for record in records if record["problem"] < len(ids)]

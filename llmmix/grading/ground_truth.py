@@ -10,27 +10,33 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.head import attach_head
+from llmmix.models import context_length
 from llmmix.precision import evaluating
-from llmmix.prompts import encode
+from llmmix.processes import warn_once
+from llmmix.prompts import Encoded, encode_completion, options_of
 
 
 def reference_answers(dataset: Dataset) -> list[str]:
     """The `answer` of each row as text; whole numbers without a point.
 
+    A list of one answer stands for the answer.
+
     Raises:
-        ValueError: A row has no answer, or one that is neither text nor a number.
+        ValueError: A row has no answer, several, or one that is neither text nor a number.
     """
-    given = list(dataset["answer"])
-    missing = [
-        row
-        for row, answer in enumerate(given)
-        if answer is None or answer != answer or not str(answer).strip()
-    ]
+    given = [_only(answer) for answer in dataset["answer"]]
+    missing = [row for row, answer in enumerate(given) if _is_missing(answer)]
     if missing:
         raise ValueError(
             f"Row {missing[0]} has no `answer` ({len(missing)} such rows). Give one, or drop them."
         )
     for row, answer in enumerate(given):
+        if isinstance(answer, list):
+            raise ValueError(
+                f"Row {row} has {len(answer)} answers in `answer`: {str(answer)[:120]}. A sample "
+                "is judged against one. Keep one, or name a `verifier` of your own and write the "
+                "answers into one text that it reads."
+            )
         if not isinstance(answer, str | int | float):
             raise ValueError(
                 f"Row {row} has an `answer` of type {type(answer).__name__}: {answer!r}. Give text "
@@ -40,10 +46,56 @@ def reference_answers(dataset: Dataset) -> list[str]:
     return [str(answer) for answer in whole]
 
 
+def _only(answer: Any) -> Any:
+    return answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+
+
+def _is_missing(answer: Any) -> bool:
+    return answer is None or answer != answer or answer == [] or not str(answer).strip()
+
+
+def encode_references(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, context: int | None = None
+) -> list[Encoded]:
+    """The tokens of each row's prompt and reference completion.
+
+    Rows without a completion, and those that exceed the context, are left out and counted.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        dataset: Rows with `prompt` and `completion`, and perhaps `tools` and
+            `chat_template_kwargs`.
+        context: The most tokens that the model reads at once; None for no limit.
+
+    Raises:
+        ValueError: A row's prompt is text and its completion messages, or the chat template refuses
+            the messages, or there is none.
+    """
+    found = []
+    for number, (row, options) in enumerate(zip(dataset, options_of(dataset), strict=True)):
+        prompt, completion = row["prompt"], row["completion"]
+        if not (completion.strip() if isinstance(completion, str) else completion):
+            continue
+        try:
+            found.append(encode_completion(tokenizer, prompt, completion, options=options))
+        except ValueError as error:
+            raise ValueError(f"`completion` of row {number}: {error}") from error
+    fitting = [e for e in found if context is None or len(e.ids) <= context]
+    if len(fitting) < len(dataset):
+        warn_once(
+            f"{len(dataset) - len(fitting)} of {len(dataset)} reference completions are not "
+            f"scored: {len(dataset) - len(found)} are empty, and {len(found) - len(fitting)} "
+            f"exceed the context of {context} tokens."
+        )
+    return fitting
+
+
 def reference_loss(
     model: Any, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, batch_size: int = 32
 ) -> float | None:
     """Mean NLL in nats a token of the reference completions (`completion`), given their prompts.
+
+    The token that ends a completion is scored, and nothing behind it.
 
     Args:
         model: A causal language model of transformers, or one with PEFT's adapters.
@@ -52,17 +104,22 @@ def reference_loss(
         batch_size: Rows of a forward pass.
 
     Returns:
-        The mean over all tokens, or None where the completions have no token.
+        The mean over all tokens of the rows that `encode_references` leaves; None without any.
+
+    Raises:
+        ValueError: `encode_references` refuses the rows.
     """
     from trl.trainer.utils import pad  # takes a second, which only this function needs
 
+    examples = encode_references(tokenizer, dataset, context_length(model))
     attach_head(model)
     nll, tokens = 0.0, 0
-    for start in range(0, len(dataset), batch_size):
-        rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
-        examples = [_ids_and_labels(tokenizer, row) for row in rows]
-        ids = [torch.tensor(full, dtype=torch.long) for full, _ in examples]
-        labels = [torch.tensor(targets, dtype=torch.long) for _, targets in examples]
+    for first in range(0, len(examples), batch_size):
+        part = examples[first : first + batch_size]
+        ids = [torch.tensor(example.ids, dtype=torch.long) for example in part]
+        labels = [
+            torch.tensor([-100] * start + whole[start:], dtype=torch.long) for whole, start in part
+        ]
         batch = {
             "input_ids": pad(ids, padding_value=0),
             "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
@@ -74,17 +131,3 @@ def reference_loss(
         nll -= output.log_probs.double().sum().item()
         tokens += int(output.label_mask.sum())
     return nll / tokens if tokens else None
-
-
-def _ids_and_labels(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
-) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and completion, and the same with -100 in the place of the prompt's."""
-    from trl.data_utils import common_prefix_length
-
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(completion, str) and not isinstance(prompt, str):
-        completion = [{"role": "assistant", "content": completion}]
-    full = encode(tokenizer, prompt + completion, generation=False)
-    length = common_prefix_length(encode(tokenizer, prompt), full)
-    return full, [-100] * length + full[length:]

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.processes import warn_once
-from llmmix.prompts import encode
+from llmmix.prompts import Prompt, encode
 from llmmix.sampling.engine import Engine
 from llmmix.sampling.generate_backend import sample_by_generate
 from llmmix.sampling.requests import (
@@ -35,7 +35,7 @@ from llmmix.sampling.servability import assigned
 def sample(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict]],
+    prompts: Sequence[Prompt | list[int]],
     num_samples: int,
     *,
     temperature: float = 1.0,
@@ -53,7 +53,7 @@ def sample(
         model: A causal language model of transformers, whose mode and attention are put back at the
             end, or a `vllm.LLM`.
         tokenizer: The model's tokenizer; it needs no pad token, since nothing is padded.
-        prompts: Text, or lists of chat messages.
+        prompts: Text, lists of chat messages, or token ids as `encode` gives them.
         num_samples: Completions of each prompt.
         temperature: Divisor of the logits; 0 takes the most probable token, the first of equals,
             so that all samples of a prompt are one answer.

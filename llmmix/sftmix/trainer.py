@@ -42,6 +42,7 @@ from llmmix.trainers import (
     log_metric,
     training_rows,
 )
+from llmmix.turn_ends import score_what_is_sampled
 from llmmix.turns import turns_found
 from llmmix.unmoved import tell_if_unmoved
 from llmmix.windows import evaluated, window
@@ -174,6 +175,8 @@ class SFTMixTrainer(SFTTrainer):
         tell_if_unmoved(self)
         sign(self)
         keep_token_count(self)
+        if args.dco_n_samples:
+            score_what_is_sampled(self)
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it
             self._confident = confident_half(read_confidence(training_rows(self, "SFTMix")))

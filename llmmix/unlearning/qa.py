@@ -6,18 +6,16 @@ end-of-sequence token too does no harm.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 from trl.trainer.utils import pad as pad_tensors
 
 from llmmix.formats import check_rows_type, read_shape
 from llmmix.messages import Prompt, folded, spoken
-from llmmix.prompts import encode
+from llmmix.prompts import Encoded
 from llmmix.shapes import answer_shapes, asked, shape_of
 
 FORMATS = (
@@ -28,18 +26,6 @@ FORMATS = (
 
 # Once read they are gone, so that rows read twice are the same
 READ = ("completion", "gt", "messages", "conversations", "text")
-
-
-class Encoded(NamedTuple):
-    """A prompt and an answer in one sequence.
-
-    Attributes:
-        ids: Token ids of the prompt and of the answer.
-        prompt_length: How many of them are the prompt's, which are not scored.
-    """
-
-    ids: list[int]
-    prompt_length: int
 
 
 def read_rows(
@@ -78,50 +64,6 @@ def read_rows(
 def question_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> Prompt:
     """A question as it is put to a model: a user's message, or text without a chat template."""
     return asked(question, tokenizer.chat_template is not None)
-
-
-def encode_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    answer: str,
-    *,
-    include_eos: bool = True,
-) -> Encoded:
-    """Token ids of a prompt and its answer, closed by one end-of-sequence token.
-
-    A blank is put between a prompt of text and its answer, unless either brings white space. What a
-    chat template writes after the answer's end-of-sequence token is left out. Where the prompt is
-    empty, the first token counts as the prompt, since nothing predicts it.
-
-    Args:
-        tokenizer: The tokenizer, with a chat template where `prompt` is messages.
-        prompt: Text or messages.
-        answer: Text.
-        include_eos: Whether to score the end-of-sequence token.
-    """
-    eos = tokenizer.eos_token_id
-    if isinstance(prompt, str):
-        separate = not prompt or prompt[-1].isspace() or answer[:1].isspace()
-        start = _without_eos(tokenizer(prompt)["input_ids"], prompt, tokenizer) if prompt else []
-        text = answer if separate else " " + answer
-        ids = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
-        ids = start + _without_eos(ids, text, tokenizer)
-    else:
-        start = encode(tokenizer, prompt)
-        said = [*prompt, {"role": "assistant", "content": answer}]
-        ids = encode(tokenizer, said, generation=False)
-        start = start[: common_prefix_length(start, ids)]
-        ends = [place for place in range(len(start), len(ids)) if ids[place] == eos]
-        ids = ids[: ends[-1]] if ends else ids
-    if include_eos and eos is not None:
-        ids = [*ids, eos]
-    return Encoded(ids, max(len(start), 1))
-
-
-def _without_eos(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a text without the end-of-sequence token that some tokenizers append."""
-    closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
 
 
 def cut(encoded: Encoded, max_length: int) -> list[Encoded]:

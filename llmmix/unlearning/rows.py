@@ -17,9 +17,9 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.processes import warn_once
+from llmmix.prompts import Encoded, Options, Prompt, encode_answer, options_of
 from llmmix.unlearning import qa
 from llmmix.unlearning.parts import PARTS, in_order
-from llmmix.unlearning.qa import Encoded, Prompt, encode_answer
 from llmmix.unlearning.templates import REFUSALS, Templates, check_templates, templates_of
 
 
@@ -64,20 +64,23 @@ class ForgetRows(torch.utils.data.Dataset):
         self.tokenizer, self.parts, self.seed = tokenizer, tuple(parts), seed
         self.resample, self.include_eos = resample, include_eos
         prompts, answers = rows["prompt"][:], rows["answer"][:]
+        options = options_of(rows)
         own = templates_of(rows, templates) if "template" in parts else [[] for _ in prompts]
         check_templates(prompts, answers, own)
         if retain is not None and "retain" in parts:
             pairs = zip(prompts, answers, strict=True)
             _check_overlap([prompt or answer for prompt, answer in pairs], retain)
-        encoded = self._encode_all(prompts, answers, max_length)
+        encoded = self._encode_all(prompts, answers, options, max_length)
         if len(encoded) > len(prompts):  # text alone is cut into rows
             prompts, own = [""] * len(encoded), [[]] * len(encoded)
+            options = [{}] * len(encoded)
         longest = [
-            max([len(e.ids), *(len(self._encode(prompt, t).ids) for t in _longest(ts))])
-            for e, prompt, ts in zip(encoded, prompts, own, strict=True)
+            max([len(e.ids), *(len(self._encode(prompt, t, asked).ids) for t in _longest(ts))])
+            for e, prompt, asked, ts in zip(encoded, prompts, options, own, strict=True)
         ]
         kept = _usable(encoded, longest, max_length, "rows to forget")
         self.prompts = [prompts[row] for row in kept]
+        self.options = [options[row] for row in kept]
         self.templates = [own[row] for row in kept]
         # `attach_mixture` reads `domain`, unless a row was cut into several, and `pass_length`
         whole = "domain" in rows.column_names and len(prompts) == len(rows)
@@ -89,21 +92,28 @@ class ForgetRows(torch.utils.data.Dataset):
         ]
         self.retain: list[Encoded] = []
         if retain is not None and "retain" in parts:
-            found = self._encode_all(retain["prompt"], retain["answer"], max_length)
+            asked = options_of(retain)
+            found = self._encode_all(retain["prompt"], retain["answer"], asked, max_length)
             kept = _usable(found, [len(e.ids) for e in found], max_length, "rows to retain")
             self.retain = [found[row] for row in kept]
 
     def _encode_all(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int | None
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        options: Sequence[Options],
+        max_length: int | None,
     ) -> list[Encoded]:
         """A sequence for each row; text without a prompt that is too long is cut into pieces."""
-        found = [self._encode(*pair) for pair in zip(prompts, answers, strict=True)]
+        found = [self._encode(*row) for row in zip(prompts, answers, options, strict=True)]
         if max_length is None or any(prompts):
             return found
         return [piece for encoded in found for piece in qa.cut(encoded, max_length)]
 
-    def _encode(self, prompt: Prompt, answer: str) -> Encoded:
-        return encode_answer(self.tokenizer, prompt, answer, include_eos=self.include_eos)
+    def _encode(self, prompt: Prompt, answer: str, options: Options) -> Encoded:
+        return encode_answer(
+            self.tokenizer, prompt, answer, include_eos=self.include_eos, options=options
+        )
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -115,7 +125,7 @@ class ForgetRows(torch.utils.data.Dataset):
 
     def template(self, row: int, number: int) -> Encoded:
         """A row's question with one of its templates for an answer."""
-        return self._encode(self.prompts[row], self.templates[row][number])
+        return self._encode(self.prompts[row], self.templates[row][number], self.options[row])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, row = divmod(index, len(self))

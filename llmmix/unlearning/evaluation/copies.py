@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from llmmix.models import context_length
-from llmmix.unlearning.qa import encode_answer, pad
+from llmmix.prompts import encode_answer, options_of
+from llmmix.unlearning.qa import pad
 
 GROUP = 64  # weights of one output channel that share a scale under int4
 
@@ -58,14 +59,10 @@ def relearn(
         ValueError: `steps` or `batch_size` is below 1, `learning_rate` is not positive, or no row
             fits the context.
     """
-    if min(steps, batch_size) < 1 or not learning_rate > 0:
-        raise ValueError(
-            "`steps` and `batch_size` must be 1 or more and `learning_rate` positive, got "
-            f"{steps}, {batch_size} and {learning_rate}."
-        )
+    check_relearning(steps, learning_rate, batch_size)
     room = context_length(model) or float("inf")
-    pairs = zip(rows["prompt"], rows["answer"], strict=True)
-    encoded = [encode_answer(tokenizer, prompt, answer) for prompt, answer in pairs]
+    triples = zip(rows["prompt"], rows["answer"], options_of(rows), strict=True)
+    encoded = [encode_answer(tokenizer, *pair, options=asked) for *pair, asked in triples]
     encoded = [e for e in encoded if e.prompt_length < len(e.ids) <= room]
     if not encoded:
         raise ValueError(f"None of the {len(rows)} `rows` fits the context of {room} tokens.")
@@ -89,6 +86,19 @@ def relearn(
             optimizer.zero_grad()
     learner.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     return learner.eval()
+
+
+def check_relearning(steps: int, learning_rate: float, batch_size: int) -> None:
+    """Refuse a number that `relearn` cannot train with.
+
+    Raises:
+        ValueError: `steps` or `batch_size` is below 1, or `learning_rate` is not positive.
+    """
+    if min(steps, batch_size) < 1 or not learning_rate > 0:
+        raise ValueError(
+            "`steps` and `batch_size` must be 1 or more and `learning_rate` positive, got "
+            f"{steps}, {batch_size} and {learning_rate}."
+        )
 
 
 def quantized(model: PreTrainedModel, bits: int) -> PreTrainedModel:

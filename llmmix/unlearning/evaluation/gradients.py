@@ -6,8 +6,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.models import context_length
 from llmmix.precision import evaluating
+from llmmix.prompts import encode_answer, template_options
 from llmmix.unlearning.evaluation.scores import deal_out
-from llmmix.unlearning.qa import encode_answer
 
 
 def gradient_norms(
@@ -48,7 +48,8 @@ def gradient_norms(
     context = context_length(model)
 
     def norm(row: dict) -> float | None:
-        ids, start = encode_answer(tokenizer, row["prompt"], row["answer"])
+        asked = template_options(row)
+        ids, start = encode_answer(tokenizer, row["prompt"], row["answer"], options=asked)
         if len(ids) <= start or (context is not None and len(ids) > context):
             return None
         with torch.enable_grad():
@@ -64,7 +65,7 @@ def gradient_norms(
         for weight in frozen:
             weight.requires_grad_(True)
         with evaluating(model, gradients=True):
-            return deal_out(rows.select_columns(["prompt", "answer"]).to_list(), norm, shared)
+            return deal_out(rows.to_list(), norm, shared)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)

@@ -7,13 +7,14 @@
 Whatever runs a model goes through `Subject.keep`, which may hold the measurement already.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 from datasets import Dataset
 
 from llmmix.messages import text_of
+from llmmix.prompts import TEMPLATE_COLUMNS, encode, end_tokens, options_of
 from llmmix.unlearning.evaluation.gradients import gradient_norms
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.membership import min_k, min_k_plus_plus, zlib_score
@@ -58,7 +59,7 @@ def score_items(subject: Subject, rows: Dataset, options: MeasureOptions) -> lis
     secrets = [text_of(secret) or None for secret in secrets]
     questions = rows["question"][:] if "question" in rows.column_names else rows["prompt"][:]
     columns = (questions, rows["answer"][:], scores, correct, wrong, norms, secrets)
-    eos = subject.tokenizer.eos_token_id
+    ends = end_tokens(subject.tokenizer)
     items = []
     for row, (question, answer, score, right, wrongs, norm, secret) in enumerate(
         zip(*columns, strict=True)
@@ -72,7 +73,7 @@ def score_items(subject: Subject, rows: Dataset, options: MeasureOptions) -> lis
             gradient_norm=norm,
             secret=secret,
         )
-        items.append(item if score is None else _with_likelihoods(item, score, eos, options.min_k))
+        items.append(item if score is None else _with_likelihoods(item, score, ends, options.min_k))
     return items
 
 
@@ -147,10 +148,14 @@ def _generations(subject: Subject, rows: Dataset, options: MeasureOptions) -> li
         return [None] * len(rows)
 
     def compute() -> list[str | None]:
+        model, tokenizer = subject.load(), subject.tokenizer
         return generate_greedily(
-            subject.load(),
-            subject.tokenizer,
-            prompts,
+            model,
+            tokenizer,
+            [
+                encode(tokenizer, prompt, options=asked) if prompt else ""
+                for prompt, asked in zip(prompts, options_of(rows), strict=True)
+            ],
             max_new_tokens=options.max_new_tokens,
             stop=options.stop,
             token_budget=options.token_budget,
@@ -164,12 +169,18 @@ def _generations(subject: Subject, rows: Dataset, options: MeasureOptions) -> li
 def _perplexities(
     original: Subject, rows: Dataset, texts: list[str | None], options: MeasureOptions
 ) -> list[float | None]:
-    asked = Dataset.from_dict({"prompt": rows["prompt"][:], "answer": texts})
+    given = [name for name in ("prompt", *TEMPLATE_COLUMNS) if name in rows.column_names]
+    asked = rows.select_columns(given).add_column("answer", texts)
 
     def compute() -> list[float | None]:
-        model = original.load()
-        prompts = asked["prompt"][:]
-        return perplexities(model, original.tokenizer, prompts, texts, shared=options.shared)
+        return perplexities(
+            original.load(),
+            original.tokenizer,
+            rows["prompt"][:],
+            texts,
+            options=options_of(rows),
+            shared=options.shared,
+        )
 
     return original.keep("perplexities", data_digest(asked), {}, compute)
 
@@ -212,6 +223,7 @@ def _truth_nlls(
             subject.tokenizer,
             rows["prompt"][:],
             asked,
+            options=options_of(rows),
             token_budget=options.token_budget,
             shared=options.shared,
         )
@@ -225,8 +237,8 @@ def _truth_nlls(
     return correct, wrong
 
 
-def _with_likelihoods(item: Item, score: AnswerScore, eos: int | None, k: float) -> Item:
-    bare = score.without_last(eos)
+def _with_likelihoods(item: Item, score: AnswerScore, ends: Collection[int], k: float) -> Item:
+    bare = score.without_last(ends)
     least = None
     if bare.means is not None and bare.variances is not None:
         least = min_k_plus_plus(bare.token_logps, bare.means, bare.variances, k)

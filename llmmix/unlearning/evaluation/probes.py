@@ -17,7 +17,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.messages import text_of
-from llmmix.unlearning.evaluation.copies import quantized, relearn
+from llmmix.prompts import TEMPLATE_COLUMNS
+from llmmix.unlearning.evaluation.copies import check_relearning, quantized, relearn
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import measure_items
 from llmmix.unlearning.evaluation.subject import Change, MeasureOptions, Subject, data_digest
@@ -73,7 +74,7 @@ def probe_metrics(
         ValueError: A row has no `paraphrased_question`, `relearning` leaves no row to learn or to
             measure, or most weights of the model are in layers that cannot be rounded.
     """
-    columns = ("question", "prompt", "answer", "secret")
+    columns = ("question", "prompt", "answer", "secret", *TEMPLATE_COLUMNS)
     asked = rows.select_columns([name for name in columns if name in rows.column_names])
     found = {}
     for name in names:
@@ -101,12 +102,13 @@ def check_probes(names: Sequence[str], rows: Dataset, relearning: Relearning) ->
 
     Raises:
         ValueError: A row has no `paraphrased_question`, or `relearning` leaves no row to learn or
-            to measure.
+            to measure, or cannot train.
     """
     if "paraphrase" in names:
         check_paraphrases(rows)
     if "relearn" in names:
         relearning_parts(len(rows), relearning.share, relearning.seed)
+        check_relearning(relearning.steps, relearning.learning_rate, relearning.batch_size)
 
 
 def _relearnt(rows: Dataset, tokenizer: PreTrainedTokenizerBase, relearning: Relearning) -> Change:

@@ -10,8 +10,10 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 
+from llmmix.grading.estimators import pass_at_n
 from llmmix.grading.sample_log import SampleLog
 from llmmix.processes import main_process_says
+from llmmix.sampling.requests import SamplingOptions
 from llmmix.unlearning.evaluation.leaks import LeakScorer, sample_leaks, summarize_leaks
 from llmmix.unlearning.evaluation.subject import Subject, data_digest
 from llmmix.unlearning.evaluation.summary import Metric, metric
@@ -47,6 +49,31 @@ class LeakOptions:
     top_p: float = 1.0
     seed: int = 0
     token_budget: int = 16384
+
+
+def check_leaks(rows: Dataset, options: LeakOptions) -> None:
+    """Refuse early what `leak_metrics` would refuse after everything else has been measured.
+
+    Args:
+        rows: The forget set, with `prompt`, `answer` and perhaps `secret`.
+        options: How leaks are sampled and counted.
+
+    Raises:
+        ValueError: A number is out of its range, an N is above the samples, or the scorer is
+            unknown or asks for a `secret` that a row lacks.
+    """
+    if not options.num_samples:
+        return
+    SamplingOptions(
+        options.temperature,
+        options.top_p,
+        options.max_new_tokens,
+        options.seed,
+        options.num_samples,
+        options.token_budget,
+    )
+    pass_at_n(options.num_samples, 0, options.n or [1])
+    LeakScorer(options.scorer, rows, options.tokenize).close()
 
 
 def leak_metrics(

@@ -7,7 +7,7 @@ item that cannot be scored is None in the result and counted in the log, never l
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,7 +23,8 @@ from llmmix.models import context_length
 from llmmix.positions import batches_alike
 from llmmix.precision import evaluating
 from llmmix.processes import warn_once
-from llmmix.unlearning.qa import Encoded, cut, encode_answer, pad
+from llmmix.prompts import Encoded, Options, Prompt, encode_answer, options_of
+from llmmix.unlearning.qa import cut, pad
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,10 @@ class AnswerScore:
         """Mean negative log-likelihood, in nats a token."""
         return self.nll_sum / self.tokens
 
-    def without_last(self, token: int | None) -> "AnswerScore":
-        """The same score less the last token, if that token is `token`."""
-        if token is None or not self.tokens or self.labels[-1] != token:
+    def without_last(self, token: int | Collection[int] | None) -> "AnswerScore":
+        """The same score less the last token, if that token is `token`, or one of these."""
+        ends = [token] if token is None or isinstance(token, int) else token
+        if not self.tokens or self.labels[-1] not in ends:
             return self
         return AnswerScore(
             self.labels[:-1],
@@ -107,8 +109,10 @@ def score_answers(
         scored. Text without a prompt that exceeds the context is scored in pieces.
     """
     sequences = [
-        encode_answer(tokenizer, prompt, answer, include_eos=include_eos)
-        for prompt, answer in zip(rows["prompt"], rows["answer"], strict=True)
+        encode_answer(tokenizer, prompt, answer, include_eos=include_eos, options=options)
+        for prompt, answer, options in zip(
+            rows["prompt"], rows["answer"], options_of(rows), strict=True
+        )
     ]
     return score_sequences(
         model, sequences, moments=moments, token_budget=token_budget, shared=shared
@@ -118,9 +122,10 @@ def score_answers(
 def alternative_nlls(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict]],
+    prompts: Sequence[Prompt],
     alternatives: Sequence[Sequence[str] | None],
     *,
+    options: Sequence[Options] | None = None,
     token_budget: int = TOKEN_BUDGET,
     shared: bool = False,
 ) -> list[list[float | None]]:
@@ -131,6 +136,7 @@ def alternative_nlls(
         tokenizer: The model's tokenizer.
         prompts: Text or messages.
         alternatives: The answers to each prompt, any number or None; blank ones are skipped.
+        options: What the row of each prompt asks of the chat template; nothing by default.
         token_budget: Tokens of a batch.
         shared: Deal the batches out over the processes.
 
@@ -139,8 +145,8 @@ def alternative_nlls(
     """
     given = [[text for text in texts or () if text and text.strip()] for texts in alternatives]
     sequences = [
-        encode_answer(tokenizer, prompt, text)
-        for prompt, texts in zip(prompts, given, strict=True)
+        encode_answer(tokenizer, prompt, text, options=asked)
+        for prompt, texts, asked in zip(prompts, given, options or [{}] * len(prompts), strict=True)
         for text in texts
     ]
     scores = score_sequences(

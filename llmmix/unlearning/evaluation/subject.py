@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmmix.files import cache_dir, read_json, write_whole
 from llmmix.models import Checkpoint, Loader
 from llmmix.processes import main_process_says
+from llmmix.prompts import TEMPLATE_COLUMNS
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET
 from llmmix.unlearning.evaluation.texts import Tokenize
 
-METRIC_VERSION = 2  # raise it when a measurement or the definition of a metric changes
+METRIC_VERSION = 3  # raise it when a measurement or the definition of a metric changes
 NOTHING = object()  # where nothing is kept
 
 
@@ -140,7 +141,8 @@ def keep_in_cache(fingerprint: dict[str, Any]) -> Keep:
 
 
 def data_digest(rows: Dataset) -> str:
-    """A digest of the columns that are measured: prompts, answers, alternatives and secrets."""
+    """A digest of what is measured: prompts and their templates, answers, alternatives, secrets."""
     names = ("prompt", "answer", "paraphrased_answer", "perturbed_answer", "secret")
-    columns = {name: rows[name][:] for name in names if name in rows.column_names}
+    measured = [name for name in (*names, *TEMPLATE_COLUMNS) if name in rows.column_names]
+    columns = {name: rows[name][:] for name in measured}
     return hashlib.blake2b(json.dumps(columns).encode(), digest_size=8).hexdigest()

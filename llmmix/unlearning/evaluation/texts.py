@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.processes import warn_once
-from llmmix.prompts import encode
+from llmmix.prompts import Options, Prompt, encode, encode_answer
 from llmmix.sampling import sample
 from llmmix.sampling.requests import too_long
-from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET, deal_out, score_answers
+from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET, deal_out, score_sequences
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -29,7 +28,7 @@ ROUGE_SCORES = ("rouge1_recall", "rougeL_f1", "rougeL_recall")
 def generate_greedily(
     model: "PreTrainedModel | LLM",
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict]],
+    prompts: Sequence[Prompt | list[int]],
     *,
     max_new_tokens: int = 200,
     stop: Sequence[str] = (),
@@ -41,7 +40,7 @@ def generate_greedily(
     Args:
         model: A causal language model of transformers, or a `vllm.LLM`.
         tokenizer: The model's tokenizer.
-        prompts: Text or messages.
+        prompts: Text, messages or token ids.
         max_new_tokens: Tokens after which a text is cut.
         stop: Strings before which a finished text is cut.
         token_budget: Tokens held at once; see `llmmix.sampling.sample`.
@@ -63,7 +62,7 @@ def generate_greedily(
         texts = sample(
             model,
             tokenizer,
-            [prompts[row] for row in rows],
+            [ids[row] for row in rows],
             1,
             temperature=0,
             max_new_tokens=max_new_tokens,
@@ -157,9 +156,10 @@ def distinct(texts: Sequence[str], n: int = 2) -> float | None:
 def perplexities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict]],
+    prompts: Sequence[Prompt],
     texts: Sequence[str | None],
     *,
+    options: Sequence[Options] | None = None,
     shared: bool = False,
 ) -> list[float | None]:
     """exp(NLL) of generated texts under another model, as after their prompts; None for no text.
@@ -169,15 +169,21 @@ def perplexities(
         tokenizer: The model's tokenizer.
         prompts: Text or messages.
         texts: What was said; None or a blank text is passed over.
+        options: What the row of each prompt asks of the chat template; nothing by default.
         shared: Deal the texts out over the processes.
     """
     said = [row for row, text in enumerate(texts) if text and text.strip()]
     if not said:
         return [None] * len(texts)
-    rows = {"prompt": [prompts[row] for row in said], "answer": [texts[row] for row in said]}
+    asked = options or [{}] * len(texts)
     # A text that was cut did not choose its end
-    options = {"include_eos": False, "moments": False, "shared": shared}
-    scores = score_answers(model, tokenizer, Dataset.from_dict(rows), **options)
+    sequences = [
+        encode_answer(
+            tokenizer, prompts[row], texts[row] or "", include_eos=False, options=asked[row]
+        )
+        for row in said
+    ]
+    scores = score_sequences(model, sequences, moments=False, shared=shared)
     with np.errstate(over="ignore"):
         found = {
             row: None if score is None else float(np.exp(score.nll))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from llmmix.prompts import encode_answer
 from llmmix.unlearning.evaluation.gradients import gradient_norms
-from llmmix.unlearning.qa import encode_answer
 
 
 def test_gradient_norms_leave_gradients_as_they_were(model, tokenizer, rows):

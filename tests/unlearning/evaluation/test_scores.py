@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmmix.head import attach_head
+from llmmix.prompts import Encoded, encode_answer
 from llmmix.unlearning.evaluation import scores as answer_scores
 from llmmix.unlearning.evaluation.gradients import gradient_norms
 from llmmix.unlearning.evaluation.membership import log_prob_moments
@@ -16,7 +17,6 @@ from llmmix.unlearning.evaluation.scores import (
     score_answers,
     score_sequences,
 )
-from llmmix.unlearning.qa import Encoded, encode_answer
 
 FIELDS = ("labels", "token_logps", "predictions", "means", "variances")
 
