@@ -40,6 +40,7 @@ LOADERS = {  # functions that load what an argument names, and which of their va
 }
 SHOWN = 300  # characters of a library's message
 # A library's message in our words, which follow the name of the file, folder or model
+TEMPLATE = "chat_template is not set"
 NO_HUB = "is no file or folder here, and cannot be had from the Hub now: see to the connection"
 OURS = {
     r"Repo id must": "is neither a file or folder here nor a name of the Hub, such as org/name",
@@ -49,7 +50,7 @@ OURS = {
     r"ignore_mismatched_sizes": "has weights of other shapes than its config.json says",
     r"any data files|supported\) data files|task.toml": "holds no file of rows, such as .jsonl",
     r"corresponds to no data": "has no rows",
-    r"chat_template is not set": "has no chat template, which rows of messages need: name another "
+    TEMPLATE: "has no chat template, which rows of messages need: name another "
     "model, or give rows of text",
 }
 # What a library's message is about, where it names no argument
@@ -111,7 +112,7 @@ def explain(error: BaseException, ours: Sequence[Path]) -> str | None:
     package, kind = origin.partition(".")[0], type(cause).__module__.partition(".")[0]
     loaded = _loaded(error) or _loaded(cause)
     rows = {package, kind} & READERS or any("datasets" in name.split(".") for name in frames)
-    kinds = DATA if rows else MODELS if loaded else ()
+    kinds = DATA if rows else MODELS if loaded or TEMPLATE in str(cause) else ()
     if {package, kind} & LIBRARIES and (fault := _broken_input(kinds)):
         return fault
     known = package in LIBRARIES and (isinstance(cause, ERRORS) or type(cause) is Exception)
@@ -127,26 +128,32 @@ def explain(error: BaseException, ours: Sequence[Path]) -> str | None:
 
 
 def _told(text: str, kinds: Sequence[str], loaded: str | None, package: str) -> str:
-    """A library's message, with the argument that it is about, in our words where we have them."""
+    """A library's message, in our words where we have them, with the argument that it is about.
+
+    Args:
+        text: The message.
+        kinds: The arguments that name what was being read.
+        loaded: The name of what was being loaded.
+        package: The library.
+    """
     where = "(--traceback shows where)"
-    kinds = MODELS if "chat_template is not set" in text else kinds
     named = [(argument, name) for argument, name in named_inputs(_given) if name]
-    likely = [pair for pair in named if pair[1] in text or pair[1] == loaded]
-    if not likely and (argument := _argument_of(text)):
-        return f"`{argument}`: {text} {where}"
-    likely = likely or [pair for pair in named if pair[0] in kinds]
-    likely = likely if len({argument for argument, _ in likely}) == 1 else []
-    about = (name for pattern, name in ABOUT.items() if re.search(pattern, text))
-    argument = next((name for name in about if _has(name.partition("`")[0])), None)
-    if likely and (likely[0][1] in text or not argument or "chat_template is not set" in text):
-        argument, name = likely[0]
-        if words := next((words for p, words in OURS.items() if re.search(p, text)), None):
-            return f"`{argument}`: {name} {words}."
-        return f"`{argument}`: {'' if name in text else f'{name}: '}{text} {where}"
-    if _names_argument(text):
+    near = [pair for pair in named if pair[1] in text or pair[1] == loaded]
+    near = near or [pair for pair in named if pair[0] in kinds]
+    one = near[0] if len({argument for argument, _ in near}) == 1 else None
+    if one and (words := next((words for p, words in OURS.items() if re.search(p, text)), None)):
+        return f"`{one[0]}`: {one[1]} {words}."
+    if one and one[1] in text:
+        return f"`{one[0]}`: {text} {where}"
+    argument = _argument_of(text)
+    if argument is None and _names_argument(text):
         return f"{text} {where}"
+    about = (name for pattern, name in ABOUT.items() if re.search(pattern, text))
+    argument = argument or next((name for name in about if _has(name.partition("`")[0])), None)
     if argument is None and package == "peft":
         argument = "lora_target_modules"
+    if argument is None and one:
+        return f"`{one[0]}`: {one[1]}: {text} {where}"
     return f"`{argument}`: {text} {where}" if argument else f"{text} {where}"
 
 
