@@ -32,6 +32,7 @@ LAYERS = [
         "resuming",
         "scripts",
         "steps",
+        "terminal",
         "windows",
     },
     {"head"},
@@ -60,13 +61,12 @@ FOREIGN = {
     "llmmix.fused.sharding": {"torch", "deepspeed"},
     "llmmix.head": {"torch", "transformers", "peft"},
     "llmmix.laws.": LAWS,
-    "llmmix.laws.printing": {*LAWS, "rich"},
     "llmmix.laws.figures": {*LAWS, "matplotlib"},
     "llmmix.mixing.sampler": {"numpy", "torch"},
     "llmmix.mixing.draws": {"numpy", "torch"},
     "llmmix.mixing.controllers": {"numpy", "torch"},
 }
-LAWS_MAY_IMPORT = {"laws", "figures", "files"}
+LAWS_MAY_IMPORT = {"laws", "figures", "files", "terminal"}
 
 # Modules that write in place: the one that knows how, the command line (of the standard library
 # alone), and the one that writes to /proc
