@@ -201,7 +201,7 @@ def value(measured: dict[str, Any], name: str) -> float:
 
 def brief(measured: dict[str, Any]) -> str:
     """The metrics that are shown, in one line."""
-    return ", ".join(f"{name} {value(measured, name):.3f}" for name in SHOWN)
+    return ", ".join(f"{name} {value(measured, name):z.3f}" for name in SHOWN)
 
 
 def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:

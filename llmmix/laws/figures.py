@@ -86,7 +86,7 @@ def draw_effects(
     if m * k <= 400:
         for i, j in np.ndindex(m, k):
             shade = "white" if abs(changes[i, j]) > 0.6 * most else "black"
-            text = "?" if np.isnan(changes[i, j]) else f"{100 * changes[i, j]:.0f}"
+            text = "?" if np.isnan(changes[i, j]) else f"{100 * changes[i, j]:z.0f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=7, color=shade)
     axis.set_xticks(range(k), list(map(label, domains)), rotation=60, ha="right", fontsize=8)
     axis.set_yticks(range(m), list(map(label, targets)), fontsize=8)
@@ -160,5 +160,5 @@ def draw_transfer(
     axis.plot(predicted, observed, "o", markersize=4, color=COLOURS[0], alpha=0.7)
     axis.set_xlabel("predicted, with a fitted offset and slope a target (nats)")
     axis.set_ylabel("observed (nats)")
-    axis.set_title(f"{label(name)}: rank correlation {correlation:.3f}", fontsize=9)
+    axis.set_title(f"{label(name)}: rank correlation {correlation:z.3f}", fontsize=9)
     return png(figure)

@@ -89,7 +89,7 @@ def _matrix(axis, header, entries, measured, found) -> None:
     axis.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
     for (i, j), value in np.ndenumerate(matrix):
         shade = "white" if abs(value) > 0.6 * limit else "black"
-        axis.text(j, i, f"{1000 * value:.2f}", ha="center", va="center", fontsize=8, color=shade)
+        axis.text(j, i, f"{1000 * value:z.2f}", ha="center", va="center", fontsize=8, color=shade)
     axis.set_xticks(range(len(header["domains"])), header["domains"], fontsize=8, rotation=30)
     axis.set_yticks(range(len(header["targets"])), header["targets"], fontsize=8)
     axis.set_xlabel("trained on")
