@@ -112,10 +112,11 @@ def bootstrap_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile interval of the mean over problems, by drawing problems with replacement.
 
-    Resampling knows the problems at hand alone. Problems of a kind that none of n is may be a share
-    of up to q = 1 - ((1 - level) / 2)^(1/n): a greater one would show among the n. So where all values lie in [0, 1], the interval reaches at least from
-    (1 - q) * mean, were those problems all 0, to (1 - q) * mean + q, were they all 1. It decides
-    where nearly all problems give 0, or 1, and is the exact bound where all do.
+    Resampling knows the problems at hand alone. A kind of problem that none of n is may be a share
+    of up to q = 1 - ((1 - level) / 2)^(1/n): of a greater one, some would be among the n. So where
+    all values lie in [0, 1], the interval reaches at least from (1 - q) * mean, were those problems
+    all 0, to (1 - q) * mean + q, were they all 1. It decides where nearly all problems give 0, or
+    1, and is the exact bound where all do.
 
     Args:
         values: (problems,) or (problems, quantities).

@@ -214,8 +214,8 @@ def _foretell(t: Trajectory, fitted: Dynamics, decided: np.ndarray, matrices: np
 def _doubts(interval: tuple[float, float], chance: float):
     if interval[0] <= chance:
         yield (
-            f"The fitted matrix is so uncertain that the similarity lies between {interval[0]:z.2f} "
-            f"and {interval[1]:z.2f}, and shuffled domains have {chance:.2f}: it shows nothing."
+            "The fitted matrix is so uncertain that the similarity lies between "
+            f"{interval[0]:z.2f} and {interval[1]:z.2f}, and shuffled domains have {chance:.2f}: it shows nothing."
         )
 
 
