@@ -98,7 +98,7 @@ def main(
     }
     trainer, _ = fit(out, callbacks.get(method, mixing.MixtureCallback), weights)
     if trainer.accelerator.is_main_process:
-        print_report(out)
+        print_report(out, trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

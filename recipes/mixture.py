@@ -43,7 +43,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print_report(str(training_args.output_dir))
+        print_report(str(training_args.output_dir), trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

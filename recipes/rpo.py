@@ -38,7 +38,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print_report(str(training_args.output_dir))
+        print_report(str(training_args.output_dir), trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

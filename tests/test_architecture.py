@@ -50,7 +50,7 @@ LAYERS = [
         "solve_rates",
     },
     {"mixing", "unlearning"},
-    {"confidence", "flat", "report", "timing"},
+    {"confidence", "curves", "facts", "flat", "report", "timing"},
     {"eval", "recipes"},
 ]
 LAWS = {"numpy", "scipy", "sklearn", "pandas", "joblib", "threadpoolctl"}

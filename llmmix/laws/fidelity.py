@@ -215,7 +215,8 @@ def _doubts(interval: tuple[float, float], chance: float):
     if interval[0] <= chance:
         yield (
             "The fitted matrix is so uncertain that the similarity lies between "
-            f"{interval[0]:z.2f} and {interval[1]:z.2f}, and shuffled domains have {chance:.2f}: it shows nothing."
+            f"{interval[0]:z.2f} and {interval[1]:z.2f}, and shuffled domains have "
+            f"{chance:z.2f}: it shows nothing."
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.figures import COLOURS, draw_panels, drawing, label, png, pyplot
+from llmmix.figures import draw_panels, drawing, label, png, pyplot, styles
 from llmmix.files import read_record
 
 
@@ -38,8 +38,8 @@ def draw_mixture(folder: str | Path) -> bytes:
 
 
 def _lines(axis, x, values: np.ndarray, names: Sequence[str | None], **style) -> None:
-    for line, name, colour in zip(values.T, names, COLOURS * 9, strict=False):
-        axis.plot(x, line, color=colour, label=name, **style)
+    for line, name, kind in zip(values.T, names, styles(len(names)), strict=True):
+        axis.plot(x, line, label=name, **kind, **style)
     axis.set_xlabel("step")
 
 
@@ -54,8 +54,8 @@ def _shares(axis, header, entries, measured, found) -> None:
     if decided:
         x = [e["step"] for e in decided] + [steps[-1]]
         y = np.array([e["weights"] for e in decided] + [decided[-1]["weights"]])
-        for line, name, colour in zip(y.T, header["domains"], COLOURS * 9, strict=False):
-            axis.step(x, line, where="post", color=colour, label=name)
+        for line, name, kind in zip(y.T, header["domains"], styles(y.shape[1]), strict=True):
+            axis.step(x, line, where="post", label=name, **kind)
     width = max(1, len(steps) // 40)
     whole = len(steps) // width * width
     means = counts[:whole].reshape(-1, width, counts.shape[1]).mean(1)
