@@ -19,6 +19,7 @@ from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
 from llmmix.files import claim
 from llmmix.filtering import LikelihoodFilter, attach_filter, check_share
+from llmmix.log_lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
@@ -69,6 +70,7 @@ def main(
     )
     if (threshold := selection_args.likelihood_threshold) is not None:
         attach_filter(trainer, LikelihoodFilter(trainer, threshold=threshold))
+    log_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()

@@ -113,7 +113,8 @@ def main(args: StudyArguments) -> None:
     results: dict[str, dict[int, dict[int, float]]] = {}
     for n in args.n_samples:
         for seed in args.seeds:
-            print(f"N = {n}, seed {seed}", flush=True)
+            done, all_ = len(results) + 1, len(args.n_samples) * len(args.seeds)
+            print(f"Run {done} of {all_}: N = {n}, seed {seed}", flush=True)
             coverage = Coverage(args, test)
             config = training(args, n, seed)
             trainer = DCOTrainer(checkpoint, config, train_dataset=train, callbacks=[coverage])

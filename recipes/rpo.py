@@ -13,6 +13,7 @@ from llmmix import RPOConfig, RPOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_train_and_eval
 from llmmix.files import claim
+from llmmix.log_lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
@@ -33,6 +34,7 @@ def main(script_args: ScriptArguments, training_args: RPOConfig, model_args: Mod
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    log_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()

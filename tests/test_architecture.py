@@ -27,6 +27,7 @@ LAYERS = [
         "flags",
         "fused",
         "launching",
+        "log_lines",
         "logprobs",
         "processes",
         "resuming",
