@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llmmix.files import claim, write_whole
+from llmmix.terminal import number, print_table
 from llmmix.timing import Case, machine, measure, measure_apart, quiet
 from llmmix.timing.draws import draw_cases
 from llmmix.timing.head import head_cases
@@ -205,31 +206,26 @@ def _resolve(args: SpeedArguments) -> tuple[SpeedArguments, str]:
 
 
 def _print_table(result: dict) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     machine, settings = result["machine"], result["settings"]
-    table = Table(
-        title=f"{machine['device']}, {machine['threads']} threads; medians of {settings['rounds']}",
-        caption="The last two columns: llmmix's time and memory as a share of the other's. Head: "
-        f"{settings['rows']} x {settings['hidden_size']} x {settings['vocab_size']}; steps: "
-        f"{settings['batch_size']} rows of {settings['max_length']} tokens.",
-    )
-    for name in ("", "seconds", "peak MiB", "time", "memory"):
-        table.add_column(name, justify="right" if name else "left")
+    rows = []
     for row in result["rows"]:
-        table.add_section()
-        table.add_row(f"[bold]{escape(row['row'])}")
+        rows.append([row["row"]])
         for name, figures in row["contenders"].items():
-            ratios = (figures.get("time_ratio"), figures.get("memory_ratio"))
-            table.add_row(
-                f"  {escape(name)}",
-                f"{figures['seconds']:.3f}",
-                "" if figures["peak_mib"] is None else f"{figures['peak_mib']:.0f}",
-                *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-            )
-    Console().print(table)
+            memory = number(figures["peak_mib"], 0, missing="")
+            cells = [f"  {name}", number(figures["seconds"]), memory]
+            for ratio in (figures.get("time_ratio"), figures.get("memory_ratio")):
+                cells.append("" if ratio is None else f"{number(ratio, 2)}x")
+            rows.append(cells)
+    print_table(
+        f"{machine['device']}, {machine['threads']} threads; medians of {settings['rounds']}",
+        ["", "seconds", "peak MiB", "time", "memory"],
+        rows,
+        notes=[
+            "The last two columns: llmmix's time and memory as a share of the other's.",
+            f"Head: {settings['rows']} x {settings['hidden_size']} x {settings['vocab_size']}; "
+            f"steps: {settings['batch_size']} rows of {settings['max_length']} tokens.",
+        ],
+    )
     for row in result["rows"]:
         for name, figures in row["contenders"].items():
             if "tokens" in figures:

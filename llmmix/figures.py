@@ -4,7 +4,7 @@ Names come from users. `drawing` reads no mathematics in them, `label` makes the
 and `never_fatal` keeps what was computed from ending with a figure that cannot be drawn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
@@ -15,6 +15,7 @@ from llmmix.files import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -93,10 +94,25 @@ def _fonts(families: tuple[str, ...]) -> list[Any]:
     return [get_font(findfont(FontProperties(family=[family]))) for family in families]
 
 
+def styles(count: int) -> list[dict[str, Any]]:
+    """A colour and a kind of line for each of so many curves, all different up to 32."""
+    kinds = ["-", "--", ":", "-."]
+    return [
+        {"color": COLOURS[i % len(COLOURS)], "linestyle": kinds[i // len(COLOURS) % len(kinds)]}
+        for i in range(count)
+    ]
+
+
 def plain_log_ticks(axis: "Axis", low: float, high: float) -> None:
-    """Label the ticks of a log axis from `low` to `high` by plain numbers, no powers of ten."""
+    """Ticks of a log axis from `low` to `high`, several at any range, labelled by plain numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    if high < 5 * low:
+        axis.set_major_locator(MaxNLocator(5))
+    elif high < 200 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def png(figure: "Figure") -> bytes:
@@ -125,21 +141,46 @@ def draw_panels(
         The path.
     """
     plt = pyplot()
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+        down, across, figsize=(3.2 * across, 3.2 * down), squeeze=False, layout="constrained"
     )
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
-        for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
-            axis.plot(x, values.mean(0), marker="o", markersize=4, color=colour, label=label(name))
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for (name, values), style in zip(curves.items(), styles(len(curves)), strict=True):
+            axis.plot(x, values.mean(0), marker="o", markersize=4, label=label(name), **style)
+            colour = style["color"]
             axis.fill_between(
                 x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0
             )
         axis.set_title(label(title))
         axis.set_xlabel(xlabel)
         axis.set_ylim(bottom=0)
-    axes.flat[0].legend(frameon=False)
+    legend(figure, axes.flat[: len(panels)])
     write_whole(path, png(figure))
     return Path(path)
+
+
+def legend(figure: "Figure", axes: Iterable["Axes"]) -> None:
+    """One legend of all curves of a figure, each name once, above its panels."""
+    shown: dict[str, Any] = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(name, handle)
+    if not shown:
+        return
+    longest = max(len(name) for name in shown)
+    room = int(figure.get_figwidth() * 14) // (longest + 6)  # characters of the legend's size
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="outside upper center",
+        ncols=min(len(shown), max(1, room)),
+        frameon=False,
+        fontsize=8,
+    )
 
 
 @drawing()

@@ -1,8 +1,8 @@
 """Figures and one self-contained HTML page from a run folder.
 
 Reads what a run leaves behind: `trainer_state.json` of the folder, or of each of its subfolders
-when it holds several runs to compare, the JSON documents of evaluations (`pass_at_n.json`), and the
-`mixture.jsonl` of a run on several domains.
+when it holds several runs to compare, the `run.json` beside it, the JSON documents of evaluations
+(`pass_at_n.json`, of subfolders too), and the `mixture.jsonl` of a run on several domains.
 
 Writes `report.html`, with every picture inside it, and the same pictures as PNG in `figures/`. A
 picture that cannot be drawn is told in one line, and left out.
@@ -14,12 +14,14 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from llmmix.figures import COLOURS, drawing, label, never_fatal, plain_log_ticks, png, pyplot
+from transformers import Trainer
+
+from llmmix.curves import draw_training, last_values
+from llmmix.facts import note_run, read_facts
+from llmmix.figures import COLOURS, drawing, label, never_fatal, png, pyplot, styles
 from llmmix.files import RECORD, read_json, write_whole
 from llmmix.mixing.figure import draw_mixture
-
-# Not curves: bookkeeping, and totals that the Trainer logs once at the end
-SKIPPED = {"step", "epoch", "total_flos", "num_tokens", "learning_rate"}
+from llmmix.terminal import number
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem;
@@ -30,6 +32,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .9rem; text-align: right; border-bottom: 1px solid #e4e7eb }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600; color: #5f6670 }
 td.best { font-weight: 700 }
+div { overflow-x: auto }
 img { max-width: 100%; height: auto }
 """
 
@@ -52,23 +55,25 @@ def write_report(
         FileNotFoundError: The folder holds neither a trainer state nor an evaluation that is whole.
     """
     folder = Path(folder)
-    histories, evaluations = read_runs(folder)
+    histories, evaluations, facts = read_runs(folder)
     if runs:
-        histories = {name: run for name, run in histories.items() if name in runs}
+        own = folder.resolve().name  # a run that was evaluated into its own folder
+        histories = {name: run for name, run in histories.items() if name in (*runs, own)}
         evaluations = {name: run for name, run in evaluations.items() if name in runs}
     if not histories and not evaluations:
         raise FileNotFoundError(
             f"Nothing to report: {folder} holds no trainer_state.json and no pass_at_n.json."
         )
     names = list(dict.fromkeys([*histories, *evaluations]))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    kinds = dict(zip(names, styles(len(names)), strict=True))
+    methods = {name: known["method"] for name, known in facts.items() if "method" in known}
     wanted: dict[str, Callable[[], bytes]] = {}
     if evaluations:
-        wanted["pass_at_n"] = lambda: _pass_at_n_figure(evaluations, colours)
+        wanted["pass_at_n"] = lambda: _pass_at_n_figure(evaluations, kinds)
         if _by_temperature(evaluations):
             wanted["temperature"] = lambda: _temperature_figure(evaluations)
     if histories:
-        wanted["training"] = lambda: _training_figure(histories, colours)
+        wanted["training"] = lambda: draw_training(histories, methods)
     if (folder / RECORD).exists():
         wanted["mixture"] = lambda: draw_mixture(folder)
     (folder / "figures").mkdir(exist_ok=True)
@@ -77,38 +82,47 @@ def write_report(
         with never_fatal(f"figure {name}.png in the report"):
             figures[name] = draw()
             write_whole(folder / "figures" / f"{name}.png", figures[name])
+    tables = [_pass_at_n_table(evaluations)] if evaluations else []
+    tables += [_facts_table(histories, facts)] if histories else []
     page = folder / "report.html"
-    write_whole(page, _page(title or folder.resolve().name, note, evaluations, figures))
+    write_whole(page, _page(title or folder.resolve().name, note, tables, figures))
     return page
 
 
-def print_report(folder: str | Path, **options: Any) -> None:
+def print_report(folder: str | Path, trainer: Trainer | None = None, **options: Any) -> None:
     """Write the report of what is finished and saved, and print its path; tell a failure in a line.
 
     Args:
         folder: The folder of the run.
+        trainer: The trainer that has just ended there: the report says what it trained.
         **options: As `write_report` takes them.
     """
     with never_fatal(f"report of {folder}"):
+        if trainer is not None:
+            note_run(trainer)
         print(f"Report: {write_report(folder, **options)}")
 
 
-def read_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
-    """Log histories and pass@N documents of a run folder, by run name.
+def read_runs(
+    folder: Path,
+) -> tuple[dict[str, list[dict]], dict[str, dict], dict[str, dict[str, str]]]:
+    """Log histories, pass@N documents and facts of a run folder, by run name.
 
-    A folder with a state of its own is one run; else each subfolder with one is.
+    A folder with a state of its own is one run, and its subfolders may hold evaluations of it; else
+    each subfolder with one is.
     """
-    own = (
-        [folder] if _written(folder) else sorted(filter(_written, folder.glob("*/")), key=_written)
-    )
-    histories, evaluations = {}, {}
+    subfolders = sorted(filter(_written, folder.glob("*/")), key=_written)
+    own = [folder] if _written(folder) else subfolders
+    histories, evaluations, facts = {}, {}, {}
     for run in own:
         name = run.resolve().name
         if (state := read_json(run / "trainer_state.json")) is not None:
             histories[name] = state["log_history"]
+            facts[name] = read_facts(run)
+    for run in dict.fromkeys([*own, *subfolders]):
         if (document := read_json(run / "pass_at_n.json")) is not None:
-            evaluations[name] = document
-    return histories, evaluations
+            evaluations[run.resolve().name] = document
+    return histories, evaluations, facts
 
 
 def _written(run: Path) -> float:
@@ -118,7 +132,7 @@ def _written(run: Path) -> float:
 
 
 @drawing()
-def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> bytes:
+def _pass_at_n_figure(evaluations: dict[str, dict], kinds: dict[str, dict[str, Any]]) -> bytes:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.0))
     ticks = {int(n) for document in evaluations.values() for n in document["pass_at_n"]}
@@ -126,12 +140,12 @@ def _pass_at_n_figure(evaluations: dict[str, dict], colours: dict[str, str]) -> 
     axis.set_xlim(min(ticks) / 1.2, max(ticks) * 1.2)
     for name, document in evaluations.items():
         n, values, low, high = _curve(document, "pass_at_n", "interval")
-        axis.plot(n, values, marker="o", color=colours[name], label=label(name), linewidth=2)
-        axis.fill_between(n, low, high, color=colours[name], alpha=0.12, linewidth=0)
+        axis.plot(n, values, marker="o", label=label(name), linewidth=2, **kinds[name])
+        axis.fill_between(n, low, high, color=kinds[name]["color"], alpha=0.12, linewidth=0)
         if "maj_at_n" in document:
             n, values, *_ = _curve(document, "maj_at_n", "maj_interval")
-            style = {"color": colours[name], "label": f"{label(name)}, maj@N"}
-            axis.plot(n, values, "--", linewidth=1.4, **style)
+            style = kinds[name] | {"label": f"{label(name)}, maj@N", "linewidth": 1.0}
+            axis.plot(n, values, marker="x", **style)
     axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
     axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("N, samples drawn")
@@ -180,54 +194,7 @@ def _by_temperature(evaluations: dict[str, dict]) -> dict[str, list[dict]]:
     return {model: documents for model, documents in models.items() if len(documents) > 1}
 
 
-@drawing()
-def _training_figure(histories: dict[str, list[dict]], colours: dict[str, str]) -> bytes:
-    plt = pyplot()
-    curves = _curves(histories)
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.5 * rows), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(curves) :]:
-        axis.remove()
-    for axis, (metric, runs) in zip(axes.flat, curves.items(), strict=False):
-        for name, (steps, values) in runs.items():
-            axis.plot(steps, values, color=colours[name], linewidth=1.6, label=label(name))
-        drawn = [value for _, values in runs.values() for value in values]
-        if metric.endswith(("loss", "grad_norm")) and min(drawn, default=0) > 0:
-            axis.set_yscale("log")  # it falls by orders of magnitude, and differs so between losses
-            plain_log_ticks(axis.yaxis, *axis.get_ylim())
-        axis.set_title(label(metric), fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-    if len(histories) > 1:
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    return png(figure)
-
-
-def _curves(histories: dict[str, list[dict]]) -> dict[str, dict[str, tuple[list, list]]]:
-    """Metric -> run -> (steps, values), `loss` first, of every metric logged at least twice."""
-    curves: dict[str, dict[str, tuple[list, list]]] = {}
-    for name, history in histories.items():
-        for entry in history:
-            for metric, value in entry.items():
-                if metric in SKIPPED or not isinstance(value, int | float):
-                    continue
-                steps, values = curves.setdefault(metric, {}).setdefault(name, ([], []))
-                steps.append(entry["step"])
-                values.append(value)
-    kept = {
-        metric: {name: curve for name, curve in runs.items() if len(curve[0]) > 1}
-        for metric, runs in curves.items()
-        if not metric.endswith(("runtime", "per_second"))
-    }
-    order = sorted(filter(kept.get, kept), key=lambda metric: (metric != "loss", "/" in metric))
-    return {metric: kept[metric] for metric in order} or {"loss": {}}
-
-
-def _page(title: str, note: str, evaluations: dict[str, dict], figures: dict[str, bytes]) -> str:
+def _page(title: str, note: str, tables: list[str], figures: dict[str, bytes]) -> str:
     captions = {
         "pass_at_n": "pass@N on held-out problems, with 95% bands over problems",
         "temperature": "Coverage against temperature",
@@ -235,19 +202,19 @@ def _page(title: str, note: str, evaluations: dict[str, dict], figures: dict[str
         "training": "Training",
     }
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(note)}</p>']
-    if evaluations:
-        parts.append(_table(evaluations))
+    parts += tables[:1]
     for name, image in figures.items():
         data = base64.b64encode(image).decode()
         parts.append(f"<h2>{captions[name]}</h2>")
         parts.append(f'<img alt="{captions[name]}" src="data:image/png;base64,{data}">')
+    parts += tables[1:]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style>{''.join(parts)}</html>"
     )
 
 
-def _table(evaluations: dict[str, dict]) -> str:
+def _pass_at_n_table(evaluations: dict[str, dict]) -> str:
     columns: dict[str, dict[str, float]] = {}
     for name, document in evaluations.items():
         if document.get("loss") is not None:
@@ -263,6 +230,24 @@ def _table(evaluations: dict[str, dict]) -> str:
         for column, values in columns.items():
             value = values.get(name)
             mark = ' class="best"' if value == best[column] and len(evaluations) > 1 else ""
-            cells += f"<td{mark}>{'' if value is None else f'{value:.3f}'}</td>"
+            cells += f"<td{mark}>{number(value, missing='')}</td>"
         body += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+    return f"<div><table><tr><th></th>{head}</tr>{body}</table></div>"
+
+
+def _facts_table(histories: dict[str, list[dict]], facts: dict[str, dict[str, str]]) -> str:
+    """What each run was, and the last value of all that it logged."""
+    last = {
+        name: {metric: f"{value:z.4g}" for metric, value in last_values(history).items()}
+        for name, history in histories.items()
+    }
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in histories)
+    parts = []
+    for title, known in (("The runs", facts), ("Last values", last)):
+        body = ""
+        for fact in dict.fromkeys(fact for of_run in known.values() for fact in of_run):
+            cells = (html.escape(known[name].get(fact, "")) for name in histories)
+            cells_text = "".join(f"<td>{cell}</td>" for cell in cells)
+            body += f"<tr><td>{html.escape(fact)}</td>{cells_text}</tr>"
+        parts.append(f"<h2>{title}</h2><div><table><tr><th></th>{head}</tr>{body}</table></div>")
+    return "".join(parts)

@@ -21,6 +21,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from llmmix import mixing
 from llmmix.cli import parse_args
 from llmmix.files import claim
+from llmmix.log_lines import log_lines
 from llmmix.mixing import AioliConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of
@@ -67,8 +68,7 @@ def main(
     def fit(folder: Path, make_callback: Callable, weights: Any = None):
         """Train into a folder; returns the trainer and the callback that moved its mixture."""
         args = copy.copy(training_args)
-        args.output_dir = str(folder)
-        args.push_to_hub = args.push_to_hub and folder == out
+        args.output_dir, args.push_to_hub = str(folder), args.push_to_hub and folder == out
         trainer = SFTTrainer(
             checkpoint,
             args=args,
@@ -81,6 +81,9 @@ def main(
         sampler = args.sampler(train, weights)
         callback = make_callback(sampler, measured_rows=args.measured_rows)
         mixing.attach_mixture(trainer, sampler, callback)
+        before = STAGES.get(method, ())
+        number = len(before) if folder == out else before.index(folder.name)
+        log_lines(trainer, f"Stage {number + 1} of {len(before) + 1}: {folder}" if before else "")
         newest = resume if folder == out else stage_to_resume(args)
         trainer.train(resume_from_checkpoint=newest)
         trainer.save_model()
@@ -98,7 +101,7 @@ def main(
     }
     trainer, _ = fit(out, callbacks.get(method, mixing.MixtureCallback), weights)
     if trainer.accelerator.is_main_process:
-        print_report(out)
+        print_report(out, trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
@@ -110,8 +113,7 @@ def train_proxy(method: str, config: Any, fit: Callable, out: Path) -> dict[str,
     if method == "doremi":
         fit(out / "reference", mixing.MixtureCallback)
         make = partial(mixing.DoReMiCallback, config=config, reference=str(out / "reference"))
-    _, proxy = fit(out / "proxy", make)
-    return proxy.average
+    return fit(out / "proxy", make)[1].average
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from llmmix.cli import parse_args
 from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
 from llmmix.filtering import LikelihoodFilter, attach_filter, check_share
+from llmmix.log_lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
@@ -76,12 +77,13 @@ def main(
     )
     if (threshold := selection_args.likelihood_threshold) is not None:
         attach_filter(trainer, LikelihoodFilter(trainer, threshold=threshold))
+    log_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print_report(str(training_args.output_dir))
+        print_report(str(training_args.output_dir), trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

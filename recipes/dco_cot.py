@@ -19,6 +19,7 @@ from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
 from llmmix.filtering import attach_filter, check_share
 from llmmix.grading.verify import Verifier
+from llmmix.log_lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
@@ -58,8 +59,7 @@ class SolveRateArguments:
     verifier: str = field(
         default="math",
         metadata={
-            "help": "What judges a completion: math, exact, normalized, choice, or your own as "
-            "module:function."
+            "help": "The judge: math, exact, normalized, choice, or your own as module:function."
         },
     )
 
@@ -104,12 +104,13 @@ def main(
     attach_weights(trainer, rates.weights)
     if (threshold := solve_args.solve_threshold) is not None:
         attach_filter(trainer, rates.below(threshold), warmup_steps=solve_args.unfiltered_steps)
+    log_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print_report(str(training_args.output_dir))
+        print_report(str(training_args.output_dir), trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -16,8 +16,6 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from transformers import (
     PrinterCallback,
     TrainerCallback,
@@ -35,6 +33,7 @@ from llmmix.files import claim, write_whole
 from llmmix.grading import Verifier, judge, pass_at_n
 from llmmix.models import resolve_checkpoint
 from llmmix.sampling import sample
+from llmmix.terminal import number, print_table
 
 
 @dataclass
@@ -115,7 +114,8 @@ def main(args: StudyArguments) -> None:
     results: dict[str, dict[int, dict[int, float]]] = {}
     for n in args.n_samples:
         for seed in args.seeds:
-            print(f"N = {n}, seed {seed}", flush=True)
+            done, all_ = len(results) + 1, len(args.n_samples) * len(args.seeds)
+            print(f"Run {done} of {all_}: N = {n}, seed {seed}", flush=True)
             coverage = Coverage(args, test)
             config = training(args, n, seed)
             trainer = DCOTrainer(checkpoint, config, train_dataset=train, callbacks=[coverage])
@@ -150,22 +150,20 @@ def show(args: StudyArguments, results: dict[str, dict[int, dict[int, float]]]) 
     """Mean and range over the seeds, printed and drawn."""
     epochs = [step * args.batch_size / args.train_rows for step in args.steps]
     panels: dict[str, dict[str, np.ndarray]] = {f"pass@{n}": {} for n in args.n}
-    table = Table(title=f"Mean over {len(args.seeds)} seeds, by epoch (range at the last)")
-    table.add_column("")
-    for epoch in epochs:
-        table.add_column(f"{epoch:g}", justify="right", no_wrap=True)
+    rows = []
     for n in args.n:
-        table.add_section()
-        table.add_row(f"[bold]pass@{n}")
+        rows.append([f"pass@{n}"])
         for trained in args.n_samples:
             name = "cross-entropy" if trained == 1 else f"DCO, N = {trained}"
             runs = [results[f"N={trained} seed={seed}"] for seed in args.seeds]
             values = np.array([[run[step][n] for step in args.steps] for run in runs])
             panels[f"pass@{n}"][name] = values
-            cells = [f"{value:.3f}" for value in values.mean(0)]
+            cells = [number(value) for value in values.mean(0)]
             last = values[:, -1]
-            table.add_row(name, *cells[:-1], f"{cells[-1]} ({last.min():.2f} to {last.max():.2f})")
-    Console().print(table)
+            cells[-1] += f"\n{number(last.min(), 2)} to {number(last.max(), 2)}"
+            rows.append([name, *cells])
+    title = f"Mean over {len(args.seeds)} seeds, by epoch (range at the last)"
+    print_table(title, ["epoch", *(f"{epoch:g}" for epoch in epochs)], rows)
     with never_fatal("figure"):
         figure = draw_panels(Path(args.output_dir) / "dco_study.png", epochs, panels, "epoch")
         print(f"Figure: {figure}")

@@ -23,8 +23,6 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
@@ -39,6 +37,7 @@ from llmmix.mixing.figure import draw_paths
 from llmmix.mixing.record import drawn_shares
 from llmmix.mixing.rows import by_target
 from llmmix.precision import evaluating
+from llmmix.terminal import number, print_table
 
 EQUAL, BEST, MATCHED = "equal shares", "best fixed shares", "fixed, as Aioli drew"
 ONE_HOT, REGRESSION = "Aioli, one_hot", "Aioli, regression"
@@ -209,27 +208,21 @@ def main(args: StudyArguments) -> None:
 def show(args: StudyArguments, results: dict, best: list[float]) -> None:
     """Print a table of differences to equal shares on the same seeds, and draw the paths."""
     equal = results[EQUAL]
-    table = Table(title=f"Test loss less that under equal shares, {args.max_steps} steps", box=None)
-    table.add_column("")
-    for column in ("seeds", "mean", "95% interval", *args.domains, "shares", "s"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, runs in results.items():
         differences = np.array([run["mean"] - equal[seed]["mean"] for seed, run in runs.items()])
         pairs = [(run["test"], equal[seed]["test"]) for seed, run in runs.items()]
         by_domain = np.mean([np.subtract(*pair) for pair in pairs], axis=0)
         error = stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
-        spread = f"{differences.mean() - error:+.3f} {differences.mean() + error:+.3f}"
+        bounds = (differences.mean() + side * error for side in (-1, 1))
+        spread = "" if name == EQUAL else " ".join(number(bound, sign="+") for bound in bounds)
         shares = np.mean([run["shares"] for run in runs.values()], axis=0)
-        table.add_row(
-            name,
-            str(len(runs)),
-            f"{differences.mean():+.3f}",
-            "" if name == EQUAL else spread,
-            *(f"{value:+.2f}" for value in by_domain),
-            "/".join(f"{share:.2f}"[1:] for share in shares),
-            f"{np.mean([run['seconds'] for run in runs.values()]):.0f}",
-        )
-    Console(width=max(Console().width, 100)).print(table)
+        shown = [name, str(len(runs)), number(differences.mean(), sign="+"), spread]
+        shown += [number(value, 2, "+") for value in by_domain]
+        shown += [" ".join(f"{share:.2f}" for share in shares)]
+        rows.append([*shown, f"{np.mean([run['seconds'] for run in runs.values()]):.0f}"])
+    head = ["", "seeds", "mean", "95% interval", *args.domains, "shares", "s"]
+    print_table(f"Test loss less that under equal shares, {args.max_steps} steps", head, rows)
     print(f"Equal shares: {np.mean([run['mean'] for run in equal.values()]):.4f}. Best: {best}")
     paths = {k: [run["path"] for run in v.values()] for k, v in results.items() if k in MOVING}
     with never_fatal("figure"):

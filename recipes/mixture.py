@@ -12,6 +12,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 
 from llmmix.cli import parse_args
 from llmmix.files import claim
+from llmmix.log_lines import log_lines
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
@@ -38,12 +39,13 @@ def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
     sampler = training_args.sampler(train)
     measured = training_args.measured_rows
     attach_mixture(trainer, sampler, MixtureCallback(sampler, measured_rows=measured))
+    log_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print_report(str(training_args.output_dir))
+        print_report(str(training_args.output_dir), trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

@@ -18,6 +18,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from llmmix.cli import parse_args
 from llmmix.files import claim, read_record
 from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, finished
+from llmmix.log_lines import log_lines
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
@@ -58,6 +59,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
         )
         sampler = args.sampler(train, weights)
         attach_mixture(trainer, sampler, MixtureCallback(sampler, measured_rows=args.measured_rows))
+        log_lines(trainer, f"Run {number + 1} of {len(mixtures)}")
         trainer.train(resume_from_checkpoint=stage_to_resume(args))
         if sweep_args.keep_models:
             trainer.save_model()

@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from llmmix import DCOConfig, DCOTrainer, SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.data import load_splits
+from llmmix.facts import note_run
 from llmmix.files import claim, release
 from llmmix.launching import command_line
 from llmmix.models import resolve_checkpoint
@@ -85,6 +86,7 @@ def main(args: QuickstartArguments) -> None:
         trainer.train()
         trainer.save_model()
         trainer.save_state()
+        note_run(trainer)
 
     fit(SFTTrainer(checkpoint, SFTConfig(str(folder / "SFT"), **shared), train_dataset=train))
 

@@ -14,6 +14,7 @@ from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim, replacing
+from llmmix.log_lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume
@@ -57,12 +58,14 @@ def main(
     if trainer.accelerator.is_main_process and training_args.mixup_weight:
         with replacing(folder / "confidence.jsonl") as partial:
             train_dataset.to_json(partial)
+    stages = "Stages 2 and 3 of 3: training with mixup between the confident half and the other"
+    log_lines(trainer, stages if training_args.mixup_weight else "")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if trainer.accelerator.is_main_process:
-        print_report(str(training_args.output_dir))
+        print_report(str(training_args.output_dir), trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -22,9 +22,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
@@ -37,6 +34,7 @@ from llmmix.figures import draw_scatter, never_fatal
 from llmmix.files import claim, read_json, write_whole
 from llmmix.launching import end_with_caller
 from llmmix.models import resolve_checkpoint
+from llmmix.terminal import number, print_table
 from llmmix.unlearning.evaluation.document import evaluate_unlearning
 from llmmix.unlearning.evaluation.summary import quality_metric
 from llmmix.unlearning.loss_table import LOSSES
@@ -203,28 +201,26 @@ def value(measured: dict[str, Any], name: str) -> float:
 
 def brief(measured: dict[str, Any]) -> str:
     """The metrics that are shown, in one line."""
-    return ", ".join(f"{name} {value(measured, name):.3f}" for name in SHOWN)
+    return ", ".join(f"{name} {value(measured, name):z.3f}" for name in SHOWN)
 
 
 def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
     """Mean and range over the seeds, printed and drawn."""
-    table = Table(
-        title=f"Mean and range over {len(args.seeds)} seeds", box=SIMPLE, collapse_padding=True
-    )
-    for column in ("", "forget\nROUGE", "quality,\nlog10 of p", "utility", "retain\nROUGE"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    rows = []
     points = {}
     names = [f"{loss} {rate:g}" for loss in args.losses for rate in args.learning_rates]
     for name in ["original", "retrained", *names]:
         found = [np.array([value(run, metric) for run in results[name]]) for metric in SHOWN]
         digits = [1 if metric == "forget_quality" else 2 for metric in SHOWN]
         spread = [
-            f"\n{v.min():.{d}f} to {v.max():.{d}f}" if len(v) > 1 else ""
+            f"\n{number(v.min(), d)} to {number(v.max(), d)}" if len(v) > 1 else ""
             for v, d in zip(found, digits, strict=True)
         ]
-        table.add_row(name, *(f"{v.mean():.3f}{s}" for v, s in zip(found, spread, strict=True)))
+        cells = (number(v.mean()) + s for v, s in zip(found, spread, strict=True))
+        rows.append([name, *cells])
         points[name] = (found[2], found[1])
-    Console().print(table)
+    head = ["", "forget ROUGE", "quality, log10 of p", "utility", "retain ROUGE"]
+    print_table(f"Mean and range over {len(args.seeds)} seeds", head, rows)
     best = value(results["retrained"][0], "model_utility")
     del points["retrained"]
     path = Path(args.output_dir) / "unlearning_study.png"

@@ -29,11 +29,13 @@ LAYERS = [
         "fused",
         "inputs",
         "launching",
+        "log_lines",
         "logprobs",
         "processes",
         "ranges",
         "resuming",
         "scripts",
+        "terminal",
         "unmoved",
         "values",
         "windows",
@@ -75,7 +77,7 @@ LAYERS = [
         "solve_rates",
     },
     {"mixing", "unlearning"},
-    {"confidence", "flat", "report", "timing"},
+    {"confidence", "curves", "facts", "flat", "report", "timing"},
     {"eval", "recipes"},
 ]
 LAWS = {"numpy", "scipy", "sklearn", "pandas", "joblib", "threadpoolctl"}
@@ -86,13 +88,12 @@ FOREIGN = {
     "llmmix.fused.sharding": {"torch", "deepspeed"},
     "llmmix.head": {"torch", "transformers", "peft"},
     "llmmix.laws.": LAWS,
-    "llmmix.laws.printing": {*LAWS, "rich"},
     "llmmix.laws.figures": {*LAWS, "matplotlib"},
     "llmmix.mixing.sampler": {"numpy", "torch"},
     "llmmix.mixing.draws": {"numpy", "torch"},
     "llmmix.mixing.controllers": {"numpy", "torch"},
 }
-LAWS_MAY_IMPORT = {"laws", "figures", "files"}
+LAWS_MAY_IMPORT = {"laws", "figures", "files", "terminal"}
 
 # Modules that write in place: the one that knows how, the command line (of the standard library
 # alone), and the one that writes to /proc

@@ -1,9 +1,11 @@
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llmmix import report
+from llmmix import DCOConfig, report
 from llmmix.figures import draw_scatter
 from llmmix.report import print_report, read_runs, write_report
 
@@ -41,7 +43,7 @@ def test_page_of_several_runs_is_self_contained(tmp_path):
 
 def test_one_run_and_no_evaluation(tmp_path):
     make_run(tmp_path / "run", evaluation=None)
-    histories, evaluations = read_runs(tmp_path / "run")
+    histories, evaluations, _ = read_runs(tmp_path / "run")
     assert list(histories) == ["run"] and not evaluations
     assert write_report(tmp_path / "run").read_text().count("<img") == 1
 
@@ -55,6 +57,33 @@ def test_one_problem_has_no_interval(tmp_path):
     document = {"pass_at_n": {"1": 0.1}, "interval": {"1": None}}
     (tmp_path / "pass_at_n.json").write_text(json.dumps(document))
     assert write_report(tmp_path).exists()
+
+
+def test_an_evaluation_written_into_a_run_s_own_folder_is_shown(tmp_path):
+    make_run(tmp_path / "run", evaluation=None)
+    make_run(tmp_path / "run" / "my model", history=None)
+    make_run(tmp_path / "run" / "checkpoint-2", evaluation=None)
+    for runs in ((), ("my model",)):
+        page = write_report(tmp_path / "run", runs=runs).read_text()
+        assert page.count("<img") == 2 and "<td>my model</td>" in page
+        assert "<th>run</th>" in page and "checkpoint-2" not in page
+
+
+def test_the_page_says_what_was_run_and_how_it_ended(tmp_path):
+    args = DCOConfig(str(tmp_path / "run"), n_samples=17, learning_rate=2e-4, seed=5, bf16=False)
+    make_run(tmp_path / "run", evaluation=None)
+    trainer = SimpleNamespace(args=args, train_dataset=range(256), eval_dataset={"a": range(9)})
+    trainer.state = SimpleNamespace(global_step=300, epoch=2.5)
+    trainer.model = SimpleNamespace(name_or_path="a/model <b>")
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    print_report(tmp_path / "run", trainer)
+    page = (tmp_path / "run" / "report.html").read_text()
+    facts = {"model": "a/model &lt;b&gt;", "training rows": "256", "evaluation rows": "9"}
+    facts |= {"steps": "300", "epochs": "2.5", "learning rate": "0.0002", "seed": "5"}
+    facts |= {"n samples": "17", "loss": "1", "dco/weight": "0.5"}  # the last of each
+    for fact, value in facts.items():
+        assert f"<tr><td>{fact}</td><td>{value}</td></tr>" in page
+    assert re.search(r"<td>ended</td><td>20\d\d-\d\d-\d\d \d\d:\d\d</td>", page)
 
 
 def test_nothing_to_report(tmp_path):
@@ -95,7 +124,7 @@ def test_half_a_document_in_a_folder_counts_as_absent(tmp_path, caplog):
     make_run(tmp_path / "B")
     (tmp_path / "B" / "pass_at_n.json").write_text('{"pass_at_n": {"1": 0.')
     (tmp_path / "B" / "trainer_state.json").write_text("")
-    histories, evaluations = read_runs(tmp_path)
+    histories, evaluations, _ = read_runs(tmp_path)
     assert list(histories) == list(evaluations) == ["A"]
     assert write_report(tmp_path).exists() and "pass_at_n.json is not whole" in caplog.text
 
@@ -105,7 +134,7 @@ def test_a_figure_that_fails_is_left_out_and_told(tmp_path, monkeypatch, capsys)
         raise RuntimeError("no such\nfont")
 
     make_run(tmp_path / "run")
-    monkeypatch.setattr(report, "_training_figure", fails)
+    monkeypatch.setattr(report, "draw_training", fails)
     print_report(tmp_path / "run")
     assert (tmp_path / "run" / "report.html").read_text().count("<img") == 1
     failed, written = capsys.readouterr().out.splitlines()

@@ -112,11 +112,14 @@ def bootstrap_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile interval of the mean over problems, by drawing problems with replacement.
 
-    Where all problems give 0, or all 1, resampling says nothing; the bound there is the largest, or
-    smallest, mean under which so many such problems have a chance of (1 - level) / 2.
+    Resampling knows the problems at hand alone. A kind of problem that none of n is may be a share
+    of up to q = 1 - ((1 - level) / 2)^(1/n): of a greater one, some would be among the n. So where
+    all values lie in [0, 1], the interval reaches at least from (1 - q) * mean, were those problems
+    all 0, to (1 - q) * mean + q, were they all 1. It decides where nearly all problems give 0, or
+    1, and is the exact bound where all do.
 
     Args:
-        values: (problems,) or (problems, quantities); for estimates in [0, 1] or differences.
+        values: (problems,) or (problems, quantities).
         level: Coverage of the interval.
         resamples: Bootstrap samples.
         seed: Seed of the bootstrap.
@@ -126,10 +129,11 @@ def bootstrap_interval(
     """
     known = np.asarray(values, dtype=float)
     low, high = _percentiles(known, level, resamples, seed)
-    tail = (1 - level) / 2
     if len(known) > 1:
-        high = np.where((known == 0).all(0), 1 - tail ** (1 / len(known)), high)
-        low = np.where((known == 1).all(0), tail ** (1 / len(known)), low)
+        seen = ((1 - level) / 2) ** (1 / len(known))
+        is_share = ((known >= 0) & (known <= 1)).all(0)
+        low = np.where(is_share, np.minimum(low, seen * known.mean(0)), low)
+        high = np.where(is_share, np.maximum(high, seen * known.mean(0) + 1 - seen), high)
     return low, high
 
 

@@ -151,8 +151,9 @@ def _keep_nothing(record: dict[str, Any]) -> None:
 def judge_again(log: SampleLog, dataset: Dataset, verifier: Verifier) -> None:
     """Judge the samples of a log again where the verdict may have changed.
 
-    It may have where the verifier or the reference answer is another, where the verification
-    failed, and where the verifier is the user's own function, whose code may have changed.
+    It may have where the verifier, its rules or the reference answer is another, where the
+    verification failed, and where the verifier is the user's own function, whose code may have
+    changed.
 
     Args:
         log: The samples; the file is written anew if any are judged again.
@@ -175,7 +176,8 @@ def judge_again(log: SampleLog, dataset: Dataset, verifier: Verifier) -> None:
                     f"{log.path} holds samples of another prompt in row {row}. Name another "
                     "`output_dir`, or remove that folder."
                 )
-            same = (record["verifier"], record["answer"]) == (verifier.name, answers[row])
+            judged_by = record["verifier"], record.get("rules"), record["answer"]
+            same = judged_by == (verifier.name, verifier.rules, answers[row])
             if not same or record["verdict"] == "failed" or verifier.name not in BUILT_IN:
                 stale.append(record)
         pending = [verifier.submit(r["completion"], answers[r["problem"]]) for r in stale]
@@ -189,5 +191,6 @@ def _judge_record(
     record: dict[str, Any], verdict: Verdict, answer: str, verifier: Verifier
 ) -> None:
     """Write a verdict, and what it rests on, into a record."""
-    record |= {"answer": answer, "verifier": verifier.name, "verdict": verdict}
+    record |= {"answer": answer, "verifier": verifier.name, "rules": verifier.rules}
+    record["verdict"] = verdict
     record["error"] = verifier.why(record["completion"], answer)

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from llmmix.terminal import number, print_lines, print_table
 
 
 def print_tables(
@@ -16,51 +14,46 @@ def print_tables(
         results: Document of each run, as `llmmix eval pass_at_n` writes it.
         differences: What `llmmix.grading.summary.compare` returns.
     """
-    console, first = Console(), next(iter(results.values()))
+    first = next(iter(results.values()))
+    head = ["model", *(f"pass@{n}" for n in first["pass_at_n"])]
+    rows = [
+        [run, *(_cell(v, result["interval"][n]) for n, v in result["pass_at_n"].items())]
+        for run, result in results.items()
+    ]
+    losses = [result.get("loss") for result in results.values()]
+    if any(loss is not None for loss in losses):
+        head.insert(1, "loss")
+        for row, loss in zip(rows, losses, strict=True):
+            row.insert(1, number(loss, missing=""))
     title = f"{first['rows']} problems, {first['num_samples']} samples each, 95% intervals"
-    columns = [f"pass@{n}" for n in first["pass_at_n"]]
-    with_loss = any("loss" in result for result in results.values())
-    table = _table(title, ["loss", *columns] if with_loss else columns)
-    for run, result in results.items():
-        loss = result.get("loss")
-        cells = ["" if loss is None else f"{loss:.3f}"] if with_loss else []
-        estimates = result["pass_at_n"].items()
-        table.add_row(
-            escape(run), *cells, *(_cell(value, result["interval"][n]) for n, value in estimates)
-        )
-    console.print(table)
+    print_table(title, head, rows)
     if "maj_at_n" in first:
-        table = _table("Majority votes", [f"maj@{n}" for n in first["maj_at_n"]])
-        for run, result in results.items():
-            votes = result["maj_at_n"].items()
-            table.add_row(escape(run), *(_cell(v, result["maj_interval"][n]) for n, v in votes))
-        console.print(table)
+        head = ["model", *(f"maj@{n}" for n in first["maj_at_n"])]
+        rows = [
+            [run, *(_cell(v, result["maj_interval"][n]) for n, v in result["maj_at_n"].items())]
+            for run, result in results.items()
+        ]
+        print_table("Majority votes", head, rows)
     if differences:
+        head = ["model", *(f"pass@{n}" for n in first["pass_at_n"])]
+        rows = [
+            [run, *(_difference(by_n.get(n)) for n in first["pass_at_n"])]
+            for run, by_n in differences.items()
+        ]
         title = f"pass@N minus that of {next(iter(results))}, problem by problem"
-        table = _table(title, columns)
-        for run, by_n in differences.items():
-            found = (by_n.get(n) for n in first["pass_at_n"])
-            shown = ("" if d is None else _cell(d["difference"], d["interval"], "+") for d in found)
-            table.add_row(escape(run), *shown)
-        console.print(table)
-    for remark in _remarks(results):
-        console.print(remark, markup=False, highlight=False)
+        print_table(title, head, rows)
+    print_lines(*_remarks(results))
 
 
-def _table(title: str, columns: list[str]) -> Table:
-    # Escaped, since a name may hold what rich takes for markup
-    table = Table(title=escape(title))
-    table.add_column("model", overflow="fold", min_width=12)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+def _difference(found: dict[str, Any] | None) -> str:
+    return "" if found is None else _cell(found["difference"], found["interval"], "+")
 
 
 def _cell(value: float | None, interval: list[float] | None, sign: str = "") -> str:
-    if value is None:
-        return "none"
-    bounds = "" if interval is None else f"\n{interval[0]:{sign}.2f} to {interval[1]:{sign}.2f}"
-    return f"{value:{sign}.3f}{bounds}"
+    if value is None or interval is None:
+        return number(value, sign=sign)
+    low, high = (number(bound, 2, sign) for bound in interval)
+    return f"{number(value, sign=sign)}\n{low} to {high}"
 
 
 def _remarks(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@ r"""Is this completion right? A verdict on each sampled answer, from a process t
     Verifier("math")      math-verify: LaTeX, numbers, sets, intervals, compared as mathematics
     Verifier("exact")     the last \boxed{...} is the reference, spaces aside
     Verifier("normalized")  \boxed{...}, or all that was said, is the reference once case,
-                          punctuation and articles are gone
+                          punctuation and articles are gone; a number keeps its point and sign
     Verifier("choice")    the letter chosen is the reference's
     Verifier("module:function")  your own (completion, answer) -> bool, or None if unparsable
 
@@ -16,11 +16,13 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from llmmix.grading.alarm import Overdue, time_limit
-from llmmix.grading.answers import BUILT_IN, Verdict, boxed_answer, verdict_of
+from llmmix.grading.answers import BUILT_IN, RULES, Verdict, verdict_of
 from llmmix.grading.worker import Worker
+from llmmix.grading.written import boxed_answer, final_text
 
 if TYPE_CHECKING:
     from llmmix.sampling.requests import Completion
@@ -42,6 +44,11 @@ class Verifier:
         timeout: Seconds an answer may take.
         workers: Processes, for what has a name.
 
+    Attributes:
+        name: The name, or module:function of a callable.
+        rules: Version of the rules of a built-in verifier, and of math-verify for "math"; None for
+            a function of the user's.
+
     Raises:
         ValueError: The name is unknown, the function cannot be imported, `timeout` is not positive
             or `workers` is below 1.
@@ -59,6 +66,7 @@ class Verifier:
                 f"`timeout` must be positive and `workers` 1 or more, got {timeout} and {workers}."
             )
         self.name = function if isinstance(function, str) else _name(function)
+        self.rules = _rules(self.name)
         self._lock = threading.Lock()
         self._seen: OrderedDict[tuple[str, str], Future[Verdict]] = OrderedDict()
         self._errors: dict[tuple[str, str], str] = {}
@@ -119,7 +127,8 @@ class Verifier:
 
     def _text_that_counts(self, completion: str) -> str:
         # Many samples box one answer: it is judged once
-        given = boxed_answer(completion) if self.name in BUILT_IN else None
+        by_box = self.name in BUILT_IN and self.name != "choice"
+        given = boxed_answer(final_text(completion)) if by_box else None
         return completion if given is None else f"\\boxed{{{given}}}"
 
     def _judge_here(
@@ -180,6 +189,12 @@ def _done(verdict: Verdict) -> Future[Verdict]:
     future: Future[Verdict] = Future()
     future.set_result(verdict)
     return future
+
+
+def _rules(name: str) -> str | None:
+    if name == "math":
+        return f"{RULES}, math-verify {version('math-verify')}"
+    return str(RULES) if name in BUILT_IN else None
 
 
 def _name(function: Callable) -> str:

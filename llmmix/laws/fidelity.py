@@ -214,8 +214,9 @@ def _foretell(t: Trajectory, fitted: Dynamics, decided: np.ndarray, matrices: np
 def _doubts(interval: tuple[float, float], chance: float):
     if interval[0] <= chance:
         yield (
-            f"The fitted matrix is so uncertain that the similarity lies between {interval[0]:.2f} "
-            f"and {interval[1]:.2f}, and shuffled domains have {chance:.2f}: it shows nothing."
+            "The fitted matrix is so uncertain that the similarity lies between "
+            f"{interval[0]:z.2f} and {interval[1]:z.2f}, and shuffled domains have "
+            f"{chance:z.2f}: it shows nothing."
         )
 
 
@@ -230,7 +231,7 @@ def _notes(t: Trajectory, fitted: Dynamics, each: np.ndarray, told: dict):
     if not fitted.r2_out > 0:
         yield (
             f"The fitted law predicts intervals left out no better than one without a mixture "
-            f"(R2 {fitted.r2_out:.2f}): a similarity to it says nothing about the method."
+            f"(R2 {fitted.r2_out:z.2f}): a similarity to it says nothing about the method."
         )
     if not len(each):
         yield f"{t.method} recorded no matrix: there is the fitted one alone."

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm
 
-from llmmix.figures import COLOURS, drawing, label, plain_log_ticks, png, pyplot
+from llmmix.figures import COLOURS, drawing, label, legend, plain_log_ticks, png, pyplot, styles
 from llmmix.laws.accuracy import weighted
 from llmmix.laws.judge import Judgement
 
@@ -86,7 +86,7 @@ def draw_effects(
     if m * k <= 400:
         for i, j in np.ndindex(m, k):
             shade = "white" if abs(changes[i, j]) > 0.6 * most else "black"
-            text = "?" if np.isnan(changes[i, j]) else f"{100 * changes[i, j]:.0f}"
+            text = "?" if np.isnan(changes[i, j]) else f"{100 * changes[i, j]:z.0f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=7, color=shade)
     axis.set_xticks(range(k), list(map(label, domains)), rotation=60, ha="right", fontsize=8)
     axis.set_yticks(range(m), list(map(label, targets)), fontsize=8)
@@ -108,14 +108,14 @@ def draw_mixtures(mixtures: dict[str, np.ndarray], domains: Sequence[str]) -> by
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(2.5 + 0.5 * len(domains), 3.4), layout="constrained")
     width = 0.8 / len(mixtures)
-    for number, ((name, shares), colour) in enumerate(zip(mixtures.items(), COLOURS, strict=False)):
+    for number, (name, shares) in enumerate(mixtures.items()):
         x = np.arange(len(domains)) + (number - (len(mixtures) - 1) / 2) * width
-        axis.bar(x, shares[order], width, label=label(name), color=colour)
+        axis.bar(x, shares[order], width, label=label(name), color=COLOURS[number % len(COLOURS)])
     labels = [label(domains[j]) for j in order]
     axis.set_xticks(range(len(domains)), labels, rotation=60, ha="right", fontsize=8)
     axis.set_ylabel("share")
     axis.grid(False, axis="x")
-    axis.legend(frameon=False)
+    legend(figure, [axis])
     return png(figure)
 
 
@@ -124,11 +124,11 @@ def draw_budget(curves: dict[str, list[dict]]) -> bytes:
     """A PNG of held-out error against the number of runs, by law, as from `learning_curve`."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
-    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+    for (name, curve), style in zip(curves.items(), styles(len(curves)), strict=True):
         points = [p for p in curve if np.isfinite(p.get("error", np.nan))]
         if points:
             x, y = [p["runs"] for p in points], [p["error"] for p in points]
-            axis.plot(x, y, marker="o", markersize=4, color=colour, label=label(name))
+            axis.plot(x, y, marker="o", markersize=4, label=label(name), **style)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     ticks = sorted({p["runs"] for curve in curves.values() for p in curve})
@@ -137,7 +137,7 @@ def draw_budget(curves: dict[str, list[dict]]) -> bytes:
     plain_log_ticks(axis.yaxis, *axis.get_ylim())
     axis.set_xlabel("runs the law was fitted to")
     axis.set_ylabel("error on held-out runs\n(1: as the mean)")
-    axis.legend(frameon=False)
+    legend(figure, [axis])
     return png(figure)
 
 
@@ -160,5 +160,5 @@ def draw_transfer(
     axis.plot(predicted, observed, "o", markersize=4, color=COLOURS[0], alpha=0.7)
     axis.set_xlabel("predicted, with a fitted offset and slope a target (nats)")
     axis.set_ylabel("observed (nats)")
-    axis.set_title(f"{label(name)}: rank correlation {correlation:.3f}", fontsize=9)
+    axis.set_title(f"{label(name)}: rank correlation {correlation:z.3f}", fontsize=9)
     return png(figure)

@@ -4,7 +4,6 @@
 """
 
 import math
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from llmmix.laws.judge import Judgement
 from llmmix.laws.proposal import Proposal
 from llmmix.laws.tables import Runs
 from llmmix.laws.transfer import Transfer
+from llmmix.terminal import number, print_table
 
 
 def print_runs(runs: Runs) -> None:
@@ -35,12 +35,12 @@ def print_judged(judged: dict[str, Judgement | str], levels: Sequence[float]) ->
             rows.append([name, "-", *[""] * (len(head) - 2)])
             continue
         rank = found.objective_spearman
-        shown = f"{rank.estimate:.3f} ({rank.low:.3f} to {rank.high:.3f})"
+        shown = f"{rank.estimate:z.3f} ({rank.low:z.3f} to {rank.high:z.3f})"
         rows.append(
-            [name, f"{found.error:.3f}", "-" if math.isnan(rank.estimate) else shown]
-            + [f"{found.objective_mae:.4f}", f"{found.regret:.4f}"]
+            [name, number(found.error), "-" if math.isnan(rank.estimate) else shown]
+            + [number(found.objective_mae, 4), number(found.regret, 4)]
             + [f"{found.coverage[level]:.0%}" for level in levels]
-            + [f"{found.seconds:.1f}"]
+            + [number(found.seconds, 1)]
         )
     print_table(title, head, rows)
     for name, found in judged.items():
@@ -54,7 +54,7 @@ def print_by_target(judged: dict[str, Judgement | str]) -> None:
     targets = next(iter(known.values())).targets
     rows = [
         [str(target)]
-        + [f"{found.mae[i]:.4f}  {100 * found.spearman[i]:5.1f}" for found in known.values()]
+        + [f"{found.mae[i]:z.4f}  {100 * found.spearman[i]:z5.1f}" for found in known.values()]
         for i, target in enumerate(targets)
     ]
     print_table("By target: MAE in nats, and rank correlation in %", ["target", *known], rows)
@@ -65,25 +65,25 @@ def print_proposal(
 ) -> None:
     """Print a proposal: its shares beside other mixtures, its losses, and how far to trust it."""
     rows = [
-        [domain, *(f"{shares[j]:.3f}" for shares in shown.values())]
+        [domain, *(number(shares[j]) for shares in shown.values())]
         for j, domain in enumerate(runs.domains)
     ]
     print_table(f"The mixture that {name} proposes ({found.found.method})", ["", *shown], rows)
     numbers = np.column_stack([found.losses, found.low, found.high])
     rows = [
-        [target, *(f"{number:.4f}" for number in row)]
+        [target, *(number(value, 4) for value in row)]
         for target, row in zip(runs.targets, numbers, strict=True)
     ]
     print_table("Its losses", ["target", "predicted", f"{level:.0%} from", "to"], rows)
     print(
-        f"Objective: {found.objective:.4f} predicted. The best run, {runs.ids[found.best_run]}, "
-        f"has {found.best_observed:.4f} (predicted {found.best_predicted:.4f}). If the law is "
-        f"right, the proposal beats it with a probability of {found.better:.2f}."
+        f"Objective: {found.objective:z.4f} predicted. The best run, {runs.ids[found.best_run]}, "
+        f"has {found.best_observed:z.4f} (predicted {found.best_predicted:z.4f}). If the law is "
+        f"right, the proposal beats it with a probability of {found.better:z.2f}."
     )
     print(
-        f"Distance (share to be moved): {found.distance:.3f} from the nearest run, "
-        f"{runs.ids[found.nearest_run]}; the runs are {found.spacing:.3f} apart; "
-        f"{found.outside:.3f} outside of what they span."
+        f"Distance (share to be moved): {found.distance:z.3f} from the nearest run, "
+        f"{runs.ids[found.nearest_run]}; the runs are {found.spacing:z.3f} apart; "
+        f"{found.outside:z.3f} outside of what they span."
     )
     if found.distance > 2 * found.spacing or found.outside > found.spacing:
         print(
@@ -103,10 +103,10 @@ def print_transfers(name: str, found: dict[str, Transfer]) -> None:
         rank, ranks, some = one.objective, one.by_target.spearman, one.calibrated.get(8)
         mean = ranks[~np.isnan(ranks)].sum() / max((~np.isnan(ranks)).sum(), 1)
         rows.append(
-            [law, f"{100 * rank.spearman:.2f}"]
-            + [f"{100 * rank.spearman_low:.2f} to {100 * rank.spearman_high:.2f}"]
-            + [f"{100 * mean:.2f}", f"{one.regret:.4f}"]
-            + [f"{some.objective_mae:.4f}" if some else "-"]
+            [law, number(100 * rank.spearman, 2)]
+            + [f"{100 * rank.spearman_low:z.2f} to {100 * rank.spearman_high:z.2f}"]
+            + [number(100 * mean, 2), number(one.regret, 4)]
+            + [number(some.objective_mae, 4) if some else "-"]
         )
     head = ["law", "rank corr. of the objective, %", "95% interval", "mean over targets, %"]
     head += ["regret", "MAE, calibrated on 8"]
@@ -117,56 +117,39 @@ def print_transfer(law: str, found: Transfer) -> None:
     """Print a law on the runs of other models, by target, and after calibration on a few runs."""
     rows = [
         [str(name)]
-        + [f"{getattr(found.by_target, key)[i]:.3f}" for key in ("spearman", "kendall")]
-        + [f"{getattr(found.by_target, key)[i]:.4f}" for key in ("mae", "mae_in_sample")]
+        + [number(getattr(found.by_target, key)[i]) for key in ("spearman", "kendall")]
+        + [number(getattr(found.by_target, key)[i], 4) for key in ("mae", "mae_in_sample")]
         for i, name in enumerate(found.targets)
     ]
     whole = found.objective
-    rows.append(["objective", f"{whole.spearman:.3f}", f"{whole.kendall:.3f}"])
-    rows[-1] += [f"{whole.mae:.4f}", f"{whole.mae_in_sample:.4f}"]
+    rows.append(["objective", number(whole.spearman), number(whole.kendall)])
+    rows[-1] += [number(whole.mae, 4), number(whole.mae_in_sample, 4)]
     head = ["target", "rank corr.", "Kendall", "MAE as predicted", "calibrated to all"]
     print_table(f"{law} on these {found.runs} runs", head, rows)
     rows = [
-        [str(count), f"{c.objective_mae:.4f}", f"{c.mean_mae:.4f}", f"{c.regret:.4f}"]
+        [str(count), number(c.objective_mae, 4), number(c.mean_mae, 4), number(c.regret, 4)]
         for count, c in found.calibrated.items()
     ]
     head = ["runs used", "MAE of the objective", "mean MAE by target", "regret"]
     print_table("Calibrated on a few of them, judged on the others (medians)", head, rows)
 
 
-def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    """Print a table of text with the first column aligned left and the others right."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for i, name in enumerate(head):
-        table.add_column(escape(name), justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console = Console()
-    console = console if sys.stdout.isatty() else Console(width=160)
-    console.print(f"\n[bold]{escape(title)}", highlight=False)
-    console.print(table)
-
-
 def _mixture(shares: np.ndarray, domains: Sequence[str], most: int = 5) -> str:
     """The largest shares in words."""
     order = [j for j in np.argsort(-shares, kind="stable") if shares[j] > 0]
-    named = " ".join(f"{domains[j]} {shares[j]:.3f}" for j in order[:most])
+    named = " ".join(f"{domains[j]} {shares[j]:z.3f}" for j in order[:most])
     return named + (f" +{len(order) - most}" if len(order) > most else "")
 
 
 def _pm(value: float, sd: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f} +- {sd:.3f}"
+    return "-" if math.isnan(value) else f"{value:z.3f} +- {sd:z.3f}"
 
 
 def print_plan(plan: Design, domains: Sequence[str]) -> None:
     """Print mixtures to run next, as `design.next_mixtures` returns them."""
     rows = [
-        [str(i + 1), _mixture(p, domains), f"{plan.expected[i]:.4f} +- {plan.std[i]:.4f}"]
-        + [f"{plan.nearest[i]:.3f}", f"{plan.after[i]:.2g}"]
+        [str(i + 1), _mixture(p, domains), f"{plan.expected[i]:z.4f} +- {plan.std[i]:z.4f}"]
+        + [number(plan.nearest[i]), f"{plan.after[i]:.2g}"]
         for i, p in enumerate(plan.mixtures)
     ]
     head = ["", "mixture", "objective", "from nearest run", "uncertain after"]
@@ -191,11 +174,11 @@ def print_curves(curves: dict[str, list[dict]]) -> None:
 def print_fidelity(found: Fidelity, folder: str) -> None:
     """Print how well a method's law fits its run, as `fidelity.assess` returns it."""
     rows = [
-        ["similarity of the method's matrix and the fitted one", f"{found.similarity_of_mean:.3f}"],
-        ["   90% interval", "{:.3f} to {:.3f}".format(*found.interval)],
-        ["   with shuffled domains", f"{found.chance:.3f}"],
-        ["R2 of the method's law on intervals after its decisions", f"{found.implied_r2:.3f}"],
-        ["R2 of the fitted law there, each left out", f"{found.fitted_r2:.3f}"],
+        ["similarity of the method's matrix and the fitted one", number(found.similarity_of_mean)],
+        ["   90% interval", "{:z.3f} to {:z.3f}".format(*found.interval)],
+        ["   with shuffled domains", number(found.chance)],
+        ["R2 of the method's law on intervals after its decisions", number(found.implied_r2)],
+        ["R2 of the fitted law there, each left out", number(found.fitted_r2)],
     ]
     print_table(f"{found.method}: {found.intervals} intervals, {folder}", ["", ""], rows)
     for note in found.notes:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmmix.figures import COLOURS, draw_panels, drawing, label, png, pyplot
+from llmmix.figures import draw_panels, drawing, label, png, pyplot, styles
 from llmmix.files import read_record
 
 
@@ -38,8 +38,8 @@ def draw_mixture(folder: str | Path) -> bytes:
 
 
 def _lines(axis, x, values: np.ndarray, names: Sequence[str | None], **style) -> None:
-    for line, name, colour in zip(values.T, names, COLOURS * 9, strict=False):
-        axis.plot(x, line, color=colour, label=name, **style)
+    for line, name, kind in zip(values.T, names, styles(len(names)), strict=True):
+        axis.plot(x, line, label=name, **kind, **style)
     axis.set_xlabel("step")
 
 
@@ -54,8 +54,8 @@ def _shares(axis, header, entries, measured, found) -> None:
     if decided:
         x = [e["step"] for e in decided] + [steps[-1]]
         y = np.array([e["weights"] for e in decided] + [decided[-1]["weights"]])
-        for line, name, colour in zip(y.T, header["domains"], COLOURS * 9, strict=False):
-            axis.step(x, line, where="post", color=colour, label=name)
+        for line, name, kind in zip(y.T, header["domains"], styles(y.shape[1]), strict=True):
+            axis.step(x, line, where="post", label=name, **kind)
     width = max(1, len(steps) // 40)
     whole = len(steps) // width * width
     means = counts[:whole].reshape(-1, width, counts.shape[1]).mean(1)
@@ -89,7 +89,7 @@ def _matrix(axis, header, entries, measured, found) -> None:
     axis.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
     for (i, j), value in np.ndenumerate(matrix):
         shade = "white" if abs(value) > 0.6 * limit else "black"
-        axis.text(j, i, f"{1000 * value:.2f}", ha="center", va="center", fontsize=8, color=shade)
+        axis.text(j, i, f"{1000 * value:z.2f}", ha="center", va="center", fontsize=8, color=shade)
     axis.set_xticks(range(len(header["domains"])), header["domains"], fontsize=8, rotation=30)
     axis.set_yticks(range(len(header["targets"])), header["targets"], fontsize=8)
     axis.set_xlabel("trained on")

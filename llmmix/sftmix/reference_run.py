@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from llmmix.completeness import complete_checkpoints
 from llmmix.files import checkpoint_id, read_json, write_whole
+from llmmix.log_lines import log_lines
 from llmmix.models import free_memory
 from llmmix.processes import main_process_says
 from llmmix.resuming import newest_checkpoint
@@ -93,6 +94,7 @@ def train_reference(
         peft_config=peft_config,
         quantization_config=quantization_config,
     )
+    log_lines(trainer, f"Stage 1 of 3: training the reference, plain SFT on {len(dataset)} rows")
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     trainer.accelerator.wait_for_everyone()
     kept = main_process_says([str(path) for path in complete_checkpoints(folder)])

@@ -124,6 +124,9 @@ def add_confidence(
             quantization_config,
             rows_digest=rows_digest,
         )
+    if PartialState().is_main_process:
+        what = f"scoring {len(dataset)} rows under {len(checkpoints)} checkpoints"
+        print(f"\nStage 1 of 3: {what}", flush=True)
     nlls = np.stack(
         [
             mean_nlls(dataset, args, name, quantization_config, rows_digest=rows_digest)

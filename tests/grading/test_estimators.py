@@ -115,9 +115,21 @@ def test_interval_of_several_quantities_and_its_edges():
     some, all_ = bootstrap_interval(np.ones(20))
     assert all_ == 1 and some == pytest.approx(0.025 ** (1 / 20))
     assert all(math.isnan(bound) for bound in bootstrap_interval([0.5]))
-    assert bootstrap_interval([0.5] * 3) == (0.5, 0.5)
+    low, high = bootstrap_interval([0.5] * 3)
+    assert low == pytest.approx(0.5 * 0.025 ** (1 / 3)) and low + high == pytest.approx(1)
+    assert bootstrap_interval([2.0] * 3) == (2, 2)  # not bounded: nothing is known
     low, high = bootstrap_interval([[1, math.nan], [2, 3], [3, 4]])
     assert low[0] < 2 < high[0] and math.isnan(low[1]) and math.isnan(high[1])
+
+
+def test_intervals_shrink_by_no_step_where_all_problems_are_solved():
+    """pass@4 of nearly 1 is no surer than pass@64 of exactly 1, over the same problems."""
+    values = pass_at_n(64, np.array([60, 50, 64, 63] * 4)[:, None], [4, 64])
+    assert (values[:, 0] < 1).any() and (values[:, 1] == 1).all()
+    low, high = bootstrap_interval(values)
+    assert low[0] <= low[1] == pytest.approx(0.025 ** (1 / 16)) and low[0] > 0.79
+    mirrored = bootstrap_interval(1 - values)
+    np.testing.assert_allclose(mirrored, (1 - high, 1 - low), atol=1e-9)
 
 
 def test_paired_interval_is_narrower_than_its_parts():

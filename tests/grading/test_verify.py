@@ -35,12 +35,59 @@ def math_verifier():
         ("no number here", "5", "unparsable"),
         # the question said again, and no answer
         ("To evaluate $(1+2i)6-3i$, I make a table. " + "And so on. " * 30, "6+9i", "unparsable"),
+        # small and large numbers, and how they are written
+        (r"\boxed{0.0000001}", "0.0000002", "wrong"),
+        (r"\boxed{\frac{1}{2^{99}}}", r"\frac{1}{2^{98}}", "wrong"),
+        (r"\boxed{\{10^{-7}, 1\}}", r"\{2\cdot 10^{-7}, 1\}", "wrong"),
+        (r"\boxed{[0, 0.0000001]}", "[0, 0.0000002]", "wrong"),
+        (
+            r"\boxed{\begin{pmatrix}1&10^{-8}\end{pmatrix}}",
+            r"\begin{pmatrix}1&2\cdot 10^{-8}\end{pmatrix}",
+            "wrong",
+        ),
+        (r"\boxed{0.333333}", r"\frac{1}{3}", "right"),
+        (r"\boxed{0.33}", r"\frac{1}{3}", "wrong"),
+        (r"\boxed{1e-7}", "0.0000001", "right"),
+        ("So we get 1e-7", "2e-7", "wrong"),
+        (r"\boxed{2e-1}", "-1+2e", "right"),
+        (r"\boxed{6.02\times 10^{23}}", "6.02e23", "right"),
+        (r"\boxed{6.02\times 10^{23}}", "6.03e23", "wrong"),
+        (r"\boxed{123456789012345678901}", "123456789012345678902", "wrong"),
+        (r"\boxed{0.001}", "10^−3", "right"),
+        (r"\boxed{10}", "10^−3", "wrong"),
+        ("The answer is −3", "-3", "right"),
+        (r"\boxed{４２}", "42", "right"),
+        (r"\boxed{5.}", "5", "right"),
+        (r"\boxed{1\,000}", "1000", "right"),
+        (r"\boxed{1, 2}", "12", "wrong"),
+        (r"\boxed{1 1/2}", r"\frac{3}{2}", "right"),
+        (r"\boxed{-1\tfrac12}", "-1.5", "right"),
+        (r"\boxed{2½}", "2.5", "right"),
+        (r"\boxed{x²+1}", "x^2+1", "right"),
+        (r"\boxed{2}", "2·3", "wrong"),
+        (r"\boxed{90°}", r"90^\circ", "right"),
+        (r"\boxed{50\%}", "0.5", "right"),
+        (r"\boxed{5\text{ cm}}", "5", "right"),
+        (r"\boxed{€5}", "5", "right"),
+        (r"\boxed{[0,1]}", "(0,1)", "wrong"),
+        (r"\boxed{\{1,2\}}", r"\{2,1\}", "right"),
+        (r"\boxed{(1,2)}", "(2,1)", "wrong"),
+        # what is said last
+        (r"<think>\boxed{5}</think> The answer is 6.", "6", "right"),
+        ("<answer>42</answer>", "42", "right"),
+        (r"\boxed{5} or \boxed{6}", "5", "wrong"),
         (r"\boxed{ }", "5", "unparsable"),
         ("", "5", "unparsable"),
     ],
 )
 def test_math(math_verifier, completion, answer, verdict):
     assert math_verifier(completion, answer) == verdict
+
+
+def test_a_boxed_formula_hides_no_letter_from_a_verifier_of_choices():
+    with Verifier("choice") as verifier:
+        assert verifier(r"\boxed{x^2}, so the answer is D.", "D") == "right"
+        assert verifier(r"\boxed{x^2}, so the answer is C.", "D") == "wrong"
 
 
 def test_a_hostile_expression_neither_hangs_nor_kills():

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from llmmix import terminal
+from llmmix.terminal import number
+
 SHOWN_AFTER_A_PROBE = ("forget_rouge", "forget_probability", "forget_extraction_strength")
 ARROWS = {"lower": "↓", "higher": "↑", "retained": "→"}
 ABSOLUTE = {"forget_quality": "1", "privacy_leakage": "0"}  # where no retain model is given
@@ -17,39 +20,32 @@ def print_table(results: dict[str, dict[str, Any]], retained: dict[str, Any] | N
         results: The document of each model, with `rows` (how many, by set) and perhaps `probes`.
         retained: The document of the retain model.
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
     rows = next(iter(results.values()))["rows"]
-    title = ", ".join(f"{count} {role}" for role, count in rows.items())
     baseline = "the baseline" if retained is None else "the retain model"
-    table = Table(
-        title=f"Unlearning: rows {escape(title)}",
-        caption=f"↓ lower is better, ↑ higher is better, → nearest to {baseline} is best; "
-        "intervals and further metrics are in unlearning.json",
-    )
-    table.add_column("metric", no_wrap=True)
-    table.add_column("")
-    for name in results:
-        table.add_column(escape(name), justify="right", overflow="fold", min_width=9)
-    last = "baseline" if retained is None else "retain model"
-    table.add_column(last, justify="right", min_width=8)
+    head = ["metric", "", *results, "baseline" if retained is None else "retain model"]
     names = list(dict.fromkeys(name for r in results.values() for name in r["metrics"]))
+    table = []
     for name in filter(_is_shown, names):
         entries = [result["metrics"].get(name) for result in results.values()]
         if any(entry and entry["value"] is not None for entry in entries):
             arrow = ARROWS[next(entry for entry in entries if entry)["direction"]]
             cells = [_cell(name, entry) for entry in entries]
-            table.add_row(escape(name.replace("_", " ")), arrow, *cells, _baseline(name, retained))
+            table.append([name.replace("_", " "), arrow, *cells, _baseline(name, retained)])
     for probe in next(iter(results.values())).get("probes", {}):
         for name in SHOWN_AFTER_A_PROBE:
             cells = [_change(result["probes"][probe], name) for result in results.values()]
-            table.add_row(f"{name.replace('_', ' ')}, {probe}", ARROWS["lower"], *cells, "")
-    console.print(table)
-    for remark in _remarks(results):
-        console.print(remark, markup=False, highlight=False)
+            table.append([f"{name.replace('_', ' ')}, {probe}", ARROWS["lower"], *cells, ""])
+    terminal.print_table(
+        f"Unlearning: rows {', '.join(f'{count} {role}' for role, count in rows.items())}",
+        head,
+        table,
+        pinned=(0, 1, -1),
+        notes=[
+            f"↓ lower is better, ↑ higher is better, → nearest to {baseline} is best. Intervals "
+            "and further metrics are in unlearning.json.",
+            *_remarks(results),
+        ],
+    )
 
 
 def _is_shown(name: str) -> bool:
@@ -65,12 +61,12 @@ def _cell(name: str, entry: dict[str, Any] | None) -> str:
     if name == "forget_quality":
         return f"p {_short(entry['value'])}, D {entry['statistic']:.2f}"
     bounds = entry.get("interval") if name.startswith(WITH_INTERVALS) else None
-    said = "" if bounds is None else f"\n{bounds[0]:.2f} to {bounds[1]:.2f}"
+    said = "" if bounds is None else "\n" + " to ".join(number(bound, 2) for bound in bounds)
     return _short(entry["value"]) + said
 
 
 def _short(value: float) -> str:
-    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+    return number(value) if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
 def _baseline(name: str, retained: dict | None) -> str:
