@@ -28,6 +28,7 @@ LAYERS = [
         "fused",
         "launching",
         "logprobs",
+        "means",
         "processes",
         "resuming",
         "scripts",
