@@ -216,8 +216,9 @@ def _fused_forward(
     kwargs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    # Some name a base model that they are not in, and then are their own
-    base = model.get_decoder() if model.base_model is model else model.base_model
+    base: Any = model.base_model
+    if base is model:  # its name is that of another class's, as in the text models of some others
+        base = getattr(model, "model", model)
     backbone = base(*args, **kwargs)
     head = HeadAtHand(model.get_output_embeddings(), head_scaling(config), memory_budget)
     hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.device)

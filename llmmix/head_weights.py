@@ -30,9 +30,10 @@ def head_scaling(config: PreTrainedConfig) -> HeadScaling:
     width = getattr(config, "logits_mup_width_multiplier", None)
     if scale is None and width is not None:
         scale = 1 / width
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap is None:
-        softcap = getattr(config, "output_logit_soft_cap", None)
+    softcap = None
+    for name in ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap"):
+        if softcap is None:
+            softcap = getattr(config, name, None)
     return HeadScaling(logit_scale=1.0 if scale is None else scale, softcap=softcap)
 
 
