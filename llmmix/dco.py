@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.cards import sign
 from llmmix.finite import end_unless_finite
+from llmmix.means import Mean, Means
 from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
@@ -44,7 +45,6 @@ from llmmix.trainers import (
     keep_outputs_in_fp32,
     length_limit,
     log_dropped,
-    log_metric,
 )
 from llmmix.turn_ends import score_what_is_sampled
 from llmmix.turns import turns_found
@@ -188,7 +188,8 @@ class DCOTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on the DCO loss, averaged over examples, never over tokens.
 
     Takes the dataset formats of `SFTTrainer` and its arguments. Logs, beside TRL's metrics,
-    `dco/weight` (mean F) and `dco/braked` (share of examples with F below 0.1).
+    `dco/weight` (mean F), `dco/braked` (share of examples with F below 0.1) and `nll_per_token`
+    (NLL of a scored token, which is the loss of an SFT run).
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -251,7 +252,8 @@ class DCOTrainer(SFTTrainer):
         sign(self)
         keep_token_count(self)
         score_what_is_sampled(self)
-        self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
+        self.means = Means(self)
+        self._unbraked = Mean()  # share of this process's examples with F near 1; see `log`
         self._warned_unbraked = False
 
     def _send_telemetry(self) -> None:
@@ -304,47 +306,42 @@ class DCOTrainer(SFTTrainer):
             losses = weight * -logps / lengths.clamp(min=1)
         scored = lengths > 0
         losses = losses * scored  # a row without targets adds an exact zero
+        router = torch.zeros_like(losses.sum())
+        if self.aux_loss_enabled and output.aux_loss is not None:
+            router = self.router_aux_loss_coef * output.aux_loss
+        self.means.add(
+            {**self._measured(weight, scored), "nll_per_token": (-logps.sum(), lengths.sum())},
+            loss=[(losses.sum(), scored.sum()), (router * scored.sum(), scored.sum())],
+        )
         if num_items_in_batch is None:
-            loss = losses.sum() / scored.sum().clamp(min=1)
+            loss = losses.sum() / scored.sum().clamp(min=1) + router
         else:  # DDP averages gradients over ranks
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
-        if self.aux_loss_enabled and output.aux_loss is not None:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
-        self._record(weight, scored)
+            loss = loss + router / self.current_gradient_accumulation_steps
         return (loss, result[1]) if return_outputs else loss
 
-    def _record(self, weight: Tensor, scored: Tensor) -> None:
-        # Sums of one shape on every rank, whatever the rows that each has
-        weight, scored = weight.detach(), scored.float()
-        sums = torch.stack(
-            [
-                scored.sum(),
-                (weight * scored).sum(),
-                ((weight < 0.1) * scored).sum(),
-                ((weight > 0.99) * scored).sum(),
-            ]
-        )
-        count, *sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
-        mean, braked, unbraked = (total / max(count, 1) for total in sums)
-        training = self.model.training
-        log_metric(self, "dco/weight", mean, training=training)
-        log_metric(self, "dco/braked", braked, training=training)
-        if training:
-            self._unbraked.append(unbraked)
+    def _measured(self, weight: Tensor, scored: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sum and count of what is said of the weights F (B,) of the rows that are scored."""
+        weight, rows = weight.detach(), scored.sum()
+        if self.means.training:
+            self._unbraked.add(((weight > 0.99) & scored).sum().item(), rows.item())
+        return {
+            "dco/weight": ((weight * scored).sum(), rows),
+            "dco/braked": (((weight < 0.1) & scored).sum(), rows),
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with one warning when the loss is cross-entropy in all but name."""
-        unbraked, self._unbraked = self._unbraked, []
+        (unbraked,), self._unbraked = self._unbraked, Mean()
         early = self.state.global_step < self.state.max_steps / 10  # when every weight is near 1
         own = self.row_weights is None  # else a weight of 1 says nothing of the completion
-        if unbraked and own and self.args.n_samples > 1 and not early and not self._warned_unbraked:
-            if sum(unbraked) / len(unbraked) > 0.99:
-                self._warned_unbraked = True
-                logger.warning(
-                    "More than 99%% of the examples since the last log have a DCO weight above "
-                    "0.99, so this is cross-entropy so far: their completions are far less likely "
-                    "than 1/N = 1/%d. If this lasts, they are too long for DCO on whole sequences.",
-                    self.args.n_samples,
-                )
+        told = self._warned_unbraked or early or not own or self.args.n_samples == 1
+        if unbraked > 0.99 and not told:
+            self._warned_unbraked = True
+            logger.warning(
+                "More than 99%% of the examples since the last log have a DCO weight above 0.99, "
+                "so this is cross-entropy so far: their completions are far less likely than 1/N "
+                "= 1/%d. If this lasts, they are too long for DCO on whole sequences.",
+                self.args.n_samples,
+            )
         super().log(logs, start_time)

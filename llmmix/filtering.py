@@ -26,9 +26,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTTrainer
 
 from llmmix.dco import dco_weight, n_samples_of
+from llmmix.means import log_metric
 from llmmix.precision import evaluating
 from llmmix.resuming import ResumedCallback
-from llmmix.trainers import log_metric, training_rows
+from llmmix.trainers import training_rows
 from llmmix.turn_ends import scored_to_the_end
 
 logger = get_logger(__name__)
@@ -231,7 +232,7 @@ def attach_filter(
         flags = torch.zeros(share, dtype=torch.bool, device=args.device)
         flags[: len(mine)] = keep(mine).to(args.device)  # even of no rows: it may be collective
         flags = accelerator.gather(flags)[: len(rows)].tolist()
-        log_metric(trainer, "filter/kept", sum(flags) / len(flags))
+        log_metric(trainer, "filter/kept", sum(flags), len(flags))
         return flags
 
     if candidates is None:

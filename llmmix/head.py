@@ -10,33 +10,28 @@ one forward. A trainer that needs more than log-probabilities (SFTMix mixes hidd
 """
 
 import functools
-import logging
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput, is_peft_available
 
-from llmmix.fused.sharding import gathered, whole
-from llmmix.fused.tiles import HeadScaling
-from llmmix.logprobs import (
-    STATISTICS,
-    HeadStatistics,
-    keeps_probabilities,
-    linear_statistics,
-)
-
-logger = logging.getLogger(__name__)
+from llmmix.fused.sharding import is_spread
+from llmmix.head_check import check_answers, has_weights
+from llmmix.head_weights import HeadAtHand, head_scaling
+from llmmix.logprobs import STATISTICS, HeadStatistics
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
 # the head at hand to a dict of tensors.
-HeadObjective = Callable[[Tensor, Tensor, "HeadAtHand"], dict[str, Tensor]]
+HeadObjective = Callable[[Tensor, Tensor, HeadAtHand], dict[str, Tensor]]
+
+# Names of the number of experts, in models and configs
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class NotComputed:
@@ -118,6 +113,9 @@ def attach_head(
     prepared, which a trainer does when training begins: `bf16=True` wraps autocast around the
     forward that the model has then.
 
+    The head's answer is compared with the model's own logits once, at eight positions: here, or at
+    the first forward where the weights are not whole before it.
+
     Args:
         model: A causal language model, or a `PeftModel` around one.
         outputs: Per-token fields to compute, names of `llmmix.logprobs.STATISTICS`.
@@ -126,20 +124,40 @@ def attach_head(
             `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
 
     Raises:
-        TypeError: The model has no output embeddings to take log-probabilities from.
+        TypeError: The model has no output embeddings to take log-probabilities from, or has an
+            encoder.
+        ValueError: `outputs` has an unknown name; or the model's own log-probabilities or router
+            loss are others than the head's.
     """
+    if unknown := set(outputs) - set(STATISTICS):
+        raise ValueError(
+            f"`outputs` must be names among {', '.join(STATISTICS)}, got "
+            f"{', '.join(map(repr, sorted(unknown)))}."
+        )
     base = causal_lm(model)
     own_forward = _own_forward(base)
+    compared = getattr(base.forward, "compared", set[str]())
+
+    def compare(model: PreTrainedModel) -> None:
+        compared.add("once")
+        check_answers(model, own_forward, functools.partial(_fused_forward, model))
 
     # `generate` checks its arguments against the signature of the model's own forward
     @functools.wraps(type(base).forward)
     def forward(self, *args, fused_lm_head=False, head_objective=None, **kwargs):
         """The model's own forward, or with `fused_lm_head=True` a `FusedHeadOutput`."""
         if fused_lm_head:
+            if "forward" not in compared:
+                compared.add("forward")
+                if is_spread(self) or "once" not in compared:  # on all processes, or on none
+                    compare(self)
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
 
     forward.own_forward = own_forward  # type: ignore[attr-defined]  # found by `_own_forward`
+    forward.compared = compared  # type: ignore[attr-defined]
+    if "once" not in compared and has_weights(base) and not is_spread(base):
+        compare(base)
     base.forward = types.MethodType(forward, base)
 
 
@@ -147,7 +165,7 @@ def causal_lm(model: Any, argument: str = "model") -> PreTrainedModel:
     """The model that `attach_head` attaches to: `model` itself, or what PEFT has wrapped.
 
     Raises:
-        TypeError: It has no output embeddings to take log-probabilities from.
+        TypeError: It has no output embeddings to take log-probabilities from, or has an encoder.
     """
     base = model
     if is_peft_available():
@@ -158,6 +176,11 @@ def causal_lm(model: Any, argument: str = "model") -> PreTrainedModel:
         raise TypeError(
             f"`{argument}` must be a Hugging Face causal language model with an output embedding, "
             f"got {type(model).__name__}."
+        )
+    if base.config.is_encoder_decoder:
+        raise TypeError(
+            f"`{argument}` must be a causal language model, got {type(base).__name__}, which has "
+            "an encoder: its labels are not the next tokens of its input."
         )
     return base
 
@@ -180,11 +203,11 @@ def _fused_forward(
     outputs: tuple[str, ...],
     memory_budget: int | None,
     objective: HeadObjective | None,
-    *args,
+    *args: Any,
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> FusedHeadOutput:
     """Run the backbone, then the head at the scored positions alone."""
     if labels is None and shift_labels is None:
@@ -193,8 +216,11 @@ def _fused_forward(
     kwargs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, **kwargs)
-    head = HeadAtHand(model.get_output_embeddings(), _head_scaling(config), memory_budget)
+    base: Any = model.base_model
+    if base is model:  # its name is that of another class's, as in the text models of some others
+        base = getattr(model, "model", model)
+    backbone = base(*args, **kwargs)
+    head = HeadAtHand(model.get_output_embeddings(), head_scaling(config), memory_budget)
     hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.device)
     mask = labels != -100
     # Only scored positions reach the head
@@ -205,14 +231,33 @@ def _fused_forward(
     loss = -fields["log_probs"].sum() / count
     aux_loss: Any = None  # typed upstream as if it could be an int
     if kwargs.get("output_router_logits"):
-        aux_loss = load_balancing_loss_func(
-            backbone.router_logits,
-            config.num_experts,
-            config.num_experts_per_tok,
-            kwargs.get("attention_mask"),
-        )
-        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        aux_loss = _router_loss(model, backbone, kwargs.get("attention_mask"))
+        coefficient = _first(model, ("router_aux_loss_coef", "aux_loss_coef"))
+        loss = loss + (coefficient or 0.0) * aux_loss
     return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)
+
+
+def _router_loss(model: PreTrainedModel, backbone: Any, attention_mask: Tensor | None) -> Any:
+    """The load-balancing loss of an MoE model.
+
+    Raises:
+        ValueError: The model has no routers, or does not say how many experts they have.
+    """
+    logits = getattr(backbone, "router_logits", None)
+    experts, each = _first(model, EXPERTS), _first(model, ("num_experts_per_tok",))
+    if not logits or experts is None or each is None:
+        raise ValueError(
+            f"`output_router_logits=True` asks for a router loss that {type(model).__name__} does "
+            "not have. Set it to False, in the model's config too."
+        )
+    return load_balancing_loss_func(logits, experts, each, attention_mask)
+
+
+def _first(model: PreTrainedModel, names: tuple[str, ...]) -> Any:
+    """The first of some attributes that the model, or else its config, has."""
+    places = (model, model.config.get_text_config())
+    found = (getattr(place, name, None) for place in places for name in names)
+    return next((value for value in found if value is not None), None)
 
 
 def _shift(
@@ -235,116 +280,3 @@ def _scatter(rows: HeadStatistics, mask: Tensor) -> dict[str, Any]:
         name: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
         for name, x in rows._asdict().items()
     }
-
-
-def _head_scaling(config: PreTrainedConfig) -> HeadScaling:
-    """How the model's own forward scales its logits, from the names configs use for it."""
-    scale = None
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if scale is None:
-            scale = getattr(config, name, None)
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return HeadScaling(
-        logit_scale=1.0 if scale is None else scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-class HeadAtHand:
-    """The head of the forward that is under way, as a `HeadObjective` gets it."""
-
-    def __init__(self, head: Any, scaling: HeadScaling, memory_budget: int | None):
-        self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
-        self.device = head.weight.device
-
-    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities of targets (N,) or (N, K), given hidden states (N, H)."""
-        return self.statistics(hidden, targets).log_probs
-
-    def statistics(
-        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("log_probs",)
-    ) -> HeadStatistics:
-        """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K)."""
-        hidden, weight, bias = _as_product(self._head, hidden)
-        with gathered(weight, bias):
-            if weight.requires_grad and torch.is_grad_enabled():
-                _log_choice(keeps_probabilities(hidden, weight, self._memory_budget))
-            return linear_statistics(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                scaling=self._scaling,
-                outputs=outputs,
-                memory_budget=self._memory_budget,
-            )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, V) logits as the softmax takes them, in fp32, for what needs the whole vocabulary.
-
-        They are held for the backward. The weights of the head must be whole on every process.
-        """
-        hidden, weight, bias = _as_product(self._head, hidden)
-        scale, softcap, temperature = self._scaling
-        logits = F.linear(hidden, weight, bias).float() * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits / temperature
-
-
-def _as_product(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias whose linear product is what the module `head` computes.
-
-    Raises:
-        ValueError: The head carries a PEFT adapter that is not a plain product.
-    """
-    if is_peft_available():
-        from peft.tuners.lora import Linear as LoraLinear
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if isinstance(head, LoraLinear):
-            return _with_lora(head, hidden)
-        if isinstance(head, BaseTunerLayer):
-            raise ValueError(
-                f"The output head carries a PEFT adapter ({type(head).__name__}) that the fused "
-                "head cannot compute. Remove the head from `target_modules`, or use LoRA there."
-            )
-    # `modules_to_save` and `trainable_token_indices` wrap the head and expose its weight
-    return hidden, whole(head.weight), whole(getattr(head, "bias", None))
-
-
-def _with_lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W h + s B A h is one product: [W, B] times [h, s A h]."""
-    base = head.get_base_layer()
-    if head.disable_adapters or head.merged:
-        return hidden, whole(base.weight), whole(base.bias)
-    if head.lora_variant or any(head.lora_bias.values()):
-        raise ValueError(
-            "The LoRA adapter on the output head uses DoRA, a bias, or another variant, which the "
-            "fused head cannot compute. Use plain LoRA there."
-        )
-    hiddens, weights = [hidden], [base.weight]
-    for name in filter(head.lora_A.__contains__, head.active_adapters):
-        a, b = head.lora_A[name].weight, head.lora_B[name].weight
-        with gathered(a):
-            dropped = head.lora_dropout[name](hidden.to(a.dtype))
-            low_rank = dropped @ whole(a).T * head.scaling[name]
-        hiddens.append(low_rank.to(hidden.dtype))
-        weights.append(b)
-    with gathered(*weights):
-        weight = torch.cat([whole(x).to(base.weight.dtype) for x in weights], -1)
-    return torch.cat(hiddens, -1), weight, whole(base.bias)
-
-
-@functools.cache  # once a process
-def _log_choice(kept: bool) -> None:
-    if kept:
-        logger.info("The trained head keeps its probabilities for the backward.")
-    else:
-        logger.info(
-            "The trained head computes its probabilities again in the backward: they exceed "
-            "`memory_budget`."
-        )

@@ -32,6 +32,7 @@ from trl import DPOConfig, DPOTrainer
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.cards import sign
 from llmmix.finite import end_unless_finite
+from llmmix.means import Means, log_metric, log_of
 from llmmix.precision import evaluating
 from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
@@ -42,7 +43,6 @@ from llmmix.trainers import (
     default_to_cpu,
     keep_outputs_in_fp32,
     log_dropped,
-    log_metric,
 )
 from llmmix.unmoved import tell_if_unmoved
 from llmmix.windows import evaluated, window
@@ -159,7 +159,8 @@ class RPOTrainer(DPOTrainer):
 
     Takes the preference formats and the arguments of `DPOTrainer`. Logs, beside TRL's metrics
     (`logps/chosen` among them, the log-probability that RPO keeps from falling), `rpo/dpo_loss` and
-    `rpo/sft_loss`, the two terms as they enter the loss.
+    `rpo/sft_loss`, the two terms as they enter the loss, and `nll_per_token` (NLL of a token of the
+    chosen responses).
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -216,6 +217,7 @@ class RPOTrainer(DPOTrainer):
         tell_if_unmoved(self)
         sign(self)
         keep_token_count(self)
+        self.means = Means(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep log-probabilities in fp32, set before TRL prepares the reference model."""
@@ -289,14 +291,26 @@ class RPOTrainer(DPOTrainer):
         # TRL's is a mean over rows, where one without a token has a margin of 0
         dpo = len(scored) * (loss - router) - math.log(2) * (~scored).sum()
         # The batch is [chosen, rejected]
+        chosen, lengths = (
+            each.sum(1).chunk(2)[0] for each in (output.log_probs, output.label_mask)
+        )
         sft = sft_term(
-            output.log_probs.sum(1).chunk(2)[0],
+            chosen,
             beta=self.args.beta,
             eta=self.args.rpo_eta,
             sft_reduction=self.args.sft_reduction,
-            chosen_lengths=output.label_mask.sum(1).chunk(2)[0],
+            chosen_lengths=lengths,
         ).sum()
-        self._record(dpo, sft, scored)
+        rows = scored.sum()
+        found = self.means.add(
+            {
+                "rpo/dpo_loss": (dpo, rows),
+                "rpo/sft_loss": (sft, rows),
+                "nll_per_token": (-chosen.sum(), lengths.sum()),
+            },
+            loss=[(dpo + sft, rows), (router * rows, rows)],
+        )
+        self._weigh_trls(output.label_mask, found["rpo/dpo_loss"][1])
         if num_items_in_batch is None:
             loss = (dpo + sft) / scored.sum().clamp(min=1) + router
         else:  # DDP averages gradients over ranks
@@ -304,18 +318,18 @@ class RPOTrainer(DPOTrainer):
             loss = loss + router / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, dpo: Tensor, sft: Tensor, scored: Tensor) -> None:
-        """Log both terms, and take from TRL's means over rows those without a token."""
-        sums = torch.stack(
-            [dpo.detach(), sft.detach(), scored.sum(), torch.ones_like(scored).sum()]
-        )
-        dpo_sum, sft_sum, count, rows = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
-        training = self.model.training
-        log_metric(self, "rpo/dpo_loss", dpo_sum / max(count, 1), training=training)
-        log_metric(self, "rpo/sft_loss", sft_sum / max(count, 1), training=training)
-        for name, values in self._metrics["train" if training else "eval"].items():
-            if name.startswith(("rewards/", "logps/")):
-                values[-1] *= rows / max(count, 1)
+    def _weigh_trls(self, mask: Tensor, count: float) -> None:
+        """Turn TRL's means over the rows of a micro-batch into means over those with a token.
+
+        Args:
+            mask: (2B, T), of which B rows enter TRL's means on this process.
+            count: Rows of all processes with a token.
+        """
+        training = self.means.training
+        rows = len(mask) // 2 * self.accelerator.num_processes
+        metrics = log_of(self, training=training)
+        for name in [name for name in metrics if name.startswith(("rewards/", "logps/"))]:
+            log_metric(self, name, metrics[name].pop() * rows, count, training=training)
 
 
 def _scored_rows(mask: Tensor) -> Tensor:

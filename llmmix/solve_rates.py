@@ -35,11 +35,12 @@ from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.problems import encode_prompts
 from llmmix.grading.verify import Verifier, judge
+from llmmix.means import log_metric
 from llmmix.precision import evaluating
 from llmmix.resuming import ResumedCallback
 from llmmix.sampling import sample
 from llmmix.sampling.requests import check_room
-from llmmix.trainers import log_metric, training_rows
+from llmmix.trainers import training_rows
 
 logger = get_logger(__name__)
 
@@ -132,11 +133,12 @@ class SolveRates(ResumedCallback):
         self._known |= {row: (step, rate) for row, (rate, _) in found.items()}
         if found:
             failed = sum(count for _, count in found.values())
-            log_metric(self.trainer, "solve_rate/failed", failed / (self.num_samples * len(found)))
+            asked_for = self.num_samples * len(found)
+            log_metric(self.trainer, "solve_rate/failed", failed, asked_for)
         rates = [self._known[row][1] for row in rows]
         asked: list[float] = sum(gather_object([rates]), [])
         if asked:
-            log_metric(self.trainer, "solve_rate/mean", sum(asked) / len(asked))
+            log_metric(self.trainer, "solve_rate/mean", sum(asked), len(asked))
         return torch.tensor(rates, dtype=torch.float64)
 
     def below(self, threshold: float) -> Callable[[Sequence[int]], Tensor]:

@@ -319,16 +319,3 @@ def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
     policy = plugin.mixed_precision_policy
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32)
-
-
-def log_metric(trainer: Trainer, name: str, value: float, *, training: bool = True) -> None:
-    """Let TRL average a metric's values since its last log; other trainers do not show it.
-
-    Args:
-        trainer: Any trainer.
-        name: Name of the metric.
-        value: The value of a micro-batch, the same on every process.
-        training: Whether it belongs to the training's log, or to the evaluation's.
-    """
-    if hasattr(trainer, "_metrics"):
-        trainer._metrics["train" if training else "eval"][name].append(value)

@@ -317,6 +317,7 @@ def train(trainer, config, case, made, output_dir, attached=False, **options):
 
 
 OWN = ("sftmix/", "dco/", "rpo/", "eval_dco/", "eval_rpo/", "eval_a_dco/", "eval_b_dco/")
+OWN += tuple(f"{part}nll_per_token" for part in ("", "eval_", "eval_a_", "eval_b_"))
 CLOCK = ("runtime", "per_second")
 
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from llmmix import attach_head, head
+from llmmix import attach_head, head_weights
 from llmmix.logprobs import STATISTICS
 from llmmix.trainers import keep_outputs_in_fp32
 
@@ -160,10 +160,10 @@ def test_a_field_that_was_not_asked_for_is_named_when_it_is_used(name, way):
     ("budget", "said"), [(None, "keeps"), (0, "computes its probabilities again")]
 )
 def test_memory_budget_changes_nothing_but_the_way_and_says_which(budget, said, caplog):
-    head._log_choice.cache_clear()
+    head_weights._log_choice.cache_clear()
     ours, plain = build("llama"), build("llama")
     attach_head(ours, memory_budget=budget)
-    with caplog.at_level("INFO", logger="llmmix.head"):
+    with caplog.at_level("INFO", logger="llmmix.head_weights"):
         ours(**batch(), fused_lm_head=True).loss.backward()
     assert said in caplog.text
     plain(**batch()).loss.backward()
@@ -324,10 +324,8 @@ def test_refuses_what_it_cannot_serve():
     with pytest.raises(TypeError, match="causal language model"):
         attach_head(nn.Linear(2, 2))
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True)
-    model = get_peft_model(build("llama"), lora)
-    attach_head(model)
     with pytest.raises(ValueError, match="DoRA"):
-        model(**batch(), fused_lm_head=True)
+        attach_head(get_peft_model(build("llama"), lora))
 
 
 def kept_logits(hidden, labels, head):

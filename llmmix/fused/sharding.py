@@ -3,7 +3,8 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 
@@ -43,3 +44,10 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager:
     # What a module of the model has gathered already must not be gathered again
     spread = [p for p in partitioned.values() if p.ds_status != ZeroParamStatus.AVAILABLE]
     return deepspeed.zero.GatheredParameters(spread) if spread else nullcontext()
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 spreads the weights of a model over ranks."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()) or any(
+        isinstance(module, FullyShardedDataParallel) for module in model.modules()
+    )

@@ -10,9 +10,9 @@ import numpy as np
 from accelerate.logging import get_logger
 from transformers import Trainer
 
+from llmmix.means import log_metric
 from llmmix.mixing.record import MixtureRecord
 from llmmix.mixing.sampler import MixtureSampler
-from llmmix.trainers import log_metric
 
 logger = get_logger(__name__)
 
@@ -47,7 +47,7 @@ class DrawAccount:
         self._before = drawn
         self._record.write({"step": step, "counts": counts})
         for name, count in zip(self._sampler.names, counts, strict=True):
-            log_metric(self._trainer, f"mixture/{name}", count / max(1, sum(counts)))
+            log_metric(self._trainer, f"mixture/{name}", count, sum(counts))
         for name, count, size in zip(self._sampler.names, drawn, self._sampler.sizes, strict=True):
             if count > MANY_EPOCHS * size and name not in self._warned:
                 self._warned.add(name)

@@ -121,7 +121,8 @@ class Limits:
 
     def bind(self, sizes: np.ndarray) -> None:
         """Set the numbers of rows (k,) from which the allowed draws follow."""
-        self.capacity = np.floor(self.max_epochs * sizes)
+        # 0.29 * 100 is 28.999...
+        self.capacity = np.floor(self.max_epochs * sizes * (1 + 1e-12))
 
     def open_shares(self, shares: np.ndarray, drawn: np.ndarray) -> np.ndarray | None:
         """The shares of the domains that have rows left; None if no domain with a share has any.

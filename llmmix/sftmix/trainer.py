@@ -19,6 +19,7 @@ from llmmix.cards import sign
 from llmmix.dco import dco_weight
 from llmmix.finite import end_unless_finite
 from llmmix.head import FusedHeadOutput
+from llmmix.means import Means, Sums
 from llmmix.ranges import check_settings
 from llmmix.resuming import keep_token_count
 from llmmix.sftmix.losses import mix_pairs
@@ -39,7 +40,6 @@ from llmmix.trainers import (
     keep_outputs_in_fp32,
     length_limit,
     log_dropped,
-    log_metric,
     training_rows,
 )
 from llmmix.turn_ends import score_what_is_sampled
@@ -115,7 +115,8 @@ class SFTMixTrainer(SFTTrainer):
 
     Logs, beside TRL's metrics, `sftmix/ntp_loss`, `sftmix/mixup_loss`, `sftmix/lam` (mean share of
     the confident example), `sftmix/mixed_tokens` (share of response tokens that took part) and
-    `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half).
+    `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half), and
+    `nll_per_token` (NLL of a scored token).
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -181,6 +182,7 @@ class SFTMixTrainer(SFTTrainer):
             # The column went through preparation with its rows: dropped rows are gone from it
             self._confident = confident_half(read_confidence(training_rows(self, "SFTMix")))
         self._micro_step = 0
+        self.means = Means(self)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
@@ -231,17 +233,20 @@ class SFTMixTrainer(SFTTrainer):
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         mixed = recorder.output.objective
+        log_probs, mask = recorder.output.log_probs, recorder.output.label_mask
+        values: dict[str, Sums] = {"nll_per_token": (-log_probs.sum(), mask.sum())}
         if not self.model.training and self.accelerator.num_processes > 1:
             # An evaluation weights the loss of each process by its rows
-            loss = _mean_over_processes(self.accelerator, loss, recorder.output.label_mask.sum())
+            loss = _mean_over_processes(self.accelerator, loss, mask.sum())
         elif lam is not None and mixed is not None:
             mixup_losses = mixed["mixup_losses"]
             if num_items_in_batch is None:
                 mixup = mixup_losses.mean()
             else:  # DDP averages gradients over ranks
                 mixup = mixup_losses.sum() / self._window_pairs * self.accelerator.num_processes
-            self._record(recorder.output, mixed, lam)
+            values |= _of_pairs(recorder.output, mixed, lam)
             loss = loss + self.args.mixup_weight * mixup
+        self.means.add(values)
         return (loss, outputs) if return_outputs else loss
 
     def _draw_lam(self, pairs: int) -> Tensor:
@@ -252,30 +257,22 @@ class SFTMixTrainer(SFTTrainer):
         places, seeds = slice(before, before + pairs), (self.args.seed, self.state.global_step)
         return draw_shares(self.args.mixup_alpha, places, seeds)
 
-    def _record(self, output: FusedHeadOutput, mixed: dict[str, Tensor], lam: Tensor) -> None:
-        nll, mask = -output.log_probs.detach(), output.label_mask
-        scored = _scored_pairs(mask)
-        sums = torch.stack(
-            [
-                nll[0::2].sum(),
-                nll[1::2].sum(),
-                mask[0::2].sum(),
-                mask[1::2].sum(),
-                mixed["mixed_tokens"],
-                mixed["mixup_losses"].detach().sum(),
-                (lam.to(nll.device) * scored).sum(),
-                scored.sum(),
-            ]
-        ).float()
-        sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
-        nll_c, nll_u, tokens_c, tokens_u, mixed_tokens, mixup, lam_sum, pairs = sums
-        tokens, pairs = max(tokens_c + tokens_u, 1), max(pairs, 1)
-        log_metric(self, "sftmix/ntp_loss", (nll_c + nll_u) / tokens)
-        log_metric(self, "sftmix/mixup_loss", mixup / pairs)
-        log_metric(self, "sftmix/lam", lam_sum / pairs)
-        log_metric(self, "sftmix/mixed_tokens", mixed_tokens / tokens)
-        gap = nll_u / max(tokens_u, 1) - nll_c / max(tokens_c, 1)
-        log_metric(self, "sftmix/confidence_gap", gap)
+
+def _of_pairs(output: FusedHeadOutput, mixed: dict[str, Tensor], lam: Tensor) -> dict[str, Sums]:
+    """Sums and counts of what is logged of the pairs of a micro-batch."""
+    nll, mask = -output.log_probs, output.label_mask
+    scored, tokens = _scored_pairs(mask), mask.sum()
+    pairs = scored.sum()
+    return {
+        "sftmix/ntp_loss": (nll.sum(), tokens),
+        "sftmix/mixup_loss": (mixed["mixup_losses"].sum(), pairs),
+        "sftmix/lam": ((lam.to(nll.device) * scored).sum(), pairs),
+        "sftmix/mixed_tokens": (mixed["mixed_tokens"], tokens),
+        "sftmix/confidence_gap": (
+            *(nll[1::2].sum(), mask[1::2].sum()),
+            *(nll[0::2].sum(), mask[0::2].sum()),
+        ),
+    }
 
 
 def _mean_over_processes(accelerator: Accelerator, mean: Tensor, count: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def head_call(
         add_fused_lm_head(model, outputs=OUTPUTS)
     hidden = torch.randn(1, rows + 1, hidden_size, device=device, dtype=dtype, requires_grad=True)
     labels = torch.randint(vocab_size, (1, rows + 1), device=device)
-    labels[0, 1 + torch.randperm(rows, device=device)[: int(masked * rows)]] = -100
+    labels[0, 1 + torch.randperm(rows, device=device)[: round(masked * rows)]] = -100
     fused = {} if head == "plain" else {"fused_lm_head": True}
 
     def call() -> None:

@@ -28,6 +28,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
 from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
@@ -36,8 +37,14 @@ from llmmix.ranges import check_settings
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
 from llmmix.unlearning.guards import UnlearningGuard
-from llmmix.unlearning.losses import at_least_fp32, nll_loss
-from llmmix.unlearning.parts import count_window, forward_parts, over_processes, with_retained
+from llmmix.unlearning.losses import at_least_fp32, nll_loss, sequence_probs
+from llmmix.unlearning.parts import (
+    count_window,
+    forward_parts,
+    over_processes,
+    predicted,
+    with_retained,
+)
 from llmmix.unlearning.preparation import (
     ForgetConfig,
     check_args,
@@ -69,36 +76,6 @@ def flat_loss(template_probs: Tensor, forget_probs: Tensor, divergence: str = "j
     """
     probs = (at_least_fp32(given) for given in (template_probs, forget_probs))
     return DIVERGENCES[check_divergence(divergence)](*probs)
-
-
-def sequence_probs(
-    token_logps: Tensor, mask: Tensor, *, mean: str = "arithmetic", positions: int | None = None
-) -> Tensor:
-    """P(x, y): the mean probability of the tokens of each answer.
-
-    Args:
-        token_logps: (B, T) in nats.
-        mask: (B, T), true where scored.
-        mean: `"arithmetic"`, or `"geometric"`: exp of the mean log-probability.
-        positions: What to divide by instead of the answer's tokens: the length of the padded
-            sequences, as the released code does.
-
-    Returns:
-        (B,) in [0, 1]; 0 for a row without a token.
-
-    Raises:
-        ValueError: `mean` is neither of the two, or `positions` is given with the geometric mean.
-    """
-    lengths, token_logps = mask.sum(1), at_least_fp32(token_logps)
-    if mean == "arithmetic":
-        total = token_logps.exp().masked_fill(~mask, 0).sum(1)
-        return total / (lengths.clamp(min=1) if positions is None else positions)
-    if mean != "geometric":
-        raise ValueError(f"`mean` must be 'arithmetic' or 'geometric', got {mean!r}.")
-    if positions is not None:
-        raise ValueError("`positions` goes with `mean='arithmetic'` alone.")
-    logps = token_logps.masked_fill(~mask, 0).sum(1) / lengths.clamp(min=1)
-    return logps.exp() * (lengths > 0)
 
 
 @dataclass
@@ -204,7 +181,8 @@ class FLATTrainer(SFTTrainer):
 
     `train_dataset` has rows of `question` and `answer`, or of `prompt` and `completion`, to forget,
     and perhaps `template`: an answer to learn instead, or a list to draw from. Logs
-    `flat/template_prob` and `flat/forget_prob`, P_e and P_f, and `flat/loss`.
+    `flat/template_prob` and `flat/forget_prob`, P_e and P_f, `flat/loss`, `nll_per_token` of the
+    answers to forget, and `retain_nll_per_token`.
 
     Args:
         model: A causal language model, or its name.
@@ -283,6 +261,29 @@ class FLATTrainer(SFTTrainer):
         rows = self._prepared(eval_dataset, "eval_dataset")
         return super().evaluate(rows, ignore_keys, metric_key_prefix)
 
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """TRL's predictions, for the rows to forget; rows are prepared like the constructor's."""
+        rows = self._prepared(test_dataset, "test_dataset")
+        return super().predict(rows, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss, and logits and labels of the rows to forget alone."""
+        loss = super().prediction_step(model, inputs, True, ignore_keys)[0]
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, *predicted(self, model, inputs, self.parts)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return epoch_sampler(self, self.train_dataset)
 
@@ -292,8 +293,11 @@ class FLATTrainer(SFTTrainer):
         """Count rows and tokens of each part over the accumulation window of every process."""
         drawn = window(self, epoch_iterator, len(self.parts))
         batches, _ = super().get_batch_samples(drawn, num_batches, device)
-        self._window = count_window(self.accelerator, batches, self.parts, device)
+        self._window = self._count(batches, device)
         return batches, self._window["forget"][0]
+
+    def _count(self, batches: list[dict], device: torch.device) -> dict[str, Tensor]:
+        return count_window(self.accelerator, batches, self.parts, device)
 
     def compute_loss(
         self,
@@ -315,9 +319,7 @@ class FLATTrainer(SFTTrainer):
             for logps, mask in (parts["template"], parts["forget"])
         )
         rows = scored.sum()
-        window = self._window
-        if not training:
-            window = count_window(self.accelerator, [inputs], self.parts, rows.device)
+        window = self._window if training else self._count([inputs], rows.device)
         if training and self.state.global_step < args.template_sft_steps:
             total = nll_loss(*parts["template"]).sum()
         elif args.batch_reduction == "batch_scalar":
@@ -326,7 +328,7 @@ class FLATTrainer(SFTTrainer):
             total = rows * of_means
         else:
             total = flat_loss(template, forget, args.divergence).sum()
-        loss = total / window["forget"][0]
+        loss, terms = total / window["forget"][0], [(total, rows)]
         values = {
             "loss": (total, rows),
             "template_prob": (template.sum(), rows),
@@ -335,7 +337,8 @@ class FLATTrainer(SFTTrainer):
         if "retain" in parts:
             logps, mask = parts["retain"]
             loss = loss - args.retain_weight * logps.sum() / window["retain"][1]
+            terms.append((-args.retain_weight * logps.sum(), mask.sum()))
             values["retain_loss"] = (-logps.sum(), mask.sum())
-        self.guard.add("flat", values)
+        self.guard.add("flat", values, terms, parts)
         loss = over_processes(self.accelerator, loss, training=training)
         return (loss, output) if return_outputs else loss

@@ -6,17 +6,19 @@ Unlearning losses have no bottom that is worth reaching: past some point they on
 import logging
 import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from llmmix.means import Means, Sums
 from llmmix.resuming import ResumedCallback
-from llmmix.trainers import log_metric
 
 logger = logging.getLogger(__name__)
+
+Terms = tuple[Tensor, Tensor]
 
 # A run is ended by a mean over this many steps, or over an epoch that has fewer
 STEPS_AVERAGED = 16
@@ -44,24 +46,33 @@ class UnlearningGuard(ResumedCallback):
     ):
         self.trainer = trainer
         self.min_forget_prob, self.max_retain_loss = min_forget_prob, max_retain_loss
+        self.means = Means(trainer)
         self.step: dict[str, float] = {}
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._recent: deque[dict[str, float]] = deque(maxlen=STEPS_AVERAGED)
 
-    def add(self, prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add(
+        self, prefix: str, values: dict[str, Terms], loss: Sequence[Terms], parts: dict[str, Terms]
+    ) -> None:
         """Log a micro-batch's (sum, count) of each value, summed over the processes.
 
         Every process must add the same names.
+
+        Args:
+            prefix: What is written before the names.
+            values: (sum, count) of each value.
+            loss: (sum, count) of each term of the loss, which an evaluation reports.
+            parts: Token log-probabilities and masks (B, T) of each part, whose NLL is logged.
         """
-        sums = torch.stack(
-            [torch.stack([s.detach().float(), n.float()]) for s, n in values.values()]
-        )
-        sums = self.trainer.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
-        training = self.trainer.model is not None and self.trainer.model.training
-        for name, (total, count) in zip(values, sums, strict=True):
-            mean = total / max(count, 1)
-            log_metric(self.trainer, f"{prefix}/{name}", mean, training=training)
-            if training:
+        sums: dict[str, Sums] = {f"{prefix}/{name}": terms for name, terms in values.items()}
+        for part, name in (("forget", "nll_per_token"), ("retain", "retain_nll_per_token")):
+            if part in parts:
+                token_logps, mask = parts[part]
+                sums[name] = (-token_logps.sum(), mask.sum())
+        found = self.means.add(sums, loss)
+        if self.means.training:
+            for name in values:
+                total, count = found[f"{prefix}/{name}"]
                 self._sums[name][0] += total
                 self._sums[name][1] += count
 

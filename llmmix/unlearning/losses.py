@@ -306,3 +306,33 @@ def _not_negative(name: str, value: float) -> float:
     if not value >= 0:
         raise ValueError(f"`{name}` must not be negative, got {value}.")
     return value
+
+
+def sequence_probs(
+    token_logps: Tensor, mask: Tensor, *, mean: str = "arithmetic", positions: int | None = None
+) -> Tensor:
+    """P(x, y): the mean probability of the tokens of each answer.
+
+    Args:
+        token_logps: (B, T) in nats.
+        mask: (B, T), true where scored.
+        mean: `"arithmetic"`, or `"geometric"`: exp of the mean log-probability.
+        positions: What to divide by instead of the answer's tokens: the length of the padded
+            sequences, as the released code does.
+
+    Returns:
+        (B,) in [0, 1]; 0 for a row without a token.
+
+    Raises:
+        ValueError: `mean` is neither of the two, or `positions` is given with the geometric mean.
+    """
+    lengths, token_logps = mask.sum(1), at_least_fp32(token_logps)
+    if mean == "arithmetic":
+        total = token_logps.exp().masked_fill(~mask, 0).sum(1)
+        return total / (lengths.clamp(min=1) if positions is None else positions)
+    if mean != "geometric":
+        raise ValueError(f"`mean` must be 'arithmetic' or 'geometric', got {mean!r}.")
+    if positions is not None:
+        raise ValueError("`positions` goes with `mean='arithmetic'` alone.")
+    logps = token_logps.masked_fill(~mask, 0).sum(1) / lengths.clamp(min=1)
+    return logps.exp() * (lengths > 0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import Trainer
 
 from llmmix.head import FusedHeadOutput, HeadAtHand, HeadObjective
 
@@ -75,6 +76,20 @@ def count_window(
     if accelerator is not None:
         counts = accelerator.gather(counts.unsqueeze(0)).sum(0)
     return dict(zip(in_order(parts), counts.clamp(min=1), strict=True))
+
+
+def predicted(
+    trainer: Trainer, model: nn.Module, batch: dict[str, Tensor], parts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the rows to forget, or of the templates of a loss that reads no others.
+
+    There is one for each row of a batch, so that processes gather each row once.
+    """
+    part = "forget" if "forget" in parts else parts[0]
+    rows = select(trainer._prepare_inputs(batch), parts, [part])
+    labels = rows.pop("labels")
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        return model(**rows).logits, labels
 
 
 def over_processes(accelerator: Accelerator, share: Tensor, *, training: bool) -> Tensor:

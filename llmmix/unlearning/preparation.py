@@ -167,9 +167,16 @@ def prepare_trainer(
         they are.
 
     Raises:
-        ValueError: Context or sequence parallelism is on, or `ForgetRows` refuses the rows.
+        ValueError: Context or sequence parallelism is on, `ForgetRows` refuses the rows, or
+            `include_for_metrics` asks for the inputs, of which there are several a row.
     """
     check_unsharded(method, trainer.accelerator)
+    if len(parts) > 1 and "inputs" in args.include_for_metrics:
+        raise ValueError(
+            "`include_for_metrics=['inputs']` would gather the templates and the rows to retain "
+            f"too, of which {method} has one for each row to forget. Leave 'inputs' out: labels "
+            "hold the tokens of the answers."
+        )
     tokenizer: Any = trainer.processing_class
     model: Any = trainer.model
     retain = retain_dataset

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
@@ -27,11 +27,11 @@ from llmmix.cards import sign
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
 from llmmix.unlearning.config import UnlearnConfig, check_needs
-from llmmix.unlearning.flat import sequence_probs
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.loss_table import LOSSES
+from llmmix.unlearning.losses import sequence_probs
 from llmmix.unlearning.objective import Objective
-from llmmix.unlearning.parts import count_window, over_processes, with_retained
+from llmmix.unlearning.parts import count_window, over_processes, predicted, with_retained
 from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_trainer
 from llmmix.unlearning.references import Reference
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
@@ -49,7 +49,7 @@ class UnlearnTrainer(SFTTrainer):
     `text`. Logs `unlearn/forget_loss` and `unlearn/retain_loss` without their weights,
     `unlearn/forget_prob` and `unlearn/template_prob` (mean probability of an answer's tokens),
     `unlearn/capped` (share of tokens beyond `ascent_cap`) and `unlearn/multiplier` (of pdu), where
-    the loss has them.
+    the loss has them; `nll_per_token` of the answers to forget and `retain_nll_per_token`.
 
     Args:
         model: A causal language model, or its name.
@@ -118,8 +118,8 @@ class UnlearnTrainer(SFTTrainer):
             skip_tokens=args.skip_tokens if loss.skips_tokens else 0,
         )
         sign(self, f"the unlearning loss {args.loss}", loss.paper)
-        self.objective = self._make_objective()
-        self.reference = self._make_reference(kwargs.get("peft_config"))
+        self.objective = _objective(self)
+        self.reference = _reference(self, kwargs.get("peft_config"))
         self.guard = UnlearningGuard(
             self, min_forget_prob=args.min_forget_prob, max_retain_loss=args.max_retain_loss
         )
@@ -129,42 +129,6 @@ class UnlearnTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
-
-    def _make_objective(self) -> Objective:
-        args, loss = self.args, LOSSES[self.args.loss]
-        cap = args.ascent_cap or math.log(self.model.config.get_text_config().vocab_size)
-        objective = loss.objective(
-            loss,
-            self.model,
-            self.accelerator,
-            self.parts,
-            retain_loss=args.retain_loss or loss.retain_loss,
-            retain_weight=args.retain_weight or 0.0,
-            cap=None if math.isinf(cap) else cap,
-            **{name: getattr(args, name) for name in loss.settings},
-        )
-        if objective.whole and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"`loss={args.loss!r}` needs the logits of the whole vocabulary from a head "
-                "that FSDP or DeepSpeed spread over processes. Use DDP, or a loss of token "
-                "probabilities such as npo, simnpo or wga."
-            )
-        return objective
-
-    def _make_reference(self, peft_config: "PeftConfig | None") -> Reference | None:
-        needed, of_retained = self.objective.loss.reference, "retain" in self.objective.whole
-        if not needed and not of_retained:
-            return None
-        # PiSSA and its like change the weights below the adapter
-        start = getattr(peft_config, "init_lora_weights", True)
-        return Reference(
-            self,
-            self.args.reference,
-            fresh_adapter=peft_config is not None and start in (True, False, "gaussian"),
-            logps_of_training_rows_suffice=needed == "logps"
-            and not of_retained
-            and self.eval_dataset is None,
-        )
 
     def evaluate(
         self,
@@ -184,6 +148,29 @@ class UnlearnTrainer(SFTTrainer):
             )
         rows = self._prepared(eval_dataset, "eval_dataset")
         return super().evaluate(rows, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """TRL's predictions, for the rows to forget; rows are prepared like the constructor's."""
+        rows = self._prepared(test_dataset, "test_dataset")
+        return super().predict(rows, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss, and logits and labels of the rows to forget alone."""
+        loss = super().prediction_step(model, inputs, True, ignore_keys)[0]
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, *predicted(self, model, inputs, self.parts)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return epoch_sampler(self, self.train_dataset)
@@ -206,8 +193,11 @@ class UnlearnTrainer(SFTTrainer):
         """Count rows and tokens of each part over the accumulation window of every process."""
         drawn = window(self, epoch_iterator, len(self.parts))
         batches, _ = super().get_batch_samples(drawn, num_batches, device)
-        self._window = count_window(self.accelerator, batches, self.parts, device)
+        self._window = self._count(batches, device)
         return batches, self._window[self.objective.loss.subject][0]
+
+    def _count(self, batches: list[dict], device: torch.device) -> dict[str, Tensor]:
+        return count_window(self.accelerator, batches, self.parts, device)
 
     def compute_loss(
         self,
@@ -220,24 +210,62 @@ class UnlearnTrainer(SFTTrainer):
         objective, training = self.objective, num_items_in_batch is not None
         inputs = evaluated(self, inputs, len(self.parts))
         device = inputs["labels"].device
-        window = self._window
-        if not training:
-            window = count_window(self.accelerator, [inputs], self.parts, device)
+        window = self._window if training else self._count([inputs], device)
         step = objective.forward(model, inputs, self.reference)
         losses, weights = objective.forget(step)
         forgotten = (losses * weights).sum()
         count = window[objective.loss.subject][1 if objective.loss.token_mean else 0]
         values = {"forget_loss": (forgotten, weights.sum())}
-        loss = (self.args.forget_weight or 0.0) * forgotten / count
+        forgotten = (self.args.forget_weight or 0.0) * forgotten
+        loss, terms = forgotten / count, [(forgotten, weights.sum())]
         if "retain" in self.parts:
             losses, weights = objective.retain(step)
             retained = (losses * weights).sum()
             count = window["retain"][0 if objective.retains_by_row else 1]
             values["retain_loss"] = (retained, weights.sum())
             loss = loss + objective.weigh(retained / count, weights.sum() / count)
+            terms.append((objective.weigh(retained, weights.sum()), weights.sum()))
         for part in objective.loss.reads:
             scored = step.parts[part][1].any(1)
             values[f"{part}_prob"] = (sequence_probs(*step.parts[part]).sum(), scored.sum())
-        self.guard.add("unlearn", values | objective.metrics(step))
+        self.guard.add("unlearn", values | objective.metrics(step), terms, step.parts)
         loss = over_processes(self.accelerator, loss, training=training)
         return (loss, step.output) if return_outputs else loss
+
+
+def _objective(trainer: UnlearnTrainer) -> Objective:
+    args, loss = trainer.args, LOSSES[trainer.args.loss]
+    cap = args.ascent_cap or math.log(trainer.model.config.get_text_config().vocab_size)
+    objective = loss.objective(
+        loss,
+        trainer.model,
+        trainer.accelerator,
+        trainer.parts,
+        retain_loss=args.retain_loss or loss.retain_loss,
+        retain_weight=args.retain_weight or 0.0,
+        cap=None if math.isinf(cap) else cap,
+        **{name: getattr(args, name) for name in loss.settings},
+    )
+    if objective.whole and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            f"`loss={args.loss!r}` needs the logits of the whole vocabulary from a head "
+            "that FSDP or DeepSpeed spread over processes. Use DDP, or a loss of token "
+            "probabilities such as npo, simnpo or wga."
+        )
+    return objective
+
+
+def _reference(trainer: UnlearnTrainer, peft_config: "PeftConfig | None") -> Reference | None:
+    needed, of_retained = trainer.objective.loss.reference, "retain" in trainer.objective.whole
+    if not needed and not of_retained:
+        return None
+    # PiSSA and its like change the weights below the adapter
+    start = getattr(peft_config, "init_lora_weights", True)
+    return Reference(
+        trainer,
+        trainer.args.reference,
+        fresh_adapter=peft_config is not None and start in (True, False, "gaussian"),
+        logps_of_training_rows_suffice=needed == "logps"
+        and not of_retained
+        and trainer.eval_dataset is None,
+    )

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from llmmix.unlearning.config import UnlearnConfig
-from llmmix.unlearning.flat import sequence_probs
 from llmmix.unlearning.loss_table import LOSSES
-from llmmix.unlearning.losses import nll_loss
+from llmmix.unlearning.losses import nll_loss, sequence_probs
 from llmmix.unlearning.objective import Loss
 from tests.unlearning.runs import METHODS, assert_same, finish, logged, naive, weights_of
 

@@ -1,0 +1,134 @@
+"""The output head of a model as a product: its scaling, its weight, and the adapters on it."""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils import is_peft_available
+
+from llmmix.fused.sharding import gathered, whole
+from llmmix.fused.tiles import HeadScaling
+from llmmix.logprobs import HeadStatistics, keeps_probabilities, linear_statistics
+
+logger = logging.getLogger(__name__)
+
+
+def head_scaling(config: PreTrainedConfig) -> HeadScaling:
+    """How the model's own forward scales its logits, from the names configs use for it."""
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if scale is None:
+            scale = getattr(config, name, None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    width = getattr(config, "logits_mup_width_multiplier", None)
+    if scale is None and width is not None:
+        scale = 1 / width
+    softcap = None
+    for name in ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap"):
+        if softcap is None:
+            softcap = getattr(config, name, None)
+    return HeadScaling(logit_scale=1.0 if scale is None else scale, softcap=softcap)
+
+
+class HeadAtHand:
+    """The head of the forward that is under way, as a `HeadObjective` gets it."""
+
+    def __init__(self, head: Any, scaling: HeadScaling, memory_budget: int | None):
+        self._head, self._scaling, self._memory_budget = head, scaling, memory_budget
+        self.device = head.weight.device
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of targets (N,) or (N, K), given hidden states (N, H)."""
+        return self.statistics(hidden, targets).log_probs
+
+    def statistics(
+        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("log_probs",)
+    ) -> HeadStatistics:
+        """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K)."""
+        hidden, weight, bias = _as_product(self._head, hidden)
+        with gathered(weight, bias):
+            if weight.requires_grad and torch.is_grad_enabled():
+                _log_choice(keeps_probabilities(hidden, weight, self._memory_budget))
+            return linear_statistics(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                scaling=self._scaling,
+                outputs=outputs,
+                memory_budget=self._memory_budget,
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) logits as the softmax takes them, in fp32, for what needs the whole vocabulary.
+
+        They are held for the backward. The weights of the head must be whole on every process.
+        """
+        hidden, weight, bias = _as_product(self._head, hidden)
+        scale, softcap, temperature = self._scaling
+        logits = F.linear(hidden, weight, bias).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits / temperature
+
+
+def _as_product(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias whose linear product is what the module `head` computes.
+
+    Raises:
+        ValueError: The head carries a PEFT adapter that is not a plain product.
+    """
+    if is_peft_available():
+        from peft.tuners.lora import Linear as LoraLinear
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if isinstance(head, LoraLinear):
+            return _with_lora(head, hidden)
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError(
+                f"The output head carries a PEFT adapter ({type(head).__name__}) that the fused "
+                "head cannot compute. Remove the head from `target_modules`, or use LoRA there."
+            )
+    # `modules_to_save` and `trainable_token_indices` wrap the head and expose its weight
+    return hidden, whole(head.weight), whole(getattr(head, "bias", None))
+
+
+def _with_lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W h + s B A h is one product: [W, B] times [h, s A h]."""
+    base = head.get_base_layer()
+    if head.disable_adapters or head.merged:
+        return hidden, whole(base.weight), whole(base.bias)
+    if head.lora_variant or any(head.lora_bias.values()):
+        raise ValueError(
+            "The LoRA adapter on the output head uses DoRA, a bias, or another variant, which the "
+            "fused head cannot compute. Use plain LoRA there."
+        )
+    hiddens, weights = [hidden], [base.weight]
+    for name in filter(head.lora_A.__contains__, head.active_adapters):
+        a, b = head.lora_A[name].weight, head.lora_B[name].weight
+        with gathered(a):
+            dropped = head.lora_dropout[name](hidden.to(a.dtype))
+            low_rank = dropped @ whole(a).T * head.scaling[name]
+        hiddens.append(low_rank.to(hidden.dtype))
+        weights.append(b)
+    with gathered(*weights):
+        weight = torch.cat([whole(x).to(base.weight.dtype) for x in weights], -1)
+    return torch.cat(hiddens, -1), weight, whole(base.bias)
+
+
+@functools.cache  # once a process
+def _log_choice(kept: bool) -> None:
+    if kept:
+        logger.info("The trained head keeps its probabilities for the backward.")
+    else:
+        logger.info(
+            "The trained head computes its probabilities again in the backward: they exceed "
+            "`memory_budget`."
+        )
