@@ -238,7 +238,7 @@ def _broken_input(kinds: Sequence[str]) -> str | None:
         if argument in kinds and argument in DATA and path.is_file():
             fault = fault_of_data(path)
         elif argument in kinds and argument in MODELS:
-            fault = fault_of_model(path, deep=True)
+            fault = fault_of_model(path, tokenizer=argument == "model_name_or_path", deep=True)
         if fault:
             return f"`{argument}`: {name} {fault}."
     return None

@@ -18,7 +18,7 @@ from llmmix.inputs import check_inputs
 from llmmix.launching import UsageError
 from llmmix.ranges import check_settings
 from llmmix.scripts import command_of, summary_of
-from llmmix.values import from_yaml, hints_of, text_reader
+from llmmix.values import from_yaml, hints_of, is_plain, text_reader
 from llmmix.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -128,9 +128,14 @@ def _fit_to_adapter(
 
 def _set_readers(parser: argparse.ArgumentParser, hints: dict[str, tuple]) -> dict[str, Callable]:
     """Have each flag read by our words for its type; returns what reads a text of each field."""
-    readers = {}
+    readers: dict[str, Callable] = {}
     for action in parser._actions:
-        if action.dest in hints and action.nargs != 0:
+        if action.dest not in hints or action.nargs == 0:
+            continue
+        if not is_plain(hints[action.dest]):
+            kind: Any = action.type or str
+            readers[action.dest] = kind
+        else:
             choices: Any = action.choices  # checked by the reader, which names them
             readers[action.dest] = text_reader(action.dest, hints[action.dest], choices)
             action.type = readers[action.dest]

@@ -53,7 +53,7 @@ def check_inputs(given: Iterable[Any]) -> None:
         if argument in DATA and path.is_file():
             fault = _fault_of_start(path)
         elif argument in MODELS:
-            fault = fault_of_model(path)
+            fault = fault_of_model(path, tokenizer=argument == "model_name_or_path")
         if fault:
             raise ValueError(f"`{argument}`: {name} {fault}.")
 
@@ -162,24 +162,25 @@ def fault_of_data(path: Path) -> str | None:
     return None
 
 
-def fault_of_model(path: Path, *, deep: bool = False) -> str | None:
+def fault_of_model(path: Path, *, tokenizer: bool = True, deep: bool = False) -> str | None:
     """What a model's file or folder lacks, as the end of a sentence; None for a name of the Hub.
 
     Args:
         path: What the argument names.
+        tokenizer: Whether a folder needs a tokenizer.
         deep: Read the tokenizer too, which takes a while.
     """
     if path.is_file():
         return _fault_of_model_file(path)
     if path.is_dir():
-        return next(_faults_of_folder(path, deep), None)
+        return next(_faults_of_folder(path, tokenizer, deep), None)
     given = str(path)
     if path.is_absolute() or given.count("/") > 1 or given.startswith("."):
         return "is neither a file nor a folder"
     return None
 
 
-def _faults_of_folder(path: Path, deep: bool) -> Iterator[str]:
+def _faults_of_folder(path: Path, tokenizer: bool, deep: bool) -> Iterator[str]:
     described = [path / name for name in ("adapter_config.json", "config.json")]
     described = [file for file in described if file.exists()]
     if not described:
@@ -197,7 +198,8 @@ def _faults_of_folder(path: Path, deep: bool) -> Iterator[str]:
         shards = set(json.loads(file.read_bytes()).get("weight_map", {}).values())
         for name in sorted(name for name in shards if not (path / name).exists()):
             yield f"lacks {name}, which its {file.name} names"
-    if path / "config.json" in described and not any(any(path.glob(name)) for name in TOKENIZER):
+    found = any(any(path.glob(name)) for name in TOKENIZER)
+    if tokenizer and path / "config.json" in described and not found:
         yield "has no tokenizer (tokenizer.json): save the tokenizer into the same folder"
 
 

@@ -87,6 +87,8 @@ def run_script(script: Path, title: str, *, shipped: bool, launcher: int | None 
         error_file = os.environ.pop(ERROR_FILE, None)
         # `mpirun`, or DeepSpeed's launcher for several machines, may stand between the two
         end_with(launcher if error_file else os.getppid())
+    # It raises what it logs, and that is told once
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     try:
         with _imports(script, shipped):
             runpy.run_path(str(script), run_name="__main__")

@@ -61,15 +61,29 @@ def text_reader(name: str, hints: tuple, choices: Collection | None = None) -> C
 
     def read(text: str) -> Any:
         value = _read(name, text, kinds)
-        known = choices is None or value in choices or str(value).lower() in choices
-        if choices is not None and not known:
+        if choices is None:
+            return value
+        meant = {str(choice): choice for choice in choices}
+        if str(value) not in meant and str(value).lower() not in meant:
             near = difflib.get_close_matches(str(value), map(str, choices), n=1)
             shown = ", ".join(map(str, choices)) if len(choices) <= 12 else "those of `--help`"
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ArgumentTypeError(f"must be one of {shown}, got {text!r}{hint or '.'}")
-        return value
+        return meant.get(str(value), value)
 
     return read
+
+
+def is_plain(hints: tuple) -> bool:
+    """Whether `text_reader` knows every type that a field takes; it does not know `Path`."""
+    kinds = [part for kind in hints for part in (typing.get_args(kind) or (kind,))]
+    return all(
+        kind in (str, int, float, bool, dict, Any, type(None))
+        or not isinstance(kind, type)
+        or issubclass(kind, Enum)
+        or dataclasses.is_dataclass(kind)
+        for kind in kinds
+    )
 
 
 def _read(name: str, text: str, kinds: tuple) -> Any:

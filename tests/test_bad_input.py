@@ -69,6 +69,7 @@ def told(folder, monkeypatch, capsys, tmp_path):
         said = capsys.readouterr().err
         lines = [line for line in said.splitlines() if line.startswith("llmmix")]
         assert len(lines) == 1 and said.rstrip().endswith(lines[0]) and "Traceback" not in said
+        assert "Failed to load" not in said  # what datasets logs beside its error
         return lines[0].replace(str(folder), "")
 
     return run

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -16,6 +18,11 @@ from llmmix.yaml_files import parse_yaml, plain_data
 class Kind(Enum):
     NO = "no"
     STEPS = "steps"
+
+
+class Size(Enum):
+    SMALL = 1
+    LARGE = 2
 
 
 @dataclass
@@ -30,6 +37,10 @@ class Arguments:
     rates: list[float] = field(default_factory=list)
     counts: list[int] | None = field(default=None)
     options_kwargs: dict | str | None = field(default=None)
+    size: Size = field(default=1)  # as TRL's parser gives it: the value
+    way: Literal["in", 3] = field(default="in")
+    path: Path = field(default=Path("here"))
+    paths: list[Path] = field(default_factory=list)
     names_or_one: None | str | list[str] = field(default=None)
 
 
@@ -71,6 +82,10 @@ SAME = [  # a line of YAML, the value, and the flags that give it too
     ("switch: 'no'", False, None),
     ("maybe: off", False, None),
     ("kind: no", "no", None),
+    ("size: 2", 2, None),
+    ("way: 3", 3, None),
+    ("path: a/b", Path("a/b"), None),
+    ("paths: [a, 1]", [Path("a"), Path("1")], ["a", "1"]),
     (
         "options_kwargs: {a: 1e-1, b: 2, c: true, d: null, e: text, f: 'no', g: [1, 2.5]}",
         {"a": 0.1, "b": 2, "c": True, "d": None, "e": "text", "f": "no", "g": [1, 2.5]},
