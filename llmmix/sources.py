@@ -83,7 +83,7 @@ def local_files(name: str) -> list[Path]:
     path = os.path.expanduser(name)
     if os.path.isfile(path):
         return [Path(path)]
-    if not glob.has_magic(path):
+    if not glob.has_magic(path) or "\0" in path:
         return []
     here = next(part for part in [*Path(path).parents, Path()] if part.is_dir())
     pattern = os.path.join(glob.escape(str(here)), os.path.relpath(path, here))
@@ -104,8 +104,10 @@ def check_not_local(name: str, argument: str) -> None:
         )
     if glob.has_magic(name):
         raise FileNotFoundError(f"`{argument}`: no file or folder fits {name}. Check the path.")
+    if name in ("json", "csv", "text", "parquet", "arrow"):  # `datasets` would read any file here
+        raise FileNotFoundError(f"`{argument}`: {name} is a format; name a file or a folder.")
     if _is_local(name) or not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"`{argument}`: no file or folder {name}. Check the path.")
+        raise FileNotFoundError(f"`{argument}`: no file or folder {name!r}. Check the path.")
 
 
 def _is_local(name: str) -> bool:
@@ -219,7 +221,7 @@ def load_from_hub(argument: str, **options: Any) -> Any:
     """
     try:
         return datasets.load_dataset(**options)
-    except (FileNotFoundError, ConnectionError) as error:
+    except OSError as error:  # a connection that fails is one
         raise FileNotFoundError(
             f"`{argument}`: no file or folder {options['path']} is here, and the hub does not give "
             f"such a dataset: {_reason(error)}"
