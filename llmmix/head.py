@@ -139,8 +139,8 @@ def attach_head(
     compared = getattr(base.forward, "compared", set[str]())
 
     def compare(model: PreTrainedModel) -> None:
-        compared.add("once")
         check_answers(model, own_forward, functools.partial(_fused_forward, model))
+        compared.add("once")
 
     # `generate` checks its arguments against the signature of the model's own forward
     @functools.wraps(type(base).forward)
@@ -148,9 +148,9 @@ def attach_head(
         """The model's own forward, or with `fused_lm_head=True` a `FusedHeadOutput`."""
         if fused_lm_head:
             if "forward" not in compared:
-                compared.add("forward")
                 if is_spread(self) or "once" not in compared:  # on all processes, or on none
                     compare(self)
+                compared.add("forward")
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
 

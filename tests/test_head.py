@@ -2,6 +2,7 @@ import contextlib
 import copy
 import dataclasses
 import pickle
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_map
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -28,6 +30,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from trl.trainer.utils import add_fused_lm_head
 
@@ -366,3 +370,105 @@ def test_logits_at_hand_are_in_fp32_and_hold_an_adapter_of_the_head(name):
         off = model(**inputs, **options).objective["logits"]
     assert (off - expected).abs().max() > 0.1
     assert model.bfloat16()(**inputs, **options).objective["logits"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["modernbert-decoder", "bert", "roformer"])
+def test_a_model_that_does_more_than_a_product_is_refused_when_attached(kind):
+    config = AutoConfig.for_model(
+        kind, **{**SMALL, "hidden_size": 32}, is_decoder=True, pad_token_id=0, cls_token_id=1
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(ValueError, match=f"nats from those of {type(model).__name__}.*`Trainer`"):
+        attach_head(model)
+    assert not hasattr(model.forward, "own_forward")
+
+
+def test_a_scale_of_the_width_is_known_and_a_padded_vocabulary_refused(caplog):
+    sizes = {**SMALL, "hidden_size": 32, "head_dim": 16}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
+    for padded in (False, True):
+        config = AutoConfig.for_model(
+            "inkling_text", **sizes, unpadded_vocab_size=50 if padded else None
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        nn.init.normal_(model.lm_head.weight, std=3.0)
+        with pytest.raises(ValueError, match="nats from") if padded else contextlib.nullcontext():
+            attach_head(model)
+    assert "not compared" not in caplog.text
+
+
+ROUTED = {
+    "granitemoe": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 8},
+}
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_the_router_loss_is_the_models_own(kind):
+    config = AutoConfig.for_model(
+        kind, **SMALL, num_experts_per_tok=2, output_router_logits=True, **ROUTED[kind]
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = batch()["input_ids"]
+    expected = model(input_ids=ids, labels=ids)
+    attach_head(model)
+    found = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(found.loss, expected.loss)
+    plain = build("llama")
+    attach_head(plain)
+    with pytest.raises(ValueError, match="router loss that LlamaForCausalLM does not have"):
+        plain(**batch(), fused_lm_head=True, output_router_logits=True)
+
+
+def test_comparing_leaves_no_trace():
+    model, seen = build("llama").train(), []
+    model.model.layers[0].eval()
+    model.register_forward_hook(lambda *_: seen.append(1))
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    attach_head(model)
+    assert [m.training for m in model.modules()] == modes and not seen
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_weights_that_come_later_are_compared_at_the_first_forward():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(copy.deepcopy(ARCHITECTURES["llama"][1]))
+    attach_head(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(build("llama").state_dict())
+    model.model.rotary_emb = build("llama").model.rotary_emb
+    model.lm_head.register_forward_pre_hook(lambda _, given: (-given[0],))
+    with pytest.raises(ValueError, match="nats from those of LlamaForCausalLM"):
+        model(**batch(), fused_lm_head=True)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_difference(precision):
+    for name in ARCHITECTURES:
+        attach_head(build(name).to(precision))
+
+
+def test_a_model_that_cannot_run_on_tokens_alone_is_said_not_to_be_compared(caplog):
+    model = build("llama")
+
+    def needs_more(self, input_ids, pixels, **kwargs):
+        return LlamaForCausalLM.forward(self, input_ids, **kwargs)
+
+    model.forward = types.MethodType(needs_more, model)
+    for _ in range(2):
+        attach_head(model)
+    assert caplog.text.count("was not compared with the own logits of LlamaForCausalLM") == 1
+
+
+def test_unknown_outputs_and_encoders_are_refused():
+    with pytest.raises(ValueError, match="`outputs` must be names among .* got 'perplexity'"):
+        attach_head(build("llama"), outputs=("log_probs", "perplexity"))
+    config = T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration, which has an encoder"):
+        attach_head(T5ForConditionalGeneration(config))

@@ -182,3 +182,13 @@ def test_a_domain_without_a_length_has_no_indices():
         next(iter(sampler))
     block = sampler.take(100)
     assert block.rows[block.domains == 0].tolist() == list(range((block.domains == 0).sum()))
+
+
+@pytest.mark.parametrize("size", [100, 1000, 10**6])
+def test_a_fraction_of_the_rows_is_not_one_short(size):
+    """0.29 * 100 is 28.999..., and 1.1 * 100 is 110.000...01."""
+    found = {}
+    for passes in (0.29, 0.57, 0.58, 1.1, 2.3, 0.005):
+        sampler = MixtureSampler({"a": range(size)}, max_epochs=passes, exhausted="stop")
+        found[passes] = sampler.capacity["a"]
+    assert found == {passes: int(round(passes * size, 6)) for passes in found}
