@@ -241,7 +241,8 @@ class DCOTrainer(SFTTrainer):
         attach_heads(self)
         end_unless_finite(self)
         keep_token_count(self)
-        score_what_is_sampled(self)
+        if args.n_samples > 1:  # with 1 no p counts, and the loss is that of TRL's tokens
+            score_what_is_sampled(self)
         self._unbraked: list[float] = []  # shares of examples with F near 1, since the last log
         self._warned_unbraked = False
 
