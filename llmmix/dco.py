@@ -251,7 +251,8 @@ class DCOTrainer(SFTTrainer):
         tell_if_unmoved(self)
         sign(self)
         keep_token_count(self)
-        score_what_is_sampled(self)
+        if args.n_samples > 1:  # with 1 no p counts, and the loss is that of TRL's tokens
+            score_what_is_sampled(self)
         self.means = Means(self)
         self._unbraked = Mean()  # share of this process's examples with F near 1; see `log`
         self._warned_unbraked = False

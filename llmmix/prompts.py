@@ -178,10 +178,10 @@ def encode_completion(
     length = common_prefix_length(start, ids)
     if length < len(start):
         _say_once(
-            "Prompts alone have other tokens at their end than before their answers "
-            f"({tokenizer.decode(start[length:])!r} is one): answers are scored from where they "
-            "part, as in TRL's trainers, and sampled behind the whole prompt. End prompts where a "
-            "token ends, without a blank, or use a chat template that renders both alike."
+            "Some prompts alone have other tokens at their end than before their answers. Answers "
+            "are scored from where the two part, as in TRL's trainers, and sampled behind the "
+            "whole prompt. End prompts where a token ends, without a blank, or use a chat "
+            "template that renders both alike."
         )
     if not isinstance(prompt, str):
         ids = ids[: turn_end(tokenizer, ids, length)]

@@ -20,7 +20,6 @@ from llmmix import (
     SFTMixTrainer,
     attach_head,
 )
-from llmmix.turn_ends import score_what_is_sampled
 
 SETTINGS = {
     "max_steps": 4,
@@ -144,15 +143,14 @@ def test_sftmix_with_a_vanishing_weight_is_sft_on_the_same_pairs(run, math_rows,
 
 
 def test_sftmix_with_dco_of_one_sample_is_sftmix(run):
-    plain = run(SFTMixTrainer, SFTMixConfig, prepare=score_what_is_sampled)
+    plain = run(SFTMixTrainer, SFTMixConfig)
     assert_same(plain, run(SFTMixTrainer, SFTMixConfig, dco_n_samples=1))
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_dco_with_one_sample_is_sequence_cross_entropy(run, lora):
     ours = run(DCOTrainer, DCOConfig, lora=lora, n_samples=1)
-    theirs = {"lora": lora, "prepare": score_what_is_sampled}
-    assert_same(ours, run(SequenceCrossEntropyTrainer, SFTConfig, **theirs))
+    assert_same(ours, run(SequenceCrossEntropyTrainer, SFTConfig, lora=lora))
 
 
 def test_dco_lets_go_of_what_it_can_already_answer(run, math_rows):

@@ -10,7 +10,6 @@ them. llmmix/mixing/domains.py calls it.
     input_ids, labels      as the labels say; without labels, all
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, is_conversational, maybe_convert_to_chatml
 from trl.data_utils import common_prefix_length
 from trl.trainer.utils import global_then_local_main_first
+
+from llmmix.prompts import template_options
 
 logger = get_logger(__name__)
 
@@ -95,7 +96,7 @@ def _tokenize_row(
         ids = row["input_ids"]
         return {"input_ids": ids[cut], "labels": row.get("labels", ids)[cut]}
     row = maybe_convert_to_chatml(dict(row))
-    options = _template_options(row)
+    options = template_options(row)
     # Chat templates add their own end of turn
     end = None if conversational else tokenizer.eos_token
     if "prompt" in row:
@@ -112,12 +113,6 @@ def _tokenize_row(
 
 def _ended(text: Any, end: str | None) -> Any:
     return text if end is None or text.endswith(end) else text + end
-
-
-def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def _encode(

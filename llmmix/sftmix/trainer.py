@@ -176,7 +176,7 @@ class SFTMixTrainer(SFTTrainer):
         tell_if_unmoved(self)
         sign(self)
         keep_token_count(self)
-        if args.dco_n_samples:
+        if args.dco_n_samples > 1:
             score_what_is_sampled(self)
         if args.mixup_weight:
             # The column went through preparation with its rows: dropped rows are gone from it

@@ -112,6 +112,35 @@ def test_program_compares_models_and_writes_everything(checkpoint, tmp_path, cap
     assert "pass@4" in out and "maj@4" in out and "minus that of" in out
 
 
+def test_what_can_be_known_is_refused_before_a_model_is_loaded(checkpoint, tmp_path, monkeypatch):
+    """And the second model's faults before the first is sampled."""
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    monkeypatch.setattr("llmmix.models.Loader.model", None)  # it would fail if it were called
+    given = {"output_dir": str(tmp_path / "out"), **SMALL}
+    for models, wrong, message in (
+        ([checkpoint, str(bare)], {}, "the tokenizer has no chat template"),
+        ([checkpoint], {"n": [8]}, "`n` must lie between 1 and the 4 samples"),
+        ([checkpoint], {"top_p": 0.0}, "`top_p` must lie"),
+        ([checkpoint], {"temperature": [1.0, -1.0]}, "`temperature` must be 0"),
+        ([checkpoint], {"max_new_tokens": 0}, "`max_new_tokens` must be 1 or more"),
+        ([checkpoint], {"max_problems": 0}, "`max_problems` must be 1 or more"),
+        ([checkpoint], {"verifier": "no_such:function"}, "no_such"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(PassAtNArguments(models, **given | wrong))
+
+
+def test_no_result_is_lost_for_the_loss_of_references(checkpoint, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(pass_at_n, "reference_loss", fails)
+    (result,) = main(PassAtNArguments([checkpoint], output_dir=str(tmp_path), **SMALL)).values()
+    assert result["loss"] is None and len(result["n_correct"]) == 3
+    assert "No loss of the reference completions: IndexError: index out" in capsys.readouterr().out
+
+
 def test_temperature_zero_gives_one_answer_a_problem(tied_checkpoint, tmp_path):
     args = {"output_dir": str(tmp_path), **SMALL, "temperature": [0.0]}
     main(PassAtNArguments([tied_checkpoint], **args))

@@ -4,6 +4,7 @@ from transformers import AutoTokenizer
 
 from llmmix.grading import pass_at_n
 from llmmix.grading.evaluation import evaluate
+from llmmix.grading.problems import encode_prompts, problem_ids
 
 
 def test_evaluate_counts_what_the_verifier_says(model, checkpoint, math_rows):
@@ -31,3 +32,40 @@ def test_evaluate_counts_what_the_verifier_says(model, checkpoint, math_rows):
     blank = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", " "]})
     with pytest.raises(ValueError, match=r"Row 1 has no `answer` \(1 such rows\)"):
         evaluate(*loaded, blank, num_samples=4, n=[1])
+
+
+def test_a_rows_tools_and_template_options_reach_the_model(model, checkpoint, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = (
+        "{{ '/no_think ' if enable_thinking is defined and not enable_thinking }}"
+        "{{ 'TOOLS ' if tools }}" + tokenizer.chat_template
+    )
+    asked = {"prompt": [{"role": "user", "content": "q?"}], "answer": "a"}
+    thinking = Dataset.from_list([asked])
+    rows = Dataset.from_list(
+        [asked | {"chat_template_kwargs": {"enable_thinking": False}, "tools": '[{"name": "f"}]'}]
+    )
+    seen = []
+
+    def drawn(model, tokenizer, prompts, *_, **__):
+        seen.extend(prompts)
+        return iter(())
+
+    monkeypatch.setattr("llmmix.sampling.sample", drawn)
+    evaluate(model, tokenizer, rows, num_samples=1, n=[1], verifier="exact", max_new_tokens=2)
+    assert tokenizer.decode(seen[0]).startswith("/no_think TOOLS <|im_start|>user")
+    assert problem_ids(rows) != problem_ids(thinking)  # so that their samples are not mixed
+
+
+def test_prompts_that_cannot_be_sampled_are_refused_before_any_is(model, checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    chat = [{"role": "user", "content": "q?"}]
+    with pytest.raises(ValueError, match=r"Row 1 has no `prompt` \(1 such rows\)"):
+        encode_prompts(tokenizer, Dataset.from_dict({"prompt": ["a", None]}))
+    tokenizer.chat_template = None
+    rows = Dataset.from_list([{"prompt": chat, "answer": "a"}])
+    with pytest.raises(ValueError, match="`prompt` of row 0: The prompt is chat messages, and the"):
+        evaluate(model, tokenizer, rows, num_samples=1, n=[1], verifier="exact")
+    long = Dataset.from_dict({"prompt": ["1" * 600], "answer": ["1"]})
+    with pytest.raises(ValueError, match="None of the 1 prompts leaves room for max_new_tokens=8"):
+        evaluate(model, tokenizer, long, num_samples=1, n=[1], verifier="exact", max_new_tokens=8)

@@ -4,73 +4,19 @@ import logging
 
 import pytest
 from datasets import Dataset
-from tokenizers.processors import TemplateProcessing
 
+from llmmix.prompts import Encoded, encode_answer
 from llmmix.unlearning import qa
 
 
-def test_text_is_parted_from_its_answer_and_closed_once(plain):
-    eos = plain.eos_token_id
-    for prompt, answer, said in (("2+2=", "4", " 4"), ("2+2= ", "4", "4"), ("2+2=", " 4", " 4")):
-        ids, start = qa.encode_answer(plain, prompt, answer)
-        assert ids[:start] == plain(prompt)["input_ids"]
-        assert ids[start:] == [*plain(said)["input_ids"], eos]
-        assert plain.decode(ids[:-1]) == prompt + said
-    ids, start = qa.encode_answer(plain, "2+2=", "4", include_eos=False)
-    assert plain.decode(ids) == "2+2= 4" and eos not in ids
-
-
-def test_messages_are_scored_from_the_answer_to_its_end(plain):
-    eos = plain.eos_token_id
-    prompt = [{"role": "user", "content": "2+2?"}]
-    opened = plain.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    for include_eos in (True, False):
-        ids, start = qa.encode_answer(plain, prompt, "4", include_eos=include_eos)
-        assert ids[:start] == opened["input_ids"]
-        assert ids[start:] == plain("4")["input_ids"] + [eos] * include_eos
-
-
-@pytest.mark.parametrize("after", ["\n", "", "{{ eos_token }}", "\nEnd\n"])
-def test_what_a_template_writes_after_the_end_is_left_out(plain, after):
-    plain.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}"
-        + after
-        + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    ids, start = qa.encode_answer(plain, [{"role": "user", "content": "2+2?"}], "4")
-    eos = plain.eos_token_id
-    said = [token for token in ids[start:] if token != eos]
-    assert plain.decode(said).strip() == "4" and ids[-1] == eos
-
-
-def test_a_tokenizer_that_closes_every_text_closes_the_answer_alone(plain):
-    """As Llama's does with `add_eos_token=True`."""
-    expected = qa.encode_answer(plain, "2+2=", "4")
-    of_text = qa.encode_answer(plain, "", "some text")
-    eos = plain.eos_token
-    plain.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {eos}", special_tokens=[(eos, plain.eos_token_id)]
-    )
-    assert plain("2+2=")["input_ids"][-1] == plain.eos_token_id
-    assert qa.encode_answer(plain, "", "some text") == of_text
-    assert qa.encode_answer(plain, "2+2=", "4") == expected
-
-
-def test_a_first_token_is_never_scored(plain):
-    ids, start = qa.encode_answer(plain, "", "some text")
-    assert start == 1 and len(ids) > 2
-    batch = qa.pad([qa.Encoded(ids, start)])
+def test_a_first_token_is_not_scored(plain):
+    ids, start = encode_answer(plain, "", "some text")
+    batch = qa.pad([Encoded(ids, start)])
     assert batch["labels"][0, 0] == -100 and batch["labels"][0, 1:].tolist() == ids[1:]
 
 
-def test_a_tokenizer_without_an_end_is_taken_as_it_is(plain):
-    plain.eos_token = None
-    ids, start = qa.encode_answer(plain, "2+2= ", "4")
-    assert ids[start:] == plain("4")["input_ids"]
-
-
 def test_padding_is_known_from_lengths():
-    rows = [qa.Encoded([5, 6, 0, 0], 2), qa.Encoded([7, 0], 1)]
+    rows = [Encoded([5, 6, 0, 0], 2), Encoded([7, 0], 1)]
     for pad_id in (0, None, 9):
         batch = qa.pad(rows, pad_id)
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -79,13 +25,13 @@ def test_padding_is_known_from_lengths():
 
 
 def test_text_is_cut_into_rows_without_losing_a_token():
-    whole = qa.Encoded(list(range(10)), 1)
+    whole = Encoded(list(range(10)), 1)
     pieces = qa.cut(whole, 4)
     assert [piece.ids for piece in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert {piece.prompt_length for piece in pieces} == {1}
     assert qa.cut(whole, 10) == [whole]
-    assert [piece.ids for piece in qa.cut(qa.Encoded(list(range(5)), 1), 4)] == [[0, 1, 2, 3]]
-    assert qa.cut(qa.Encoded(list(range(10)), 3), 4) == [qa.Encoded(list(range(10)), 3)]
+    assert [piece.ids for piece in qa.cut(Encoded(list(range(5)), 1), 4)] == [[0, 1, 2, 3]]
+    assert qa.cut(Encoded(list(range(10)), 3), 4) == [Encoded(list(range(10)), 3)]
 
 
 def test_every_format_is_read(plain):

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmmix.head import attach_head
-from llmmix.prompts import Encoded, encode_answer
+from llmmix.prompts import Encoded, encode_answer, options_of
 from llmmix.unlearning.evaluation import scores as answer_scores
 from llmmix.unlearning.evaluation.gradients import gradient_norms
 from llmmix.unlearning.evaluation.membership import log_prob_moments
@@ -17,6 +17,7 @@ from llmmix.unlearning.evaluation.scores import (
     score_answers,
     score_sequences,
 )
+from llmmix.unlearning.rows import ForgetRows
 
 FIELDS = ("labels", "token_logps", "predictions", "means", "variances")
 
@@ -172,3 +173,27 @@ def test_a_row_beyond_the_rope_switch_changes_no_score_of_a_shorter_one(tokenize
         one = Dataset.from_dict({name: values[row : row + 1] for name, values in rows.items()})
         (alone,) = score_answers(model, tokenizer, one)
         assert score.token_logps == pytest.approx(alone.token_logps, abs=1e-5)
+
+
+def test_a_rows_template_options_are_scored(model, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ '/no_think ' if off }}{{ 'TOOLS ' if tools }}" + (
+        tokenizer.chat_template
+    )
+    asked = {"chat_template_kwargs": {"off": True}, "tools": '[{"name": "f"}]'}
+    rows = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4", **asked}]
+    )
+    options = {"off": True, "tools": [{"name": "f"}]}
+    encoded = encode_answer(tokenizer, rows[0]["prompt"], "4", options=options)
+    assert tokenizer.decode(encoded.ids).startswith("/no_think TOOLS ")
+    (expected,) = score_sequences(model, [encoded])
+    (scored,) = score_answers(model, tokenizer, rows)
+    (alternative,) = alternative_nlls(
+        model, tokenizer, rows["prompt"], [["4"]], options=options_of(rows)
+    )
+    trained = ForgetRows(rows, tokenizer, parts=("forget",))
+    assert scored.nll == pytest.approx(expected.nll) and alternative == [
+        pytest.approx(expected.nll)
+    ]
+    assert trained.forget == [encoded]
