@@ -104,6 +104,13 @@ def test_pass_at_n(capsys, width):
     assert "-0.000" not in out
 
 
+def test_the_table_of_the_quickstart_is_one_at_80_columns():
+    head = ["model", "loss", *(f"pass@{n}" for n in (1, 4, 16, 64))]
+    cells = ["1.234", *["0.123\n0.12 to 0.34"] * 4]
+    (part,) = fit(head, [[name, *cells] for name in ("SFT", "SFTMix", "DCO")], 80)
+    assert list(part) == list(range(6)) and part[0] == len("SFTMix")
+
+
 def test_unlearning(capsys, width):
     entries = {
         name: {"value": 0.123 + i / 100, "direction": "lower"}
@@ -158,6 +165,14 @@ def test_studies(capsys, width, tmp_path, monkeypatch):
     for study, figure in ((dco_study, "draw_panels"), (mixing_study, "draw_paths")):
         monkeypatch.setattr(study, figure, lambda *_: "figure")
     monkeypatch.setattr(unlearning_study, "draw_scatter", lambda *_, **__: "figure")
+    metrics = {name: {"value": 0.5 + i / 8} for i, name in enumerate(unlearning_study.SHOWN)}
+    metrics["forget_quality"]["log10_p"] = -0.0001
+    args = unlearning_study.StudyArguments(losses=["npo"], learning_rates=[1e-4], seeds=[0, 1])
+    names = ("original", "retrained", "npo 0.0001")
+    unlearning_study.show(args, {name: [{"metrics": metrics}] * 2 for name in names})
+    cells = ["0.500\n0.50 to 0.50", "0.000\n0.0 to 0.0", "quality, log10 of p", *names]
+    assert_whole(capsys.readouterr().out.partition("Figure")[0], cells, width)
+
     args = dco_study.StudyArguments(str(tmp_path), steps=[80 * i for i in range(1, 10)], seeds=[0])
     measured = {step: dict.fromkeys(args.n, step / 10_000) for step in args.steps}
     dco_study.show(args, {f"N={n} seed=0": measured for n in args.n_samples})

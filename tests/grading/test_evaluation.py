@@ -2,9 +2,10 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from llmmix.grading import pass_at_n
-from llmmix.grading.evaluation import evaluate
+from llmmix.grading import SampleLog, Verifier, pass_at_n
+from llmmix.grading.evaluation import evaluate, judge_again
 from llmmix.grading.problems import encode_prompts, problem_ids
+from llmmix.grading.sample_log import prompt_id
 
 
 def test_evaluate_counts_what_the_verifier_says(model, checkpoint, math_rows):
@@ -69,3 +70,20 @@ def test_prompts_that_cannot_be_sampled_are_refused_before_any_is(model, checkpo
     long = Dataset.from_dict({"prompt": ["1" * 600], "answer": ["1"]})
     with pytest.raises(ValueError, match="None of the 1 prompts leaves room for max_new_tokens=8"):
         evaluate(model, tokenizer, long, num_samples=1, n=[1], verifier="exact", max_new_tokens=8)
+
+
+def test_samples_judged_by_earlier_rules_are_judged_again_and_once(tmp_path, monkeypatch):
+    rows = Dataset.from_dict({"prompt": ["q"], "answer": ["D"]})
+    log = SampleLog(tmp_path, {})
+    old = {"problem": 0, "sample": 0, "prompt_id": prompt_id("q"), "tokens": 9, "finished": True}
+    old |= {"completion": r"\boxed{x^2}. Answer: D", "answer": "D", "verifier": "choice"}
+    log.append([old | {"verdict": "unparsable"}])
+    with Verifier("choice") as verifier:
+        judge_again(log, rows, verifier)
+        (record,) = log.read()
+        assert record["verdict"] == "right" and record["rules"] == verifier.rules
+        monkeypatch.setattr(verifier, "submit", None)  # it would fail if it were asked
+        judge_again(log, rows, verifier)
+        verifier.rules = "of another version"
+        with pytest.raises(TypeError):
+            judge_again(log, rows, verifier)
