@@ -227,6 +227,8 @@ def _features(rows: Dataset, columns: Sequence[str], made: Row) -> Features | No
     if not loose:
         return None
     message = next((f.feature for f in loose if isinstance(f, List)), loose[0])
+    if isinstance(message, dict):
+        message = {**message, "content": Value("string")}  # of text and parts; now text
     types = {c: List(message) if is_messages(v) else Value("string") for c, v in made.items()}
     return Features({**rows.features, **types})
 

@@ -20,6 +20,7 @@ SPEAKERS = {
     "function_call": "assistant",
     "observation": "tool",
 }
+READ_KEYS = ("from", "value", "role", "content")
 ASKING = ("system", "developer", "user", "tool")  # any other role answers
 
 
@@ -73,7 +74,8 @@ def _message(message: Any) -> dict[str, Any]:
         raise UnreadableCell("has a message without a `role`")
     content = message.get("content")
     content = message.get("value") if content is None else content
-    rest = {k: v for k, v in message.items() if k not in ("from", "value", "role", "content")}
+    # A key of other messages is null in this one, and templates ask whether it is there
+    rest = {k: v for k, v in message.items() if v is not None and k not in READ_KEYS}
     return {"role": role, "content": _content(content), **rest}
 
 

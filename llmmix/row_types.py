@@ -44,6 +44,8 @@ def merged(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 def fitted(value: Any, kind: pa.DataType) -> Any:
     """A value as its column takes it: a number as text, or a whole number as a broken one."""
+    if kind == JSON and isinstance(value, str):
+        return json.dumps(value)  # else `datasets` would read the text "4" as the number
     if value is None or kind == JSON:
         return value
     if pa.types.is_struct(kind):
