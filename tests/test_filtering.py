@@ -13,6 +13,7 @@ from llmmix.filtering import (
 )
 from llmmix.grading.verify import Verifier
 from llmmix.solve_rates import SolveRates
+from llmmix.turn_ends import score_what_is_sampled
 
 SETTINGS = {
     "max_steps": 6,
@@ -168,6 +169,7 @@ def test_training_ends_when_nothing_is_kept(make, caplog):
 @pytest.mark.parametrize("reduction", ["sum", "token_mean"])
 def test_weights_of_one_are_cross_entropy_and_of_zero_stand_still(make, reduction):
     plain = make("plain", n_samples=1, reduction=reduction)
+    score_what_is_sampled(plain)  # as it is with a larger N
     weighed = make("weighed", n_samples=64, reduction=reduction)
     attach_weights(weighed, lambda rows: torch.ones(len(rows)))
     (losses, weights), (again, same) = finish(plain), finish(weighed)
