@@ -27,7 +27,7 @@ LAYERS = [
         "flags",
         "fused",
         "launching",
-        "log_lines",
+        "lines",
         "logprobs",
         "processes",
         "resuming",
