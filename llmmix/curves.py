@@ -28,6 +28,11 @@ def last_values(history: History) -> dict[str, float]:
     }
 
 
+def has_curves(histories: dict[str, History]) -> bool:
+    """Whether anything was logged at least twice."""
+    return bool(_panels(histories, {}))
+
+
 @drawing()
 def draw_training(histories: dict[str, History], methods: dict[str, str]) -> bytes:
     """A PNG of all that was logged at least twice.
@@ -102,7 +107,7 @@ def _panels(
             bases.index(title.partition(", ")[0]),
         ),
     )
-    return {title: kept[title] for title in order} or {"loss": {}}
+    return {title: kept[title] for title in order}
 
 
 def _base(metric: str, logged: set[str], with_parts: bool) -> tuple[str, str]:

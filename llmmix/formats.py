@@ -13,6 +13,7 @@ from datasets import (
     Features,
     IterableDataset,
     IterableDatasetDict,
+    Json,
     List,
     Value,
 )
@@ -223,14 +224,17 @@ def _features(rows: Dataset, columns: Sequence[str], made: Row) -> Features | No
 
     None where the messages that are given have one set of keys.
     """
-    loose = [rows.features[c] for c in columns if "Json(" in str(rows.features[c])]
-    if not loose:
+    given = [rows.features[column] for column in columns]
+    if not any("Json(" in str(feature) or _has_more_keys(feature) for feature in given):
         return None
-    message = next((f.feature for f in loose if isinstance(f, List)), loose[0])
-    if isinstance(message, dict):
-        message = {**message, "content": Value("string")}  # of text and parts; now text
-    types = {c: List(message) if is_messages(v) else Value("string") for c, v in made.items()}
+    types = {c: List(Json()) if is_messages(v) else Value("string") for c, v in made.items()}
     return Features({**rows.features, **types})
+
+
+def _has_more_keys(feature: Any) -> bool:
+    """Whether messages have keys that some of them lack: as Json these are absent, not null."""
+    message = feature.feature if isinstance(feature, List) else None
+    return isinstance(message, dict) and not {"role", "content", "from", "value"} >= set(message)
 
 
 GIVEN = "given "

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from llmmix.curves import draw_training, last_values
+from llmmix.curves import draw_training, has_curves, last_values
 from llmmix.facts import note_run, read_facts
 from llmmix.figures import COLOURS, drawing, label, never_fatal, png, pyplot, styles
 from llmmix.files import RECORD, read_json, write_whole
@@ -72,7 +72,7 @@ def write_report(
         wanted["pass_at_n"] = lambda: _pass_at_n_figure(evaluations, kinds)
         if _by_temperature(evaluations):
             wanted["temperature"] = lambda: _temperature_figure(evaluations)
-    if histories:
+    if has_curves(histories):
         wanted["training"] = lambda: draw_training(histories, methods)
     if (folder / RECORD).exists():
         wanted["mixture"] = lambda: draw_mixture(folder)

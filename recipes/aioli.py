@@ -21,7 +21,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from llmmix import mixing
 from llmmix.cli import parse_args
 from llmmix.files import claim
-from llmmix.log_lines import log_lines
+from llmmix.lines import log_lines
 from llmmix.mixing import AioliConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of

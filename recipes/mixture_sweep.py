@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from llmmix.cli import parse_args
 from llmmix.files import claim, read_record
 from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, finished
-from llmmix.log_lines import log_lines
+from llmmix.lines import log_lines
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args

@@ -15,7 +15,7 @@ from llmmix import UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
 from llmmix.data import DataArguments
 from llmmix.files import claim
-from llmmix.log_lines import log_lines
+from llmmix.lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.resuming import checkpoint_to_resume

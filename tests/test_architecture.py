@@ -29,7 +29,7 @@ LAYERS = [
         "fused",
         "inputs",
         "launching",
-        "log_lines",
+        "lines",
         "logprobs",
         "means",
         "processes",

@@ -49,8 +49,9 @@ def test_one_run_and_no_evaluation(tmp_path):
 
 
 def test_a_run_too_short_for_curves_still_reports(tmp_path):
-    make_run(tmp_path / "run", history=HISTORY[:1])
-    assert write_report(tmp_path / "run").exists()
+    make_run(tmp_path / "run", history=HISTORY[:1], evaluation=None)
+    page = write_report(tmp_path / "run").read_text()
+    assert "<img" not in page and "<td>loss</td><td>2</td>" in page
 
 
 def test_one_problem_has_no_interval(tmp_path):

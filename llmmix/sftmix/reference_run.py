@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from llmmix.completeness import complete_checkpoints
 from llmmix.files import checkpoint_id, read_json, write_whole
-from llmmix.log_lines import log_lines
+from llmmix.lines import log_lines
 from llmmix.models import free_memory
 from llmmix.processes import main_process_says
 from llmmix.resuming import newest_checkpoint

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import PrinterCallback, ProgressCallback
 
-from llmmix.log_lines import LogLines, log_line, log_lines
+from llmmix.lines import LogLines, log_line, log_lines
 from recipes import sftmix
 
 LOGS = {
