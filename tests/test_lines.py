@@ -1,10 +1,10 @@
 from types import SimpleNamespace
 
 import pytest
+from llmmix.recipes import sftmix
 from transformers import PrinterCallback, ProgressCallback
 
 from llmmix.lines import LogLines, log_line, log_lines
-from recipes import sftmix
 
 LOGS = {
     "grad_norm": 30.12345,

@@ -6,14 +6,14 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from llmmix.eval.speed import _print_table as print_speed
+from llmmix.recipes import dco_study, mixing_study, unlearning_study
 from rich.cells import cell_len
 
-from eval.speed import _print_table as print_speed
 from llmmix.grading.printing import print_tables
 from llmmix.laws import printing as laws
 from llmmix.terminal import fit, number, print_table
 from llmmix.unlearning.evaluation.printing import print_table as print_unlearning
-from recipes import dco_study, mixing_study, unlearning_study
 
 NAMES = [f"runs/an-organisation/model-{i}-trained-on-everything-there-is" for i in range(6)]
 
