@@ -99,6 +99,8 @@ def _rounding(model: PreTrainedModel, dtype: torch.dtype) -> float:
     device = head.weight.device.type
     if torch.is_autocast_enabled(device):
         kinds.add(torch.get_autocast_dtype(device))
+    if hasattr(model, "_original_forward"):  # accelerate has put its own forward under autocast
+        kinds.add(torch.bfloat16)
     coarsest = max(torch.finfo(kind).eps for kind in kinds)
     # Accelerators may multiply fp32 in TF32, which has ten bits
     return 2 * (coarsest if device == "cpu" else max(coarsest, 2**-10))

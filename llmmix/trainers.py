@@ -232,8 +232,10 @@ def attach_heads(trainer: SFTTrainer | DPOTrainer, *, memory_budget: int | None 
     attach_head(model, outputs=outputs, memory_budget=memory_budget)
     if reference is not None:
         reference = trainer.accelerator.unwrap_model(reference)
-        attach_head(reference, memory_budget=memory_budget)
-        # TRL has prepared it already: attaching replaced the forward under autocast
+        # TRL has prepared it already, and its own forward runs under autocast: so must the head
+        # that is compared with it, and the forward that attaching put in its place
+        with trainer.accelerator.autocast():
+            attach_head(reference, memory_budget=memory_budget)
         reference.forward = trainer.accelerator.autocast()(reference.forward)
 
 
