@@ -164,12 +164,6 @@ class Ids:
 
     pad_token_id, eos_token_id = 0, None
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, text):
-        return self.tokenizer(text)
-
     def decode(self, ids, skip_special_tokens):
         return list(ids)
 
@@ -179,10 +173,10 @@ def test_temperature_zero_is_the_models_own_argmax(tokenizer, family):
     """At temperature 0 each token is the argmax of a plain forward over all before it."""
     model = list(families(tokenizer))[family].eval()
     model.generation_config.eos_token_id = None
-    draws = texts(model, Ids(tokenizer), PROMPTS[:3], 2, max_new_tokens=14, temperature=0)
-    for prompt, (first, second) in zip(PROMPTS, draws, strict=False):
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:3]]
+    draws = texts(model, Ids(), prompts, 2, max_new_tokens=14, temperature=0)
+    for ids, (first, second) in zip(prompts, draws, strict=True):
         assert first == second and len(first) == 14
-        ids = tokenizer(prompt)["input_ids"]
         for count in range(14):
             with torch.no_grad():
                 logits = model(torch.tensor([ids + first[:count]])).logits[0, -1]
