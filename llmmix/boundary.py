@@ -6,7 +6,7 @@ An error is told in one line, with status 2, if the user can cause it and mend i
 - it names a file (`OSError`), or memory ran out;
 - a library that reads what users bring (`LIBRARIES`) refused it: with an error of its own class,
   with an `OSError`, `ValueError` or `ImportError` raised in its code, or in any way while it loads
-  a checkpoint. If an argument names a file or folder that turns out to be broken, that is told;
+  a checkpoint.
 - a script of the user's is no Python.
 
 All else, such as a `TypeError` or a `KeyError`, or a `ValueError` that numpy raises in our code, is
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmmix.inputs import DATA, MODELS, fault_of_data, fault_of_model, named_inputs
+from llmmix.inputs import DATA, MODELS, named_inputs
 
 TRACEBACK = "LLMMIX_TRACEBACK"
 LIBRARIES = {
@@ -113,8 +113,6 @@ def explain(error: BaseException, ours: Sequence[Path]) -> str | None:
     loaded = _loaded(error) or _loaded(cause)
     rows = {package, kind} & READERS or any("datasets" in name.split(".") for name in frames)
     kinds = DATA if rows else MODELS if loaded or TEMPLATE in str(cause) else ()
-    if {package, kind} & LIBRARIES and (fault := _broken_input(kinds)):
-        return fault
     known = package in LIBRARIES and (isinstance(cause, ERRORS) or type(cause) is Exception)
     loading = loaded is not None and not rows and package != "llmmix"
     optional = origin.startswith("transformers.integrations") and isinstance(cause, RuntimeError)
@@ -228,20 +226,6 @@ def _frames(error: BaseException) -> Iterator[str]:
 
 def _is_standard(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
-
-
-def _broken_input(kinds: Sequence[str]) -> str | None:
-    """What an argument among `kinds` names that is broken, seen by reading it to the end."""
-    for argument, name in named_inputs(_given):
-        path = Path(name).expanduser()
-        fault = None
-        if argument in kinds and argument in DATA and path.is_file():
-            fault = fault_of_data(path)
-        elif argument in kinds and argument in MODELS:
-            fault = fault_of_model(path, tokenizer=argument == "model_name_or_path", deep=True)
-        if fault:
-            return f"`{argument}`: {name} {fault}."
-    return None
 
 
 def _loaded(error: BaseException) -> str | None:

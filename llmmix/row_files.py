@@ -143,7 +143,7 @@ def _read(path: Path, where: str) -> Iterator[Placed]:
 
 
 def _opened(path: Path) -> io.TextIOWrapper:
-    stream: Any = open(path, "rb")  # by Python: under some locales Arrow does not find the name
+    stream: Any = path.open("rb")  # by Python: under some locales Arrow does not find the name
     if compression := COMPRESSED.get(path.suffix.lower()):
         stream = pa.CompressedInputStream(stream, compression)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -208,7 +208,7 @@ def _row(value: Any, where: str) -> Row:
         return {"text": value}
     if not isinstance(value, dict):
         raise ValueError(
-            f"{where} is a {type(value).__name__}, no row. Write each row as an object, such as "
+            f"{where} is {json.dumps(value)[:40]}, no row. Write each row as an object, such as "
             '{"prompt": "...", "completion": "..."}.'
         )
     return value

@@ -75,7 +75,11 @@ def told(folder, monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("argv", "said"), flags(), ids=lambda part: " ".join(part)[-60:])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    flags(),
+    ids=lambda part: " ".join(part)[-60:] if isinstance(part, list) else part,
+)
 def test_a_mistake_is_one_line(argv, said, told):
     line = told(argv)
     assert re.search(said, line) and len(line) <= LINE, line

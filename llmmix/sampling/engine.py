@@ -12,8 +12,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.models import configs_of
 from llmmix.precision import evaluating
+from llmmix.prompts import stop_tokens
 from llmmix.sampling.kv_cache import SharedPromptCache, next_logits
-from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions, stop_tokens
+from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
 from llmmix.sampling.token_draws import draw, probabilities, uniforms
 
 ROWS_STARTED_AT_ONCE = 1024

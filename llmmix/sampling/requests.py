@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.models import context_length
 
@@ -113,13 +112,6 @@ def requests_for(
         if samples := [s for s in range(num_samples) if (number, s) not in done]:
             requests.append(PromptRequest(number, row, samples))
     return requests
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a completion."""
-    stop = model.generation_config.eos_token_id
-    stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-    return {*stop, tokenizer.eos_token_id} - {None}
 
 
 def too_long(ids: Sequence[list[int]], model: Any, max_new_tokens: int) -> list[int]:
