@@ -65,7 +65,7 @@ def read_files(
     made_by = [file_digest(Path(__file__).with_name(f"row_{x}.py")) for x in ("files", "types")]
     key = hashlib.sha256(json.dumps([stamps, made_by]).encode()).hexdigest()[:24]
     folder = built_once(f"rows/{key}", lambda out: _write(listed, argument, out))
-    names = json.loads((folder / "splits.json").read_text())
+    names = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
     found = {name: Dataset.from_file(str(folder / f"{i}.arrow")) for i, name in enumerate(names)}
     return DatasetDict(found)
 

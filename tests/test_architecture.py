@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from trl import DPOTrainer, SFTTrainer
 
@@ -112,12 +113,13 @@ PRIVATE = {
     "_get_help_string": argparse.HelpFormatter,
     "_get_train_sampler": Trainer,
     "_metrics": SFTTrainer,
-    "_prepare_inputs": Trainer,
     "_name": SFTTrainer,
+    "_original_forward": Accelerator,
     "_paper": SFTTrainer,
     "_precompute_model_hash": DPOTrainer,
     "_precompute_ref_logps": DPOTrainer,
     "_prepare_dataset": SFTTrainer,
+    "_prepare_inputs": Trainer,
     "_send_telemetry": SFTTrainer,
     "_set_signature_columns_if_needed": Trainer,
     "_signature_columns": Trainer,

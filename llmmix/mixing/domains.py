@@ -144,10 +144,10 @@ def load_domains(
     train: dict[str, Dataset] = {}
     validation: dict[str, Dataset] = {}
     for name, source in sources.items():
-        rows, held_out = _split(load_splits(source, argument=f"domains: {name}"), name, args)
+        rows, held_out = _split(load_splits(source, argument=f"domains`: `{name}"), name, args)
         _check_one_format(rows, name, args.dataset_text_field)
         for part, into in ((rows, train), (held_out, validation)):
-            argument = f"domains: {name}"
+            argument = f"domains`: `{name}"
             into[name] = check_sft_dataset(part, argument, args.dataset_text_field, tokenizer)
     columns = {frozenset((c, str(f)) for c, f in r.features.items()) for r in train.values()}
     if len(columns) > 1:
