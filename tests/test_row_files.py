@@ -72,10 +72,10 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
         ("a.jsonl", json.dumps(ROWS)),
         ("a.json", json.dumps({"version": "1.0", "data": ROWS})),
         ("a.json", json.dumps({"train": ROWS}, indent=1)),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.json.bz2", bz2.compress(json.dumps(ROWS).encode())),
         ("a.jsonl.zst", pa.compress(LINES.encode(), codec="zstd", asbytes=True)),
-        ("a.csv.gz", gzip.compress("question,answer\nWo?,Köln\nWann?,\n".encode())),
+        ("a.csv.gz", gzip.compress("question,answer\nWo?,Köln\nWann?,\n".encode(), mtime=0)),
     ],
 )
 def test_the_shapes_that_rows_come_in(name, content, read):
@@ -145,7 +145,7 @@ def test_contents_of_text_and_of_parts(read):
         ("a.jsonl", b'{"a": "\xff"}\n', "a.jsonl is not UTF-8 text"),
         ("a.jsonl", b"\xff\xfe{\x00", "a.jsonl is not UTF-8 text"),
         ("a.jsonl.gz", b"{}", "a.jsonl.gz cannot be read"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "a.jsonl.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "a.jsonl.gz cannot be read"),
     ],
 )
 def test_what_is_broken_is_named_with_its_line(name, content, told, read, tmp_path):
