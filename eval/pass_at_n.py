@@ -212,7 +212,7 @@ def _runs(args: PassAtNArguments) -> list[_Run]:
 
 def _load_rows(args: PassAtNArguments) -> "Dataset":
     """The rows to evaluate on, with columns `prompt` and `answer`, one in each row."""
-    from llmmix.sources import load_splits, pick_split
+    from llmmix.rows.sources import load_splits, pick_split
 
     splits = load_splits(args.dataset_name, args.dataset_config)
     return read_problems(

@@ -249,7 +249,7 @@ def load_sets(args: UnlearningArguments) -> "dict[str, Dataset]":
 def _plan(args: UnlearningArguments) -> "Plan":
     from accelerate import PartialState
 
-    from llmmix.adapters import named_checkpoint
+    from llmmix.checkpoints.adapters import named_checkpoint
     from llmmix.unlearning.evaluation.checkpoint import Plan
     from llmmix.unlearning.evaluation.probes import Relearning
     from llmmix.unlearning.evaluation.sampled_leaks import LeakOptions

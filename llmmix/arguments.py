@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 
-from llmmix.formats import check_rows_type
 from llmmix.head import causal_lm
 from llmmix.models import trainable_checkpoint
+from llmmix.rows.formats import check_rows_type
 
 Config = TypeVar("Config", bound=TrainingArguments)
 

@@ -17,11 +17,24 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NoReturn
 
-from llmmix.boundary import TRACEBACK
-from llmmix.flags import parse_args as parse_args  # scripts take it from here
-from llmmix.flags import refuse
-from llmmix.launching import UsageError, command_line, is_unread, run_processes, run_script
-from llmmix.scripts import KINDS, find_script, folder_of, is_shipped, scripts_of, summary_of
+from llmmix.command_line.boundary import TRACEBACK
+from llmmix.command_line.flags import parse_args as parse_args  # scripts take it from here
+from llmmix.command_line.flags import refuse
+from llmmix.command_line.launching import (
+    UsageError,
+    command_line,
+    is_unread,
+    run_processes,
+    run_script,
+)
+from llmmix.command_line.scripts import (
+    KINDS,
+    find_script,
+    folder_of,
+    is_shipped,
+    scripts_of,
+    summary_of,
+)
 
 INDENT = " " * 19  # of a summary in `llmmix ls`
 

@@ -1,6 +1,6 @@
 """The rows of a run: what its flags and YAML name, a hold-out, roles; and rows put in batches.
 
-llmmix/sources.py loads a dataset by its name.
+llmmix/rows/sources.py loads a dataset by its name.
 """
 
 import math
@@ -13,9 +13,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from llmmix.joined import load_joined
-from llmmix.sources import load_splits as load_splits
-from llmmix.sources import pick_split, say
+from llmmix.rows.joined import load_joined
+from llmmix.rows.sources import load_splits as load_splits
+from llmmix.rows.sources import pick_split, say
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

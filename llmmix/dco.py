@@ -30,11 +30,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
-from llmmix.cards import sign
-from llmmix.finite import end_unless_finite
-from llmmix.means import Mean, Means
-from llmmix.ranges import check_settings
-from llmmix.resuming import keep_token_count
+from llmmix.checkpoints.cards import sign
+from llmmix.rows.turn_ends import score_what_is_sampled
+from llmmix.rows.turns import turns_found
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
@@ -46,10 +44,12 @@ from llmmix.trainers import (
     length_limit,
     log_dropped,
 )
-from llmmix.turn_ends import score_what_is_sampled
-from llmmix.turns import turns_found
-from llmmix.unmoved import tell_if_unmoved
-from llmmix.windows import evaluated, window
+from llmmix.training.finite import end_unless_finite
+from llmmix.training.means import Mean, Means
+from llmmix.training.ranges import check_settings
+from llmmix.training.resuming import keep_token_count
+from llmmix.training.unmoved import tell_if_unmoved
+from llmmix.training.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -26,11 +26,11 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTTrainer
 
 from llmmix.dco import dco_weight, n_samples_of
-from llmmix.means import log_metric
 from llmmix.precision import evaluating
-from llmmix.resuming import ResumedCallback
+from llmmix.rows.turn_ends import scored_to_the_end
 from llmmix.trainers import training_rows
-from llmmix.turn_ends import scored_to_the_end
+from llmmix.training.means import log_metric
+from llmmix.training.resuming import ResumedCallback
 
 logger = get_logger(__name__)
 

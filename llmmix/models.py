@@ -16,19 +16,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import has_file
 
-from llmmix.adapters import Checkpoint as Checkpoint  # scripts take these from here
-from llmmix.adapters import (
+from llmmix.builtin.tiny import tiny_checkpoint
+from llmmix.checkpoints.adapters import Checkpoint as Checkpoint  # scripts take these from here
+from llmmix.checkpoints.adapters import (
     base_of,
     is_adapter,
     load_model,
     named_errors,
     named_tokenizer,
 )
-from llmmix.adapters import check_checkpoints as check_checkpoints
-from llmmix.adapters import named_checkpoints as named_checkpoints
-from llmmix.builtin.tiny import tiny_checkpoint
-from llmmix.checkpoints import MODEL, check_checkpoint, local_path, made_from
-from llmmix.dequantizing import dequantized
+from llmmix.checkpoints.adapters import check_checkpoints as check_checkpoints
+from llmmix.checkpoints.adapters import named_checkpoints as named_checkpoints
+from llmmix.checkpoints.dequantizing import dequantized
+from llmmix.checkpoints.folders import MODEL, check_checkpoint, local_path, made_from
 from llmmix.files import checkpoint_id
 
 if TYPE_CHECKING:

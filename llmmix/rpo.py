@@ -30,12 +30,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
-from llmmix.cards import sign
-from llmmix.finite import end_unless_finite
-from llmmix.means import Means, log_metric, log_of
+from llmmix.checkpoints.cards import sign
 from llmmix.precision import evaluating
-from llmmix.ranges import check_settings
-from llmmix.resuming import keep_token_count
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
@@ -44,8 +40,12 @@ from llmmix.trainers import (
     keep_outputs_in_fp32,
     log_dropped,
 )
-from llmmix.unmoved import tell_if_unmoved
-from llmmix.windows import evaluated, window
+from llmmix.training.finite import end_unless_finite
+from llmmix.training.means import Means, log_metric, log_of
+from llmmix.training.ranges import check_settings
+from llmmix.training.resuming import keep_token_count
+from llmmix.training.unmoved import tell_if_unmoved
+from llmmix.training.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -35,12 +35,12 @@ from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.problems import encode_prompts
 from llmmix.grading.verify import Verifier, judge
-from llmmix.means import log_metric
 from llmmix.precision import evaluating
-from llmmix.resuming import ResumedCallback
 from llmmix.sampling import sample
 from llmmix.sampling.requests import check_room
 from llmmix.trainers import training_rows
+from llmmix.training.means import log_metric
+from llmmix.training.resuming import ResumedCallback
 
 logger = get_logger(__name__)
 

@@ -18,9 +18,9 @@ from typing import cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llmmix.formats import check_rows_type, check_sft_dataset, read_shape
-from llmmix.messages import check_asked, in_one_form, text_of
-from llmmix.shapes import Cells, Shape
+from llmmix.rows.formats import check_rows_type, check_sft_dataset, read_shape
+from llmmix.rows.messages import check_asked, in_one_form, text_of
+from llmmix.rows.shapes import Cells, Shape
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from llmmix.formats import check_preference_dataset, check_sft_dataset
 from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.processes import warn_once
-from llmmix.turns import WHOLE_CHATS, log_scored, tokenize_turns
+from llmmix.rows.formats import check_preference_dataset, check_sft_dataset
+from llmmix.rows.turns import WHOLE_CHATS, log_scored, tokenize_turns
 
 Rows: TypeAlias = Dataset | IterableDataset
 

@@ -21,13 +21,13 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from llmmix import mixing
 from llmmix.cli import parse_args
 from llmmix.files import claim
-from llmmix.lines import log_lines
 from llmmix.mixing import AioliConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume, stage_to_resume
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import checkpoint_to_resume, stage_to_resume
 
 # Methods that train other models first, and the subfolders of those
 STAGES = {"doremi": ("reference", "proxy"), "doge": ("proxy",)}

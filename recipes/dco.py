@@ -19,11 +19,11 @@ from llmmix.cli import parse_args
 from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
 from llmmix.filtering import LikelihoodFilter, attach_filter, check_share
-from llmmix.lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume
 from llmmix.steps import split_steps
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import checkpoint_to_resume
 
 
 @dataclass

@@ -19,11 +19,11 @@ from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
 from llmmix.filtering import attach_filter, check_share
 from llmmix.grading.verify import Verifier
-from llmmix.lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume
 from llmmix.solve_rates import SolveRates
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import checkpoint_to_resume
 
 
 @dataclass

@@ -12,12 +12,12 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 
 from llmmix.cli import parse_args
 from llmmix.files import claim
-from llmmix.lines import log_lines
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import checkpoint_to_resume
 
 
 def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:

@@ -18,11 +18,11 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from llmmix.cli import parse_args
 from llmmix.files import claim, read_record
 from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, finished
-from llmmix.lines import log_lines
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
-from llmmix.resuming import stage_to_resume
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import stage_to_resume
 
 
 def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: SweepArguments) -> None:

@@ -13,10 +13,10 @@ from llmmix import RPOConfig, RPOTrainer
 from llmmix.cli import parse_args
 from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim
-from llmmix.lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import checkpoint_to_resume
 
 
 def main(script_args: DataArguments, training_args: RPOConfig, model_args: ModelConfig) -> None:

@@ -14,12 +14,12 @@ from llmmix import SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.data import DataArguments, load_train_and_eval
 from llmmix.files import claim, replacing
-from llmmix.lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume
 from llmmix.sftmix.pairing import CONFIDENCE
 from llmmix.sftmix.scoring import ReferenceArguments, add_confidence
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import checkpoint_to_resume
 
 
 def main(

@@ -15,10 +15,10 @@ from llmmix import UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
 from llmmix.data import DataArguments
 from llmmix.files import claim
-from llmmix.lines import log_lines
 from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
-from llmmix.resuming import checkpoint_to_resume
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import checkpoint_to_resume
 from llmmix.unlearning.config import check_needs
 from llmmix.unlearning.preparation import RetainArguments, load_forget_and_retain
 

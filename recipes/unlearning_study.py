@@ -29,10 +29,10 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix import FLATConfig, FLATTrainer, UnlearnConfig, UnlearnTrainer
 from llmmix.cli import parse_args
+from llmmix.command_line.launching import end_with_caller
 from llmmix.data import load_splits
 from llmmix.figures import draw_scatter, never_fatal
 from llmmix.files import claim, read_json, write_whole
-from llmmix.launching import end_with_caller
 from llmmix.models import resolve_checkpoint
 from llmmix.terminal import number, print_table
 from llmmix.unlearning.evaluation.document import evaluate_unlearning

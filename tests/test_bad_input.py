@@ -6,7 +6,7 @@ from itertools import cycle
 import pytest
 
 from llmmix import cli
-from llmmix.boundary import TRACEBACK
+from llmmix.command_line.boundary import TRACEBACK
 from tests import bad_inputs as bad
 
 LINE = 400  # characters that a mistake may take, beside the paths of the tests
@@ -93,7 +93,7 @@ def test_a_mistake_in_a_yaml_file_is_one_line(text, told, tmp_path):
 
 
 def test_the_list_is_long_and_has_every_script():
-    from llmmix.scripts import KINDS, scripts_of
+    from llmmix.command_line.scripts import KINDS, scripts_of
 
     cases = flags()
     assert len(cases) + len(bad.YAML) >= 120

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from llmmix import DCOConfig, DCOTrainer, RPOConfig, RPOTrainer, SFTMixConfig, SFTMixTrainer
-from llmmix.unmoved import UnmovedCallback
+from llmmix.training.unmoved import UnmovedCallback
 
 FAST = {"lr_scheduler_type": "constant", "report_to": [], "save_strategy": "no", "use_cpu": True}
 FAST |= {"bf16": False, "disable_tqdm": True, "logging_steps": 1, "max_grad_norm": 1.0}

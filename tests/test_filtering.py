@@ -12,8 +12,8 @@ from llmmix.filtering import (
     attach_filter,
 )
 from llmmix.grading.verify import Verifier
+from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.solve_rates import SolveRates
-from llmmix.turn_ends import score_what_is_sampled
 
 SETTINGS = {
     "max_steps": 6,

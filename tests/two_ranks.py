@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import load_dataset
 
 from llmmix import DCOConfig
-from llmmix.resuming import checkpoint_to_resume
+from llmmix.training.resuming import checkpoint_to_resume
 from tests import sharded, uneven
 from tests.mixing import two_ranks as mixing
 from tests.unlearning import two_ranks as unlearning

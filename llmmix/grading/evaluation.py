@@ -23,7 +23,7 @@ from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier, judge
 from llmmix.models import context_length
-from llmmix.prompts import check_turn_end, options_of, stop_tokens
+from llmmix.rows.prompts import check_turn_end, options_of, stop_tokens
 from llmmix.sampling.requests import Completion, too_long
 
 

@@ -13,7 +13,7 @@ from llmmix.head import attach_head
 from llmmix.models import context_length
 from llmmix.precision import evaluating
 from llmmix.processes import warn_once
-from llmmix.prompts import Encoded, encode_completion, options_of
+from llmmix.rows.prompts import Encoded, encode_completion, options_of
 
 
 def reference_answers(dataset: Dataset) -> list[str]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from llmmix import sampling
 from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.sample_log import prompt_id
-from llmmix.prompts import options_of
+from llmmix.rows.prompts import options_of
 
 
 def read_problems(

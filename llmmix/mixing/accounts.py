@@ -10,9 +10,9 @@ import numpy as np
 from accelerate.logging import get_logger
 from transformers import Trainer
 
-from llmmix.means import log_metric
 from llmmix.mixing.record import MixtureRecord
 from llmmix.mixing.sampler import MixtureSampler
+from llmmix.training.means import log_metric
 
 logger = get_logger(__name__)
 

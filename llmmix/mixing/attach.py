@@ -14,12 +14,12 @@ from typing import Any
 
 from transformers import Trainer
 
-from llmmix.cards import sign
-from llmmix.finite import end_unless_finite
+from llmmix.checkpoints.cards import sign
 from llmmix.mixing.callback import MixtureCallback
 from llmmix.mixing.sampler import MixtureSampler
-from llmmix.resuming import keep_token_count
-from llmmix.unmoved import tell_if_unmoved
+from llmmix.training.finite import end_unless_finite
+from llmmix.training.resuming import keep_token_count
+from llmmix.training.unmoved import tell_if_unmoved
 
 
 def attach_mixture(
@@ -31,7 +31,7 @@ def attach_mixture(
     domain of each row (`label_domains` makes such a dataset). Without that column, the rows must be
     those of the sampler's domains, one domain after the other. The number of rows that the trainer
     dropped is logged. An epoch is as many draws as there are rows. A run whose loss, gradient or
-    weights are not finite ends (llmmix/finite.py).
+    weights are not finite ends (llmmix/training/finite.py).
 
     Args:
         trainer: A trainer of transformers, TRL or llmmix, before `train()`.

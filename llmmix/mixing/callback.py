@@ -20,7 +20,7 @@ from llmmix.mixing.rows import by_target, locate_rows, mean_scored_tokens
 from llmmix.mixing.sampler import MixtureSampler
 from llmmix.mixing.signals import Signals
 from llmmix.mixing.steering import Steering
-from llmmix.resuming import ResumedCallback
+from llmmix.training.resuming import ResumedCallback
 
 logger = get_logger(__name__)
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from llmmix.data import load_splits
-from llmmix.formats import check_sft_dataset
 from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
 from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
 from llmmix.mixing.tokens import tokenize_rows
-from llmmix.ranges import check_settings
+from llmmix.rows.formats import check_sft_dataset
 from llmmix.trainers import default_to_cpu
+from llmmix.training.ranges import check_settings
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from typing import Any
 
+from llmmix.command_line.values import hints_of, value_of
 from llmmix.mixing.doge import DoGEConfig
 from llmmix.mixing.doremi import DoReMiConfig
 from llmmix.mixing.odm import ODMConfig
 from llmmix.mixing.skillit import SkillItConfig
-from llmmix.values import hints_of, value_of
 
 METHODS = ("aioli", "skillit", "doremi", "doge", "odm", "stratified", "fixed")
 CONFIGS: dict[str, Any] = {

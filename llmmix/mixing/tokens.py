@@ -20,7 +20,7 @@ from trl import SFTConfig, is_conversational, maybe_convert_to_chatml
 from trl.data_utils import common_prefix_length
 from trl.trainer.utils import global_then_local_main_first
 
-from llmmix.prompts import template_options
+from llmmix.rows.prompts import template_options
 
 logger = get_logger(__name__)
 

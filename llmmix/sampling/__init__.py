@@ -1,6 +1,6 @@
 """N completions a prompt, on transformers or vLLM."""
 
-from llmmix.prompts import encode
+from llmmix.rows.prompts import encode
 from llmmix.sampling.completions import sample
 from llmmix.sampling.requests import Completion
 

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.processes import warn_once
-from llmmix.prompts import Prompt, encode
+from llmmix.rows.prompts import Prompt, encode
 from llmmix.sampling.engine import Engine
 from llmmix.sampling.generate_backend import sample_by_generate
 from llmmix.sampling.requests import (

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.models import configs_of
 from llmmix.precision import evaluating
-from llmmix.prompts import stop_tokens
+from llmmix.rows.prompts import stop_tokens
 from llmmix.sampling.kv_cache import SharedPromptCache, next_logits
 from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
 from llmmix.sampling.token_draws import draw, probabilities, uniforms

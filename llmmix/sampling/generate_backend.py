@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from llmmix.precision import evaluating
-from llmmix.prompts import stop_tokens
+from llmmix.rows.prompts import stop_tokens
 from llmmix.sampling.requests import Completion, PromptRequest, SamplingOptions
 from llmmix.sampling.token_draws import draw, probabilities, uniforms
 

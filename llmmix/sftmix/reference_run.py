@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 
-from llmmix.completeness import complete_checkpoints
 from llmmix.files import checkpoint_id, read_json, write_whole
-from llmmix.lines import log_lines
 from llmmix.models import free_memory
 from llmmix.processes import main_process_says
-from llmmix.resuming import newest_checkpoint
 from llmmix.sftmix.pairing import CONFIDENCE
 from llmmix.sftmix.trainer import SFTMixConfig, SFTMixTrainer
+from llmmix.training.completeness import complete_checkpoints
+from llmmix.training.lines import log_lines
+from llmmix.training.resuming import newest_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftConfig

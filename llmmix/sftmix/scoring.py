@@ -21,7 +21,6 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.files import cache_dir, checkpoint_id, replacing
-from llmmix.formats import check_rows_type
 from llmmix.head import attach_head
 from llmmix.models import (
     check_checkpoints,
@@ -34,6 +33,7 @@ from llmmix.models import (
 )
 from llmmix.precision import evaluating
 from llmmix.processes import main_process_says
+from llmmix.rows.formats import check_rows_type
 from llmmix.sftmix.losses import confidence
 from llmmix.sftmix.pairing import CONFIDENCE
 from llmmix.sftmix.reference_run import (

@@ -15,13 +15,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
-from llmmix.cards import sign
+from llmmix.checkpoints.cards import sign
 from llmmix.dco import dco_weight
-from llmmix.finite import end_unless_finite
 from llmmix.head import FusedHeadOutput
-from llmmix.means import Means, Sums
-from llmmix.ranges import check_settings
-from llmmix.resuming import keep_token_count
+from llmmix.rows.turn_ends import score_what_is_sampled
+from llmmix.rows.turns import turns_found
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
     PairSampler,
@@ -42,10 +40,12 @@ from llmmix.trainers import (
     log_dropped,
     training_rows,
 )
-from llmmix.turn_ends import score_what_is_sampled
-from llmmix.turns import turns_found
-from llmmix.unmoved import tell_if_unmoved
-from llmmix.windows import evaluated, window
+from llmmix.training.finite import end_unless_finite
+from llmmix.training.means import Means, Sums
+from llmmix.training.ranges import check_settings
+from llmmix.training.resuming import keep_token_count
+from llmmix.training.unmoved import tell_if_unmoved
+from llmmix.training.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from llmmix.launching import end_with_caller
+from llmmix.command_line.launching import end_with_caller
 from llmmix.models import free_memory
 
 # Imported before a call is measured, so that it is no part of what the call adds in memory

@@ -50,7 +50,7 @@ def sampling_call(
     engine: str,
 ) -> Callable[[], dict]:
     """Completions of problems of all levels, until each stops by itself or is cut."""
-    from llmmix.prompts import encode
+    from llmmix.rows.prompts import encode
     from llmmix.sampling import sample
 
     loaded, tokenizer = _load(model, device)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llmmix.ranges import check_settings
+from llmmix.training.ranges import check_settings
 from llmmix.unlearning.guards import check_limit
 from llmmix.unlearning.loss_table import LOSSES
 from llmmix.unlearning.objective import Loss

@@ -33,8 +33,9 @@ from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.head import FusedHeadOutput
-from llmmix.ranges import check_settings
 from llmmix.trainers import check_own_loss
+from llmmix.training.ranges import check_settings
+from llmmix.training.windows import evaluated, window
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.losses import at_least_fp32, nll_loss, sequence_probs
@@ -54,7 +55,6 @@ from llmmix.unlearning.preparation import (
 )
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
-from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from llmmix.means import Means, Sums
-from llmmix.resuming import ResumedCallback
+from llmmix.training.means import Means, Sums
+from llmmix.training.resuming import ResumedCallback
 
 logger = logging.getLogger(__name__)
 

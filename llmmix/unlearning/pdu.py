@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from llmmix.resuming import ResumedCallback
+from llmmix.training.resuming import ResumedCallback
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.losses import pdu_multiplier
 from llmmix.unlearning.objective import Loss, Objective

@@ -11,17 +11,17 @@ from typing import Any
 from datasets import Dataset
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
-from llmmix.cards import sign
+from llmmix.checkpoints.cards import sign
 from llmmix.data import load_role, load_train_and_eval
-from llmmix.finite import end_unless_finite
 from llmmix.head import attach_head
-from llmmix.ranges import check_settings
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
+from llmmix.training.finite import end_unless_finite
+from llmmix.training.ranges import check_settings
+from llmmix.training.unmoved import tell_if_unmoved
 from llmmix.unlearning.guards import check_limit
 from llmmix.unlearning.qa import read_rows
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates
-from llmmix.unmoved import tell_if_unmoved
 
 
 @dataclass

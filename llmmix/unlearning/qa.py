@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad as pad_tensors
 
-from llmmix.formats import check_rows_type, read_shape
-from llmmix.messages import Prompt, folded, spoken
-from llmmix.prompts import Encoded
-from llmmix.shapes import answer_shapes, asked, shape_of
+from llmmix.rows.formats import check_rows_type, read_shape
+from llmmix.rows.messages import Prompt, folded, spoken
+from llmmix.rows.prompts import Encoded
+from llmmix.rows.shapes import answer_shapes, asked, shape_of
 
 FORMATS = (
     "`question` and `answer`, `prompt` and `completion` (text or lists of messages), `prompt` and "
@@ -95,6 +95,6 @@ def pad(sequences: Sequence[Encoded], pad_id: int | None = None) -> dict[str, Te
 
 
 def overlap(a: Iterable[Prompt], b: Iterable[Prompt]) -> list[Prompt]:
-    """Prompts, or texts, that stand in both, in the order of `a`; see `llmmix.messages.folded`."""
+    """Prompts, or texts, that stand in both as `folded`, in the order of `a`."""
     known = {folded(spoken(prompt)) for prompt in b}
     return [prompt for prompt in a if folded(spoken(prompt)) in known]

@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from llmmix.head import FusedHeadOutput
 from llmmix.precision import evaluating
-from llmmix.prompts import Encoded
+from llmmix.rows.prompts import Encoded
 from llmmix.unlearning.parts import forward_parts, select
 from llmmix.unlearning.qa import pad
 from llmmix.unlearning.rows import ForgetRows

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.processes import warn_once
-from llmmix.prompts import Encoded, Options, Prompt, encode_answer, options_of
+from llmmix.rows.prompts import Encoded, Options, Prompt, encode_answer, options_of
 from llmmix.unlearning import qa
 from llmmix.unlearning.parts import PARTS, in_order
 from llmmix.unlearning.templates import REFUSALS, Templates, check_templates, templates_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from llmmix.messages import Prompt, folded, text_of
+from llmmix.rows.messages import Prompt, folded, text_of
 
 Templates = (
     Sequence[str] | Callable[[dict], list[str]]

@@ -23,9 +23,10 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
-from llmmix.cards import sign
+from llmmix.checkpoints.cards import sign
 from llmmix.head import FusedHeadOutput
 from llmmix.trainers import check_own_loss
+from llmmix.training.windows import evaluated, window
 from llmmix.unlearning.config import UnlearnConfig, check_needs
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.loss_table import LOSSES
@@ -36,7 +37,6 @@ from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_tra
 from llmmix.unlearning.references import Reference
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
-from llmmix.windows import evaluated, window
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

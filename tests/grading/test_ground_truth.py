@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from llmmix.grading.ground_truth import reference_answers, reference_loss
-from llmmix.turn_ends import score_what_is_sampled
+from llmmix.rows.turn_ends import score_what_is_sampled
 
 
 def test_answers_are_text_or_numbers():

@@ -300,7 +300,11 @@ def test_tables_in_odd_places_and_shapes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "a[1] *"
     folder.mkdir()
-    write(folder, *(gzip.compress(text.encode(), mtime=0) for text in (RATIOS, METRICS)), ending=".csv.gz")
+    write(
+        folder,
+        *(gzip.compress(text.encode(), mtime=0) for text in (RATIOS, METRICS)),
+        ending=".csv.gz",
+    )
     check_same(read_runs(*(f"~/a[1] */{name}.csv.gz" for name in ("ratios", "metrics"))))
     as_lists = [
         json.dumps(list(csv.DictReader(io.StringIO(text))), indent=1) for text in (RATIOS, METRICS)

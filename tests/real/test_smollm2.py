@@ -29,7 +29,7 @@ from llmmix import (
 from llmmix.data import load_splits
 from llmmix.files import built_once
 from llmmix.models import resolve_checkpoint
-from llmmix.prompts import encode
+from llmmix.rows.prompts import encode
 from llmmix.sftmix.scoring import add_confidence
 
 pytestmark = pytest.mark.real

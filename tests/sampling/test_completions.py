@@ -14,7 +14,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from llmmix.prompts import encode
+from llmmix.rows.prompts import encode
 from llmmix.sampling import Completion, engine, sample
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 from datasets import Dataset
 
-from llmmix.prompts import Encoded, encode_answer
+from llmmix.rows.prompts import Encoded, encode_answer
 from llmmix.unlearning import qa
 
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from llmmix.models import Checkpoint, Loader
-from llmmix.prompts import encode_answer, options_of
+from llmmix.rows.prompts import encode_answer, options_of
 from llmmix.unlearning.evaluation.document import (
     as_rows,
     check_disjoint,

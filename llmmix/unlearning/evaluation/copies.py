@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from llmmix.models import context_length
-from llmmix.prompts import encode_answer, options_of
+from llmmix.rows.prompts import encode_answer, options_of
 from llmmix.unlearning.qa import pad
 
 GROUP = 64  # weights of one output channel that share a scale under int4

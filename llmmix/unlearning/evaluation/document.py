@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.files import plain, read_json, write_whole
-from llmmix.messages import spoken
+from llmmix.rows.messages import spoken
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import answer_items, ask_original, score_items
 from llmmix.unlearning.evaluation.subject import (

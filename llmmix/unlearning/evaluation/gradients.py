@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.models import context_length
 from llmmix.precision import evaluating
-from llmmix.prompts import encode_answer, template_options
+from llmmix.rows.prompts import encode_answer, template_options
 from llmmix.unlearning.evaluation.scores import deal_out
 
 

@@ -26,7 +26,7 @@ from llmmix.grading.evaluation import evaluate, judge_again
 from llmmix.grading.sample_log import SampleLog
 from llmmix.grading.summary import summarize
 from llmmix.grading.verify import Verifier
-from llmmix.messages import text_of
+from llmmix.rows.messages import text_of
 from llmmix.unlearning.evaluation.texts import Tokenize, rouge, says
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from datasets import Dataset
 
-from llmmix.messages import text_of
-from llmmix.prompts import TEMPLATE_COLUMNS, encode, end_tokens, options_of
+from llmmix.rows.messages import text_of
+from llmmix.rows.prompts import TEMPLATE_COLUMNS, encode, end_tokens, options_of
 from llmmix.unlearning.evaluation.gradients import gradient_norms
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.membership import min_k, min_k_plus_plus, zlib_score

@@ -16,8 +16,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmmix.messages import text_of
-from llmmix.prompts import TEMPLATE_COLUMNS
+from llmmix.rows.messages import text_of
+from llmmix.rows.prompts import TEMPLATE_COLUMNS
 from llmmix.unlearning.evaluation.copies import check_relearning, quantized, relearn
 from llmmix.unlearning.evaluation.items import Item
 from llmmix.unlearning.evaluation.passes import measure_items

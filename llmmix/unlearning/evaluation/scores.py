@@ -23,7 +23,7 @@ from llmmix.models import context_length
 from llmmix.positions import batches_alike
 from llmmix.precision import evaluating
 from llmmix.processes import warn_once
-from llmmix.prompts import Encoded, Options, Prompt, encode_answer, options_of
+from llmmix.rows.prompts import Encoded, Options, Prompt, encode_answer, options_of
 from llmmix.unlearning.qa import cut, pad
 
 logger = logging.getLogger(__name__)

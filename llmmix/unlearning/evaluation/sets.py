@@ -6,8 +6,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from llmmix.data import load_role
-from llmmix.row_files import COMPRESSED
-from llmmix.sources import split_name
+from llmmix.rows.row_files import COMPRESSED
+from llmmix.rows.sources import split_name
 
 
 def load_roles(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmmix.files import cache_dir, read_json, write_whole
 from llmmix.models import Checkpoint, Loader
 from llmmix.processes import main_process_says
-from llmmix.prompts import TEMPLATE_COLUMNS
+from llmmix.rows.prompts import TEMPLATE_COLUMNS
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET
 from llmmix.unlearning.evaluation.texts import Tokenize
 

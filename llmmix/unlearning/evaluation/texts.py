@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmmix.processes import warn_once
-from llmmix.prompts import Options, Prompt, encode, encode_answer
+from llmmix.rows.prompts import Options, Prompt, encode, encode_answer
 from llmmix.sampling import sample
 from llmmix.sampling.requests import too_long
 from llmmix.unlearning.evaluation.scores import TOKEN_BUDGET, deal_out, score_sequences

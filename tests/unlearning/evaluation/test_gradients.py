@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmmix.prompts import encode_answer
+from llmmix.rows.prompts import encode_answer
 from llmmix.unlearning.evaluation.gradients import gradient_norms
 
 

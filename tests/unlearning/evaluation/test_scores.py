@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmmix.head import attach_head
-from llmmix.prompts import Encoded, encode_answer, options_of
+from llmmix.rows.prompts import Encoded, encode_answer, options_of
 from llmmix.unlearning.evaluation import scores as answer_scores
 from llmmix.unlearning.evaluation.gradients import gradient_norms
 from llmmix.unlearning.evaluation.membership import log_prob_moments

@@ -1,0 +1,1 @@
+"""Checkpoints and adapters in folders: where they are, whether they are whole, what they say."""

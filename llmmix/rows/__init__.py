@@ -1,0 +1,1 @@
+"""Rows: found by name, read from files of any shape, and turned into tokens."""
