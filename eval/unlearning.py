@@ -222,7 +222,7 @@ def main(args: UnlearningArguments) -> dict[str, dict[str, Any]]:
     baselines = named_checkpoints(named, argument="retain_model") if named else []
     check_plan(loader, [*runs, *baselines], data, plan)
     for baseline in baselines:
-        retained = evaluate_checkpoint(loader, baseline, data, plan, folder / baseline.name)
+        retained = evaluate_checkpoint(loader, baseline, data, plan, folder / "retain_model")
     for run in runs:
         results[run.name] = evaluate_checkpoint(
             loader, run, data, plan, folder / run.name, retained=retained, probes=probes

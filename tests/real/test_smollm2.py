@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmmix import (
@@ -28,7 +28,7 @@ from llmmix import (
 )
 from llmmix.data import load_splits
 from llmmix.files import built_once
-from llmmix.models import resolve_checkpoint
+from llmmix.models import Loader, named_checkpoints, resolve_checkpoint
 from llmmix.rows.prompts import encode
 from llmmix.sftmix.scoring import add_confidence
 
@@ -184,7 +184,8 @@ def test_three_lora_steps(
     assert trainer_type is FLATTrainer or min(losses) > 0
     trainer.save_model()
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    loader = Loader(torch.device("cpu"), "float32")
+    again = loader.model(*named_checkpoints([str(tmp_path / "out")]))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer("The sky is", return_tensors="pt").to(again.device)
     trained = trainer.model.to(again.device).eval()

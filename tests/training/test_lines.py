@@ -74,7 +74,7 @@ def test_sftmix_says_what_it_is_doing(tmp_path, capsys, checkpoint, monkeypatch)
     monkeypatch.setattr("sys.argv", ["sftmix", *flags.split()])
     run = sftmix.parse_args(
         (
-            sftmix.ScriptArguments,
+            sftmix.DataArguments,
             sftmix.SFTMixConfig,
             sftmix.ModelConfig,
             sftmix.ReferenceArguments,

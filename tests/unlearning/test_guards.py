@@ -29,6 +29,7 @@ def guard_of(other=None, **limits):
     trainer = SimpleNamespace(
         accelerator=FakeAccelerator(other),
         model=SimpleNamespace(training=True),
+        evaluation_loop=None,
         _metrics={"train": {}, "eval": {}},
     )
     for mode in trainer._metrics:
@@ -43,28 +44,28 @@ def step(guard, control, number, steps=8, epochs=2, **means):
             name: (torch.tensor(mean * part * 4 / 5 * count), torch.tensor(count))
             for name, mean in means.items()
         }
-        guard.add("x", values)
+        guard.add("x", values, (), {})
     state = TrainerState(global_step=number, max_steps=steps, num_train_epochs=epochs)
     guard.on_step_end(None, state, control)
 
 
 def test_a_step_is_a_mean_over_its_counts_and_processes():
-    other = torch.tensor([[6.0, 2.0], [0.0, 0.0]])
+    other = torch.tensor([6.0, 2.0, 0.0, 0.0])  # sum and count of each
     guard, trainer = guard_of(other)
     values = {
         "forget_prob": (torch.tensor(1.0), torch.tensor(2.0)),
         "retain_loss": (torch.tensor(0.0), torch.tensor(0)),
     }
-    guard.add("x", values)
+    guard.add("x", values, (), {})
     assert trainer._metrics["train"] == {"x/forget_prob": [7 / 4], "x/retain_loss": [0.0]}
-    guard.add("x", values)
+    guard.add("x", values, (), {})
     trainer.model.training = False
-    guard.add("x", {name: (s + 99, n) for name, (s, n) in values.items()})
+    guard.add("x", {name: (s + 99, n) for name, (s, n) in values.items()}, (), {})
     trainer.model.training = True
     guard.on_step_end(None, TrainerState(max_steps=4, num_train_epochs=1), TrainerControl())
     assert guard.step == {"forget_prob": 14 / 8, "retain_loss": 0.0}  # evaluation is left out
     assert len(trainer._metrics["eval"]["x/forget_prob"]) == 1
-    guard.add("x", values)
+    guard.add("x", values, (), {})
     guard.on_step_end(None, TrainerState(max_steps=4, num_train_epochs=1), TrainerControl())
     assert guard.step["forget_prob"] == 7 / 4  # each step anew
 
