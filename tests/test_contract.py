@@ -163,7 +163,7 @@ SFT_CASES = {
     "tools": {"rows": CHATS.add_column("tools", [TOOLS] * 6)},
     "conversations": {
         "rows": table(
-            conversations=[[{"from": "human", "value": "2"}, {"from": "gpt", "value": "4"}]]
+            conversations=[[{"from": "user", "value": "2"}, {"from": "assistant", "value": "4"}]]
         )
     },
     "tokens": {"rows": TOKENS},

@@ -216,7 +216,7 @@ def test_quickstart_runs_small(checkpoint, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "tiny-1").symlink_to(checkpoint)
-    command = [sys.executable, "-m", "llmmix.cli", "run", "quickstart", "--max_steps", "6"]
+    command = [sys.executable, "-m", "llmmix.cli", "run", "quickstart", "--max_steps", "20"]
     command += ["--train_rows", "16", "--test_rows", "4", "--num_samples", "4", "--batch_size", "4"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "out")],
