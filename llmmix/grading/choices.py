@@ -45,6 +45,8 @@ def chosen(completion: str) -> str | None:
     text = SEVERAL.sub(" ", text.translate(MARKS))
     if named := NAMED.findall(text):
         return "".join(named[-1]).upper()
+    if whole := re.fullmatch(r"\W*([A-Za-z])\W*", text):
+        return whole[1].upper()
     opening = set(OPENING.findall(text.strip()))
     if len(opening) == 1:
         return opening.pop()

@@ -78,6 +78,7 @@ def words(text: str) -> str:
     The point within a number and the sign before one stay: 3.14 is not 314, and -5 is not 5.
     """
     text = unicodedata.normalize("NFKC", plain(text)).casefold()
+    text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)  # .5 is 0.5
     return " ".join(w for w in MARK.sub(_kept, text).split() if w not in ARTICLES)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 Prompt = str | list[dict[str, Any]]  # text, or messages
 
-# ShareGPT's names of who speaks
+# Names of who speaks in ShareGPT's rows and their kin
 SPEAKERS = {
     "human": "user",
-    "gpt": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
     "function_call": "assistant",
     "observation": "tool",
 }
@@ -69,9 +69,10 @@ def _message(message: Any) -> dict[str, Any]:
         raise UnreadableCell(
             f"has a message of type {type(message).__name__}, not role and content"
         )
-    role = message.get("role") or SPEAKERS.get(message.get("from") or "", message.get("from"))
+    role = message.get("role") or message.get("from")
     if not role:
         raise UnreadableCell("has a message without a `role`")
+    role = SPEAKERS.get(role, role)
     content = message.get("content")
     content = message.get("value") if content is None else content
     # A key of other messages is null in this one, and templates ask whether it is there
@@ -132,6 +133,16 @@ def check_answered(response: Prompt) -> None:
             raise UnreadableCell("has no assistant turn")
     if not _says_something(answers):
         raise UnreadableCell("is empty")
+
+
+def check_last_turn(messages: list[dict[str, Any]]) -> None:
+    """Refuse a chat that ends in an empty turn of the assistant.
+
+    Raises:
+        UnreadableCell: It does.
+    """
+    if messages[-1]["role"] not in ASKING and not _says_something(messages[-1:]):
+        raise UnreadableCell("ends in an empty turn of the assistant")
 
 
 def _says_something(said: Sequence[Any]) -> bool:

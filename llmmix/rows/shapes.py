@@ -26,6 +26,7 @@ from llmmix.rows.messages import (
     UnreadableCell,
     check_answered,
     check_asked,
+    check_last_turn,
     in_one_form,
     is_messages,
     messages_of,
@@ -56,7 +57,7 @@ def sft_shapes(text_field: str = "text") -> tuple[Shape, ...]:
     """The shapes of rows to fine-tune on; the first that fits counts."""
     return (
         Shape(("prompt", "completion"), _completion),
-        Shape(("messages",), _chat),
+        Shape(("messages",), _chat, ("system",)),
         Shape(("conversations",), _chat, ("system",), "a chat"),
         Shape((text_field,), _Text(text_field)),
         Shape(("question", "answer"), _answer, ("system",), ASKED),
@@ -91,7 +92,7 @@ def answer_shapes() -> tuple[Shape, ...]:
         Shape(("prompt", "gt"), partial(_last_turn, read=partial(_completion, said="gt"))),
         Shape(("prompt", "answer"), partial(_last_turn, read=partial(_completion, said="answer"))),
         Shape(("instruction", "output"), answer, ("input", "system"), ASKED),
-        Shape(("messages",), chat, (), last),
+        Shape(("messages",), chat, ("system",), last),
         Shape(("conversations",), chat, ("system",), last),
         Shape(("text",), _unasked),
     )
@@ -153,7 +154,7 @@ def _completion(row: Row, has_template: bool, said: str = "completion") -> Row:
 def _chat(row: Row, has_template: bool) -> Row:
     column = "messages" if "messages" in row else "conversations"
     cells = Cells(row)
-    messages = cells.get(column, _as_chat, check_answered)
+    messages = cells.get(column, _as_chat, check_answered, check_last_turn)
     return {"messages": [*_system(cells, messages), *messages]}
 
 
@@ -195,8 +196,10 @@ def _unasked(row: Row, has_template: bool) -> Row:
 def _preference(row: Row, has_template: bool) -> Row:
     cells = Cells(row)
     pair = [cells.get(c, in_one_form, check_answered) for c in ("chosen", "rejected")]
-    if all(map(_is_whole_chat, pair)) and not is_messages(row.get("prompt")):
-        return _two_chats(*pair)
+    if all(map(_is_whole_chat, pair)):
+        before = messages_of(row["prompt"]) if is_messages(row.get("prompt")) else []
+        if all(answer[: len(before)] == before for answer in pair):  # the prompt stands in both
+            return _two_chats(*pair)
     if "prompt" in row:
         prompt = cells.get("prompt", in_one_form, check_asked)
         prompt = _like(pair[0], prompt, "user")

@@ -51,6 +51,8 @@ def test_exact_takes_forms_of_one_character_as_the_same():
         ("−5", "-5", True),
         ("-5.", "5", False),
         ("No. 5", "no 5", True),
+        (".5", "0.5", True),
+        ("1.5", "15", False),
     ],
 )
 def test_normalized(completion, answer, verdict):
@@ -108,6 +110,8 @@ def test_references_that_cannot_be_met_are_no_wrong_answers():
         ("It is not B", "B", None),
         ("the answer is E=mc^2", "E", None),
         ("(A) 1\n(B) 2\n(C) 3\n\nThe answer is (C) 3", "C", True),
+        ("(b)", "B", True),
+        ("a", "A", True),
     ],
 )
 def test_choice(completion, answer, verdict):

@@ -77,6 +77,8 @@ def test_a_cell_that_is_no_text(cell):
         ({"role": "assistant", "content": None}, said("")),
         ({"from": "human", "value": "a"}, said("a", "user")),
         ({"from": "gpt", "value": "a"}, said("a")),
+        ({"from": "chatgpt", "value": "a"}, said("a")),
+        ({"role": "human", "content": "a"}, said("a", "user")),
         ({"from": "system", "value": "a"}, said("a", "system")),
         ({"from": "observation", "value": "a"}, said("a", "tool")),
         ({"role": "user", "content": 7}, said("7", "user")),
@@ -181,6 +183,7 @@ def test_chats_of_any_shape(tokenizer):
             "rejected": {"from": "gpt", "value": "5"},
         },
         {"prompt": "2+2?", "chosen": ASKED, "rejected": chat("2+2?", "5")},
+        {"prompt": ASKED[:1], "chosen": ASKED, "rejected": chat("2+2?", "5")},
         {"chosen": ASKED, "rejected": chat("2+2?", "5")},
         {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": "5"},
         {"question": "2+2?", "chosen": "4", "rejected": "5"},
@@ -377,3 +380,17 @@ def test_a_question_is_trained_in_the_template_of_a_tokenizer_that_was_not_given
     assert row["input_ids"] == whole
     scored = [token for token in row["labels"] if token != -100]
     assert trainer.processing_class.decode(scored).strip() == "4<|im_end|>"
+
+
+def test_a_system_column_stands_before_a_chat(tokenizer):
+    rows = Dataset.from_list([{"messages": ASKED, "system": "Be brief."}])
+    (row,) = check_sft_dataset(rows, "rows", processing_class=tokenizer)
+    assert row["messages"] == [{"role": "system", "content": "Be brief."}, *ASKED]
+
+
+def test_a_chat_that_ends_in_an_empty_turn_is_dropped(tokenizer, caplog):
+    rows = Dataset.from_list(
+        [{"messages": [*ASKED, said("3", "user"), said(None)]}, {"messages": ASKED}]
+    )
+    assert len(check_sft_dataset(rows, "rows", processing_class=tokenizer)) == 1
+    assert "ends in an empty turn of the assistant" in caplog.text
