@@ -16,6 +16,7 @@ It is neither the `rpo_alpha` of older TRL (arXiv 2404.19733, another paper) nor
 Recipe: recipes/rpo.py. Invariants: tests/test_invariants.py.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -210,6 +211,9 @@ class RPOTrainer(DPOTrainer):
         check_types(model, train_dataset, kwargs | {"ref_model": ref_model})
         start = own_model(model, args, processing_class)
         train_dataset = check_preference_datasets(args, start, train_dataset, kwargs)
+        loaded = isinstance(start, PreTrainedModel) and kwargs.get("peft_config") is None
+        if ref_model is None and loaded and not start.config._name_or_path:
+            ref_model = copy.deepcopy(start)  # TRL loads it by its name, and this has none
         super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         self._attach_own_heads()

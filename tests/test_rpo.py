@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from llmmix import RPOConfig, RPOTrainer
@@ -165,3 +165,18 @@ def test_the_reference_has_no_dropout(checkpoint, preference_rows, tmp_path, kin
     assert found == pytest.approx(expected, rel=1e-5)
     # while the policy has it
     assert abs(logged["rewards/chosen"]) > 0.01
+
+
+def test_a_model_without_a_name_is_its_own_reference(checkpoint, preference_rows, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.config._name_or_path = ""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)  # so that no checkpoint holds it
+    trainer = RPOTrainer(
+        model,
+        args=RPOConfig(str(tmp_path), **ONE_STEP),
+        train_dataset=preference_rows,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )
+    assert trainer.ref_model is not trainer.model
+    assert first_step(trainer)["rewards/margins"] == pytest.approx(0, abs=1e-5)
