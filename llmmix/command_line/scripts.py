@@ -37,7 +37,8 @@ def find_script(name: str, package: str) -> Path:
     if name not in paths:
         near = difflib.get_close_matches(name, paths, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(paths)}."
-        raise UsageError(f"no {name!r} in {package}; {hint}")
+        what = "recipe" if package.endswith("recipes") else "evaluation"
+        raise UsageError(f"no {what} {name!r}; {hint}")
     return paths[name]
 
 
