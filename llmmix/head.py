@@ -143,7 +143,7 @@ def attach_head(
         try:
             check_answers(model, own_forward, fused)
         except ValueError:
-            if "forward" not in vars(model) or hasattr(model, "_hf_hook"):
+            if "forward" not in vars(model) or getattr(model, "hf_device_map", None):
                 raise
             # In a deep copy, the forward that TRL has put on the original still runs the original
             check_answers(model, type(model).forward, fused)

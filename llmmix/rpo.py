@@ -212,7 +212,7 @@ class RPOTrainer(DPOTrainer):
         start = own_model(model, args, processing_class)
         train_dataset = check_preference_datasets(args, start, train_dataset, kwargs)
         loaded = isinstance(start, PreTrainedModel) and kwargs.get("peft_config") is None
-        if ref_model is None and loaded and not start.config._name_or_path:
+        if ref_model is None and loaded and not start.config.name_or_path:
             ref_model = copy.deepcopy(start)  # TRL loads it by its name, and this has none
         super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
