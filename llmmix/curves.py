@@ -7,7 +7,7 @@ several evaluation sets, such as `eval_code_loss`, stands in the panel of a sing
 import re
 from typing import Any
 
-from llmmix.figures import drawing, label, legend, plain_log_ticks, png, pyplot, styles
+from llmmix.figures import drawing, grid, label, legend, plain_log_ticks, png, styles
 
 History = list[dict[str, Any]]
 
@@ -41,20 +41,13 @@ def draw_training(histories: dict[str, History], methods: dict[str, str]) -> byt
         histories: What each run logged, by its name.
         methods: The method of each run; runs without one count as of one method.
     """
-    plt = pyplot()
     panels = _panels(histories, methods)
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
+    figure, axes = grid(len(panels), across=3, size=(3.4, 2.6))
     curves = dict.fromkeys(name for panel in panels.values() for name in panel)
     of_one = len(histories) == 1
     names = [*curves] if of_one else [*histories]
     kinds = dict(zip(names, styles(len(names)), strict=True))
-    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
         drawn = [value for _, values in panel.values() for value in values]
         for (run, part), (steps, values) in panel.items():
             style = kinds[(run, part) if of_one else run] | (EVALUATED if part else TRAINED)
@@ -67,9 +60,9 @@ def draw_training(histories: dict[str, History], methods: dict[str, str]) -> byt
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
     if not of_one and any(part for _, part in curves):
-        axes.flat[0].plot([], [], color="black", label="evaluation", **EVALUATED)
+        axes[0].plot([], [], color="black", label="evaluation", **EVALUATED)
     if len(curves) > 1:
-        legend(figure, axes.flat[: len(panels)])
+        legend(figure, axes)
     return png(figure)
 
 

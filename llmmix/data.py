@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
+from torch import Tensor
 from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from llmmix.rows.joined import load_joined
+from llmmix.rows.prompts import Encoded
 from llmmix.rows.sources import load_splits as load_splits
 from llmmix.rows.sources import pick_split, say
 
@@ -231,3 +234,27 @@ def batches_of_tokens(
             batches.append([row])
             longest, wanted = lengths[row], own
     return batches
+
+
+def pad(sequences: Sequence[Encoded], pad_id: int | None = None) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels` (-100 where not scored), padded on the right.
+
+    Which tokens count is known from lengths, never from token ids: a pad token that is the
+    end-of-sequence token too does no harm.
+
+    Args:
+        sequences: A sequence for each row.
+        pad_id: Token id of the padding, which nothing reads; 0 by default.
+    """
+    from trl.trainer.utils import pad as pad_tensors  # takes a second
+
+    ids = [torch.tensor(sequence.ids, dtype=torch.long) for sequence in sequences]
+    labels = [
+        torch.tensor([-100] * start + sequence[start:], dtype=torch.long)
+        for sequence, start in sequences
+    ]
+    return {
+        "input_ids": pad_tensors(ids, padding_value=pad_id or 0),
+        "attention_mask": pad_tensors([torch.ones_like(sequence) for sequence in ids]),
+        "labels": pad_tensors(labels, padding_value=-100),
+    }

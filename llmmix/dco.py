@@ -325,7 +325,8 @@ class DCOTrainer(SFTTrainer):
         """Sum and count of what is said of the weights F (B,) of the rows that are scored."""
         weight, rows = weight.detach(), scored.sum()
         if self.means.training:
-            self._unbraked.add(((weight > 0.99) & scored).sum().item(), rows.item())
+            unbraked = ((weight > 0.99) & scored).sum()
+            self._unbraked.add(*torch.stack([unbraked, rows]).tolist())
         return {
             "dco/weight": ((weight * scored).sum(), rows),
             "dco/braked": (((weight < 0.1) & scored).sum(), rows),

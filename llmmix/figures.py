@@ -4,7 +4,7 @@ Names come from users. `drawing` reads no mathematics in them, `label` makes the
 and `never_fatal` keeps what was computed from ending with a figure that cannot be drawn.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
@@ -125,6 +125,32 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
+def grid(panels: int, across: int, size: tuple[float, float]) -> "tuple[Figure, Sequence[Axes]]":
+    """A figure with so many panels in rows.
+
+    Args:
+        panels: The number of panels.
+        across: The most that stand side by side.
+        size: Width and height of a panel, in inches.
+
+    Returns:
+        The figure and the axes of each panel.
+    """
+    columns = min(across, panels)
+    rows = -(-panels // columns)
+    width, height = size
+    figure, axes = pyplot().subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[panels:]:
+        axis.remove()
+    return figure, list(axes.flat[:panels])
+
+
 @drawing()
 def draw_panels(
     path: str | Path, x: list[float], panels: dict[str, dict[str, "np.ndarray"]], xlabel: str
@@ -140,15 +166,8 @@ def draw_panels(
     Returns:
         The path.
     """
-    plt = pyplot()
-    across = min(4, len(panels))
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(
-        down, across, figsize=(3.2 * across, 3.2 * down), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+    figure, axes = grid(len(panels), across=4, size=(3.2, 3.2))
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         for (name, values), style in zip(curves.items(), styles(len(curves)), strict=True):
             axis.plot(x, values.mean(0), marker="o", markersize=4, label=label(name), **style)
             colour = style["color"]
@@ -158,7 +177,7 @@ def draw_panels(
         axis.set_title(label(title))
         axis.set_xlabel(xlabel)
         axis.set_ylim(bottom=0)
-    legend(figure, axes.flat[: len(panels)])
+    legend(figure, axes)
     write_whole(path, png(figure))
     return Path(path)
 

@@ -1,7 +1,7 @@
 """Checkpoints and their tokenizers: found by name, loaded once, and put to use.
 
-A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`. checkpoints.py tells where it is
-and whether it is whole.
+A model is a hub id, a folder, a `.gguf` file or `builtin:tiny`. llmmix/checkpoints/ tells
+where it is and whether it is whole.
 """
 
 import gc

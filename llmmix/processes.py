@@ -3,6 +3,7 @@
 import logging
 import os
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,12 @@ def warn_once(message: str) -> None:
     """Log a warning on the main process alone."""
     if PartialState().is_main_process:
         logger.warning(message)
+
+
+@cache
+def say_once(message: str) -> None:
+    """`warn_once`, of a message that may come again: a process logs it the first time alone."""
+    warn_once(message)
 
 
 def main_process_says(value: T) -> T:

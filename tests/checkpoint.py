@@ -5,6 +5,16 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+# Frequencies that change for a whole batch once one of its rows passes 24 tokens
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 24,
+}
+
 
 def save_random_checkpoint(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """A random two-layer Llama and its tokenizer."""

@@ -7,8 +7,9 @@ from datasets import Dataset
 from trl import ModelConfig, ScriptArguments
 
 from llmmix import DCOConfig
-from llmmix.data import DataArguments, load_splits, load_train_and_eval
+from llmmix.data import DataArguments, load_splits, load_train_and_eval, pad
 from llmmix.models import prepare_model_args, resolve_checkpoint
+from llmmix.rows.prompts import Encoded
 
 
 def test_files_folders_and_saved_datasets_load(tmp_path):
@@ -77,3 +78,12 @@ def test_rows_to_evaluate_on(tmp_path):
     args.eval_strategy = "no"  # what is held out is not trained on
     train, test = load_train_and_eval(script_args, args)
     assert len(train) == 7 and test is None
+
+
+def test_padding_is_known_from_lengths():
+    rows = [Encoded([5, 6, 0, 0], 2), Encoded([7, 0], 1)]
+    for pad_id in (0, None, 9):
+        batch = pad(rows, pad_id)
+        assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+        assert batch["labels"].tolist() == [[-100, -100, 0, 0], [-100, 0, -100, -100]]
+        assert batch["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, pad_id or 0, pad_id or 0]]

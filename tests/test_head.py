@@ -451,7 +451,9 @@ def test_weights_that_come_later_are_compared_at_the_first_forward():
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_difference(precision):
     for name in ARCHITECTURES:
-        attach_head(build(name).to(precision))
+        model = build(name).to(precision)
+        attach_head(model)
+        assert model.forward.compared == {"once"}
 
 
 def test_a_model_that_cannot_run_on_tokens_alone_is_said_not_to_be_compared(caplog):

@@ -48,7 +48,6 @@ OURS = {
     r"not a valid model identifier|exist on the Hub|40[14] ": "is neither here nor on the Hub",
     r"Can't find 'adapter_config.json'": "is no adapter's folder: it has no adapter_config.json",
     r"ignore_mismatched_sizes": "has weights of other shapes than its config.json says",
-    r"any data files|supported\) data files|task.toml": "holds no file of rows, such as .jsonl",
     r"corresponds to no data": "has no rows",
     TEMPLATE: "has no chat template, which rows of messages need: name another "
     "model, or give rows of text",

@@ -111,12 +111,14 @@ def _fit_to_adapter(
     parser: Any, layers: list[tuple[dict, dict]], argv: list[str], plain: argparse.Namespace
 ) -> argparse.Namespace:
     """The flags' values once what each file says of adapters has won over the rest of that file."""
+    from llmmix.files import is_main_process
+
     for settings, with_adapter in layers:
         parser.set_defaults_with_config(**{**settings, **with_adapter})
     values, _ = parser.parse_known_args(argv)
     for name in sorted({name for _, with_adapter in layers for name in with_adapter}):
         before, after = getattr(plain, name), getattr(values, name)
-        if after != before and os.environ.get("RANK", "0") == "0":
+        if after != before and is_main_process():
             logger.warning(
                 "With an adapter `%s` is %s, in place of %s; a value that you give wins.",
                 name,

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llmmix.data import pad
 from llmmix.head import attach_head
 from llmmix.models import context_length
 from llmmix.precision import evaluating
@@ -109,22 +110,11 @@ def reference_loss(
     Raises:
         ValueError: `encode_references` refuses the rows.
     """
-    from trl.trainer.utils import pad  # takes a second, which only this function needs
-
     examples = encode_references(tokenizer, dataset, context_length(model))
     attach_head(model)
     nll, tokens = 0.0, 0
     for first in range(0, len(examples), batch_size):
-        part = examples[first : first + batch_size]
-        ids = [torch.tensor(example.ids, dtype=torch.long) for example in part]
-        labels = [
-            torch.tensor([-100] * start + whole[start:], dtype=torch.long) for whole, start in part
-        ]
-        batch = {
-            "input_ids": pad(ids, padding_value=0),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
-            "labels": pad(labels, padding_value=-100),
-        }
+        batch = pad(examples[first : first + batch_size])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with evaluating(model), torch.inference_mode():
             output = model(**batch, fused_lm_head=True)

@@ -3,7 +3,7 @@
 `llmmix.rows.shapes` has the shapes. What is left has TRL's columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +69,9 @@ def check_sft_dataset(
     dataset, columns = _columns_of(dataset, argument, formats)
     if {"input_ids", "image", "images"} & columns or _is_transformed(dataset):
         return dataset
-    shape = shape_of(columns, sft_shapes(text_field))
-    if shape is None:
-        steps = "`steps` are split by llmmix.steps.split_steps (`--stepwise true` of dco). "
-        raise ValueError(
-            f"`{argument}` has the columns {sorted(columns)}; accepted are {formats}. "
-            f"{steps if 'steps' in columns else ''}Rename the columns to one of these."
-        )
+    steps = "`steps` are split by llmmix.steps.split_steps (`--stepwise true` of dco). "
+    hint = steps if "steps" in columns else ""
+    shape = known_shape(columns, sft_shapes(text_field), argument, formats, hint)
     return read_shape(dataset, argument, shape, processing_class, (*READ_BY_TRL, text_field))
 
 
@@ -91,13 +87,32 @@ def check_preference_dataset(
     dataset, columns = _columns_of(dataset, argument, PREFERENCE_FORMATS)
     if {"image", "images"} & columns or _is_transformed(dataset):
         return dataset
-    shape = shape_of(columns, preference_shapes())
+    shape = known_shape(columns, preference_shapes(), argument, PREFERENCE_FORMATS)
+    return read_shape(dataset, argument, shape, processing_class, READ_BY_TRL)
+
+
+def known_shape(
+    columns: Collection[str], shapes: Iterable[Shape], argument: str, formats: str, hint: str = ""
+) -> Shape:
+    """The first shape whose columns are all there.
+
+    Args:
+        columns: The columns of rows.
+        shapes: The shapes that are accepted.
+        argument: The name under which the rows were given, for errors.
+        formats: The columns that are accepted, in words.
+        hint: What else an error says.
+
+    Raises:
+        ValueError: The columns are of none of the shapes.
+    """
+    shape = shape_of(columns, shapes)
     if shape is None:
         raise ValueError(
-            f"`{argument}` has the columns {sorted(columns)}; accepted are {PREFERENCE_FORMATS}. "
-            "Rename the columns to these."
+            f"`{argument}` has the columns {sorted(columns)}; accepted are {formats}. {hint}Rename "
+            "the columns to one of these."
         )
-    return read_shape(dataset, argument, shape, processing_class, READ_BY_TRL)
+    return shape
 
 
 def check_rows_type(dataset: Any, argument: str) -> None:

@@ -11,7 +11,7 @@ tokens of prompt and completion leave those of the prompt. What a row asks of th
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from llmmix.processes import warn_once
+from llmmix.processes import say_once
 from llmmix.rows.messages import Prompt as Prompt
 
 Options = Mapping[str, Any]  # of a chat template
@@ -177,7 +177,7 @@ def encode_completion(
         ids = encode(tokenizer, said, generation=False, options=given)
     length = common_prefix_length(start, ids)
     if length < len(start):
-        _say_once(
+        say_once(
             "Some prompts alone have other tokens at their end than before their answers. Answers "
             "are scored from where the two part, as in TRL's trainers, and sampled behind the "
             "whole prompt. End prompts where a token ends, without a blank, or use a chat "
@@ -310,7 +310,7 @@ def check_turn_end(
     if not ids or ids[-1] in stop:
         return
     end = tokenizer.decode(ids[-1:]) if ids[-1] in end_tokens(tokenizer) else None
-    _say_once(
+    say_once(
         (
             "The chat template ends the assistant's turn with no special token"
             if end is None
@@ -319,8 +319,3 @@ def check_turn_end(
         + ": sampling runs on behind it. Set the `eos_token` of the tokenizer, or "
         "`eos_token_id` of the model's generation config."
     )
-
-
-@cache
-def _say_once(message: str) -> None:
-    warn_once(message)

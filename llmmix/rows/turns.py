@@ -10,7 +10,6 @@ This holds where a chat's first messages are written alike whatever follows them
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from trl.data_utils import common_prefix_length
 
 from llmmix.processes import warn_once
 from llmmix.rows.messages import ASKING
+from llmmix.rows.prompts import encode, template_options
 
 
 def assistant_turns(
@@ -48,10 +48,7 @@ def assistant_turns(
     """
 
     def ids_of(first: list[dict], opened: bool = False) -> list[int]:
-        found: Any = tokenizer.apply_chat_template(
-            first, add_generation_prompt=opened, tokenize=True, return_dict=True, **options
-        )
-        return found["input_ids"]
+        return encode(tokenizer, first, generation=opened, options=options)
 
     ids = ids_of(messages)
     said = [False] * len(ids)
@@ -132,17 +129,12 @@ def tokenize_turns(
 def _labelled(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, whole: bool
 ) -> dict[str, list[int]]:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    options = {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+    options = template_options(row)
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     ids, said = assistant_turns(tokenizer, messages, **options)
     start = 0
     if not whole:
-        found: Any = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True, **options
-        )
-        start = common_prefix_length(found["input_ids"], ids)
+        start = common_prefix_length(encode(tokenizer, row["prompt"], options=options), ids)
     labels = [
         token if spoken and place >= start else -100
         for place, (token, spoken) in enumerate(zip(ids, said, strict=True))

@@ -12,13 +12,12 @@ from the same streams.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmmix.processes import warn_once
+from llmmix.processes import say_once
 from llmmix.rows.prompts import Prompt, encode
 from llmmix.sampling.engine import Engine
 from llmmix.sampling.generate_backend import sample_by_generate
@@ -105,7 +104,7 @@ def _sample_in_torch(
                 f"every layer: {why}. Leave `fall_back` on, or sample it with vLLM (`backend` "
                 "'vllm')."
             )
-        _say_once(
+        say_once(
             f"{name} is sampled by its own `generate`, which is slower than llmmix's engine: {why}."
         )
         draws = sample_by_generate(model, tokenizer, prompts, options)
@@ -120,8 +119,3 @@ def _sample_in_torch(
             ) from error
         yield first
         yield from draws
-
-
-@cache
-def _say_once(message: str) -> None:
-    warn_once(message)

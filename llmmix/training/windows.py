@@ -14,7 +14,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, Iter
 from torch import Tensor
 from transformers import Trainer
 
-from llmmix.processes import warn_once
+from llmmix.processes import say_once
 
 
 def window(trainer: Trainer, epoch_iterator: Iterator, parts: int = 1) -> Iterator:
@@ -93,7 +93,10 @@ def new_rows(loader: Any, rows: int) -> int:
     if not loader.end_of_dataloader:
         return rows
     if isinstance(loader.dataset, IterableDatasetShard):
-        _warn_of_stream()
+        say_once(
+            "Rows are streamed: where they do not fill the last batch on every process, it repeats "
+            "some, which count twice."
+        )
         return rows
     shard = loader.batch_sampler
     while not isinstance(shard, BatchSamplerShard):  # a resumed run's skips batches of it
@@ -119,11 +122,3 @@ def _unscored(batch: dict[str, Any], start: int, parts: int) -> dict[str, Any]:
             changed[name] = batch[name].clone()
             changed[name].unflatten(0, (stacked, -1))[:, start:] = nothing
     return {**batch, **changed}
-
-
-@functools.cache  # once a process
-def _warn_of_stream() -> None:
-    warn_once(
-        "Rows are streamed: where they do not fill the last batch on every process, it repeats "
-        "some, which count twice."
-    )

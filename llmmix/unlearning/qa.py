@@ -1,28 +1,19 @@
-"""Questions and answers as token sequences whose answer is scored, to train on or to evaluate.
+"""Questions and answers whose answer is scored, to train on or to evaluate: read, cut, compared."""
 
-A sequence is the prompt's tokens and the answer's, the end-of-sequence token among the latter.
-Which tokens count is known from lengths, never from token ids: a pad token that is the
-end-of-sequence token too does no harm.
-"""
+from collections.abc import Iterable
 
-from collections.abc import Iterable, Sequence
-
-import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import pad as pad_tensors
 
-from llmmix.rows.formats import check_rows_type, read_shape
+from llmmix.rows.formats import check_rows_type, known_shape, read_shape
 from llmmix.rows.messages import Prompt, folded, spoken
 from llmmix.rows.prompts import Encoded
-from llmmix.rows.shapes import answer_shapes, asked, shape_of
+from llmmix.rows.shapes import answer_shapes, asked
 
 FORMATS = (
     "`question` and `answer`, `prompt` and `completion` (text or lists of messages), `prompt` and "
     "`answer` or `gt`, `instruction` and `output`, `messages`, `conversations`, or `text`"
 )
-
 
 # Once read they are gone, so that rows read twice are the same
 READ = ("completion", "gt", "messages", "conversations", "text")
@@ -52,12 +43,7 @@ def read_rows(
     if not isinstance(dataset, Dataset) or not len(dataset):
         given = "no rows" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise ValueError(f"`{argument}` must be a map-style `Dataset` of {FORMATS}, got {given}.")
-    shape = shape_of(dataset.column_names, answer_shapes())
-    if shape is None:
-        raise ValueError(
-            f"`{argument}` has the columns {sorted(dataset.column_names)}; accepted are {FORMATS}. "
-            "Rename the columns to these."
-        )
+    shape = known_shape(dataset.column_names, answer_shapes(), argument, FORMATS)
     return read_shape(dataset, argument, shape, tokenizer, READ)
 
 
@@ -73,25 +59,6 @@ def cut(encoded: Encoded, max_length: int) -> list[Encoded]:
     starts = range(0, len(encoded.ids), max_length)
     pieces = [Encoded(encoded.ids[start : start + max_length], 1) for start in starts]
     return [piece for piece in pieces if len(piece.ids) > 1]
-
-
-def pad(sequences: Sequence[Encoded], pad_id: int | None = None) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels` (-100 where not scored), padded on the right.
-
-    Args:
-        sequences: A sequence for each row.
-        pad_id: Token id of the padding, which nothing reads; 0 by default.
-    """
-    ids = [torch.tensor(sequence.ids, dtype=torch.long) for sequence in sequences]
-    labels = [
-        torch.tensor([-100] * start + sequence[start:], dtype=torch.long)
-        for sequence, start in sequences
-    ]
-    return {
-        "input_ids": pad_tensors(ids, padding_value=pad_id or 0),
-        "attention_mask": pad_tensors([torch.ones_like(sequence) for sequence in ids]),
-        "labels": pad_tensors(labels, padding_value=-100),
-    }
 
 
 def overlap(a: Iterable[Prompt], b: Iterable[Prompt]) -> list[Prompt]:

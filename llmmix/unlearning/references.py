@@ -10,11 +10,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl import SFTTrainer
 
+from llmmix.data import pad
 from llmmix.head import FusedHeadOutput
 from llmmix.precision import evaluating
 from llmmix.rows.prompts import Encoded
 from llmmix.unlearning.parts import forward_parts, select
-from llmmix.unlearning.qa import pad
 from llmmix.unlearning.rows import ForgetRows
 
 KINDS = ("auto", "adapter", "precomputed", "copy")

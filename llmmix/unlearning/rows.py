@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
+from llmmix.data import pad
 from llmmix.processes import warn_once
 from llmmix.rows.prompts import Encoded, Options, Prompt, encode_answer, options_of
 from llmmix.unlearning import qa
@@ -141,7 +142,7 @@ class ForgetRows(torch.utils.data.Dataset):
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         """One padded batch of all parts, [template; forget; retain], of equally many rows each."""
         sequences = [item[part] for part in in_order(self.parts) for item in items]
-        batch = qa.pad(sequences, self.tokenizer.pad_token_id)
+        batch = pad(sequences, self.tokenizer.pad_token_id)
         batch["row"] = torch.tensor([item["row"] for item in items])
         batch["template_number"] = torch.tensor([item.get("template_number", 0) for item in items])
         return batch

@@ -18,6 +18,7 @@ from llmmix.sampling import completions, sample
 from llmmix.sampling.completions import sample_by_generate
 from llmmix.sampling.requests import SamplingOptions, requests_for
 from llmmix.sampling.servability import assigned, why_not
+from tests.checkpoint import LONG_ROPE
 
 PROMPTS = ["What is 2+3?", "7", "What is 12+34? Say it."]
 SIZES = {
@@ -118,7 +119,7 @@ def test_a_model_that_the_engine_cannot_decode_is_sampled_by_generate(tokenizer,
     with pytest.raises(ValueError, match=f"cannot be decoded by llmmix's engine.*{why}"):
         list(sample(model, tokenizer, PROMPTS, 1, max_new_tokens=8, fall_back=False))
     said = []
-    monkeypatch.setattr(completions, "_say_once", said.append)
+    monkeypatch.setattr(completions, "say_once", said.append)
     draws = by_key(sample(model, tokenizer, PROMPTS, 2, max_new_tokens=8, temperature=0))
     assert len(said) == 1 and "is slower than llmmix's engine" in said[0] and why in said[0]
     for number, prompt in enumerate(PROMPTS):
@@ -152,17 +153,13 @@ def test_what_nothing_can_decode_says_so(model, tokenizer, monkeypatch):
 def long_rope(tokenizer, model_class=Phi3ForCausalLM, config_class=Phi3Config):
     """A model that changes its frequencies behind 24 tokens."""
     torch.manual_seed(0)
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [8.0] * 4,
-        "factor": 8.0,
-        "original_max_position_embeddings": 24,
-    }
     extra = {"original_max_position_embeddings": 24} if config_class is Phi3Config else {}
     config = config_class(
-        vocab_size=len(tokenizer), bos_token_id=None, rope_parameters=rope, **SIZES, **extra
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        rope_parameters=dict(LONG_ROPE),
+        **SIZES,
+        **extra,
     )
     model = model_class(config).eval()
     model.generation_config.eos_token_id = None

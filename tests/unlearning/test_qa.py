@@ -1,27 +1,19 @@
-"""Questions and answers: how they are read, encoded, cut and padded."""
+"""Questions and answers: how they are read, encoded and cut."""
 
 import logging
 
 import pytest
 from datasets import Dataset
 
+from llmmix.data import pad
 from llmmix.rows.prompts import Encoded, encode_answer
 from llmmix.unlearning import qa
 
 
 def test_a_first_token_is_not_scored(plain):
     ids, start = encode_answer(plain, "", "some text")
-    batch = qa.pad([Encoded(ids, start)])
+    batch = pad([Encoded(ids, start)])
     assert batch["labels"][0, 0] == -100 and batch["labels"][0, 1:].tolist() == ids[1:]
-
-
-def test_padding_is_known_from_lengths():
-    rows = [Encoded([5, 6, 0, 0], 2), Encoded([7, 0], 1)]
-    for pad_id in (0, None, 9):
-        batch = qa.pad(rows, pad_id)
-        assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-        assert batch["labels"].tolist() == [[-100, -100, 0, 0], [-100, 0, -100, -100]]
-        assert batch["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, pad_id or 0, pad_id or 0]]
 
 
 def test_text_is_cut_into_rows_without_losing_a_token():

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from llmmix.data import pad
 from llmmix.models import context_length
 from llmmix.rows.prompts import encode_answer, options_of
-from llmmix.unlearning.qa import pad
 
 GROUP = 64  # weights of one output channel that share a scale under int4
 

@@ -19,12 +19,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmmix.data import pad
 from llmmix.models import context_length
 from llmmix.positions import batches_alike
 from llmmix.precision import evaluating
 from llmmix.processes import warn_once
 from llmmix.rows.prompts import Encoded, Options, Prompt, encode_answer, options_of
-from llmmix.unlearning.qa import cut, pad
+from llmmix.unlearning.qa import cut
 
 logger = logging.getLogger(__name__)
 

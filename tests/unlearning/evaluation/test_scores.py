@@ -18,6 +18,7 @@ from llmmix.unlearning.evaluation.scores import (
     score_sequences,
 )
 from llmmix.unlearning.rows import ForgetRows
+from tests.checkpoint import LONG_ROPE
 
 FIELDS = ("labels", "token_logps", "predictions", "means", "variances")
 
@@ -148,14 +149,6 @@ def test_half_precision_is_normalised_in_fp32(checkpoint, tokenizer, rows):
 
 def test_a_row_beyond_the_rope_switch_changes_no_score_of_a_shorter_one(tokenizer):
     torch.manual_seed(0)
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [8.0] * 4,
-        "factor": 8.0,
-        "original_max_position_embeddings": 24,
-    }
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -163,7 +156,7 @@ def test_a_row_beyond_the_rope_switch_changes_no_score_of_a_shorter_one(tokenize
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
-            rope_parameters=rope,
+            rope_parameters=dict(LONG_ROPE),
             initializer_range=0.3,
         )
     )
