@@ -17,11 +17,11 @@ from typing import Any
 from transformers import Trainer
 
 from llmmix.curves import draw_training, has_curves, last_values
+from llmmix.facts import note_run, read_facts
 from llmmix.figures import COLOURS, drawing, label, never_fatal, png, pyplot, styles
 from llmmix.files import RECORD, read_json, write_whole
 from llmmix.mixing.figure import draw_mixture
 from llmmix.terminal import number
-from llmmix.training.facts import note_run, read_facts
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem;

@@ -22,10 +22,10 @@ from llmmix import DCOConfig, DCOTrainer, SFTMixConfig, SFTMixTrainer
 from llmmix.cli import parse_args
 from llmmix.command_line.launching import command_line
 from llmmix.data import load_splits
+from llmmix.facts import note_run
 from llmmix.files import claim, release
 from llmmix.models import resolve_checkpoint
 from llmmix.sftmix.scoring import add_confidence
-from llmmix.training.facts import note_run
 
 METHODS = ("SFT", "SFTMix", "DCO")
 

@@ -46,7 +46,7 @@ LAYERS = [
         "solve_rates",
     },
     {"mixing", "unlearning"},
-    {"confidence", "curves", "flat", "report", "timing"},
+    {"confidence", "curves", "facts", "flat", "report", "timing"},
     {"eval", "recipes"},
 ]
 LAWS = {"numpy", "scipy", "sklearn", "pandas", "joblib", "threadpoolctl"}

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import DCOConfig, DCOTrainer, UnlearnConfig, UnlearnTrainer, mixing
+from llmmix.facts import note_run, read_facts
 from llmmix.unlearning.loss_table import LOSSES
 
 ONE_STEP = {"max_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
@@ -61,3 +62,5 @@ def test_an_adapter_names_its_base_as_the_user_does(
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == name
     assert "tiny-1" not in (tmp_path / "out" / "README.md").read_text()
+    note_run(trainer)  # for the report
+    assert read_facts(tmp_path / "out")["model"] == name

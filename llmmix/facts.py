@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from llmmix.checkpoints.folders import origin_of
 from llmmix.files import read_json, write_whole
 
 RUN = "run.json"
@@ -16,10 +17,11 @@ RUN = "run.json"
 def note_run(trainer: Trainer) -> None:
     """Write what a trainer has trained, and how, into its folder."""
     args, state = trainer.args, trainer.state
+    loaded = getattr(trainer.accelerator.unwrap_model(trainer.model), "name_or_path", None)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts: dict[str, Any] = {
         "method": type(trainer).__name__.removesuffix("Trainer"),
-        "model": getattr(trainer.accelerator.unwrap_model(trainer.model), "name_or_path", None),
+        "model": loaded and origin_of(loaded),
         "training rows": _length(trainer.train_dataset),
         "evaluation rows": _length(trainer.eval_dataset),
         "steps": state.global_step,
