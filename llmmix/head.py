@@ -25,6 +25,7 @@ from llmmix.fused.sharding import is_spread
 from llmmix.head_check import check_answers, has_weights
 from llmmix.head_weights import HeadAtHand, head_scaling
 from llmmix.logprobs import STATISTICS, HeadStatistics
+from llmmix.padding_free import as_padded, has_padding, without_padding
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
 # the head at hand to a dict of tensors.
@@ -105,6 +106,7 @@ def attach_head(
     *,
     outputs: tuple[str, ...] = ("log_probs",),
     memory_budget: int | None = None,
+    padding_free: bool = False,
 ) -> None:
     """Make `model(..., labels=y, fused_lm_head=True)` return a `FusedHeadOutput`.
 
@@ -122,6 +124,8 @@ def attach_head(
         memory_budget: Bytes of probabilities that each call of a trained head may keep between
             forward and backward, which saves the backward a matrix product; 0 for none,
             `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
+        padding_free: Run the backbone on the tokens of a padded batch alone, as one row in which
+            each sequence sees itself. All that comes out has the shape of the padded batch.
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from, or has an
@@ -158,6 +162,7 @@ def attach_head(
                 if is_spread(self) or "once" not in compared:  # on all processes, or on none
                     compare(self)
                 compared.add("forward")
+            kwargs["padding_free"] = padding_free
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
 
@@ -214,6 +219,7 @@ def _fused_forward(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
+    padding_free: bool = False,
     **kwargs: Any,
 ) -> FusedHeadOutput:
     """Run the backbone, then the head at the scored positions alone."""
@@ -226,9 +232,16 @@ def _fused_forward(
     base: Any = model.base_model
     if base is model:  # its name is that of another class's, as in the text models of some others
         base = getattr(model, "model", model)
+    padded: Any = kwargs.get("attention_mask")
+    unpadded = padding_free and has_padding(padded)
+    if unpadded:
+        kwargs = without_padding(kwargs)
     backbone = base(*args, **kwargs)
+    states = backbone.last_hidden_state
+    if unpadded:
+        states = as_padded(states, padded)
     head = HeadAtHand(model.get_output_embeddings(), head_scaling(config), memory_budget)
-    hidden, labels = _shift(backbone.last_hidden_state, labels, shift_labels, head.device)
+    hidden, labels = _shift(states, labels, shift_labels, head.device)
     mask = labels != -100
     # Only scored positions reach the head
     rows = head.statistics(hidden[mask], labels[mask], outputs)

@@ -23,6 +23,7 @@ from llmmix.rows.formats import check_preference_dataset, check_sft_dataset
 from llmmix.rows.turns import WHOLE_CHATS, log_scored, tokenize_turns
 
 Rows: TypeAlias = Dataset | IterableDataset
+TokenLoss: TypeAlias = Callable[[FusedHeadOutput], Tensor]
 
 
 def default_to_cpu(args: TrainingArguments) -> None:
@@ -203,7 +204,13 @@ def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None
             )
 
 
-def attach_heads(trainer: SFTTrainer | DPOTrainer, *, memory_budget: int | None = None) -> None:
+def attach_heads(
+    trainer: SFTTrainer | DPOTrainer,
+    *,
+    memory_budget: int | None = None,
+    padding_free: bool = False,
+    extra: tuple[str, ...] = (),
+) -> None:
     """Attach the fused head to a TRL trainer's model, and to its reference model if it has one.
 
     They answer with what the trainer reads. Attached to the model alone, the head would be compared
@@ -212,6 +219,8 @@ def attach_heads(trainer: SFTTrainer | DPOTrainer, *, memory_budget: int | None 
     Args:
         trainer: An `SFTTrainer` or `DPOTrainer`, or a subclass, before `train()`.
         memory_budget: See `llmmix.head.attach_head`.
+        padding_free: See `llmmix.head.attach_head`.
+        extra: More outputs for the trainer's own loss, beside those that TRL reads.
 
     Raises:
         TypeError: The trainer is another.
@@ -229,13 +238,15 @@ def attach_heads(trainer: SFTTrainer | DPOTrainer, *, memory_budget: int | None 
         raise TypeError(
             f"`trainer` must be an SFTTrainer or a DPOTrainer, got {type(trainer).__name__}."
         )
-    attach_head(model, outputs=outputs, memory_budget=memory_budget)
+    outputs += tuple(name for name in extra if name not in outputs)
+    settings: Any = {"memory_budget": memory_budget, "padding_free": padding_free}
+    attach_head(model, outputs=outputs, **settings)
     if reference is not None:
         reference = trainer.accelerator.unwrap_model(reference)
         # TRL has prepared it already, and its own forward runs under autocast: so must the head
         # that is compared with it, and the forward that attaching put in its place
         with trainer.accelerator.autocast():
-            attach_head(reference, memory_budget=memory_budget)
+            attach_head(reference, **settings)
         reference.forward = trainer.accelerator.autocast()(reference.forward)
 
 
@@ -276,9 +287,9 @@ class ForwardRecorder:
     Args:
         model: What to call.
         head_objective: Added to each call of the fused head.
-        row_weight: Maps (B,) summed log-probabilities to (B,) weights. The caller gets
-            log-probabilities times the weight of their row, so that a cross-entropy over them is
-            weighted; `output` keeps the plain ones.
+        token_loss: Maps an output to the loss of each token, (B, T) and zero where nothing is
+            scored. The caller gets minus that loss for log-probabilities, so that its cross-entropy
+            is the loss; `output` keeps the plain ones.
 
     Attributes:
         output: The last output of the head; unset before the first call.
@@ -290,9 +301,9 @@ class ForwardRecorder:
         self,
         model: nn.Module,
         head_objective: HeadObjective | None = None,
-        row_weight: Callable[[Tensor], Tensor] | None = None,
+        token_loss: TokenLoss | None = None,
     ):
-        self._model, self._row_weight = model, row_weight
+        self._model, self._token_loss = model, token_loss
         self._extra = {} if head_objective is None else {"head_objective": head_objective}
 
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -300,11 +311,9 @@ class ForwardRecorder:
         if not fused_lm_head:
             return self._model(*args, **kwargs)
         self.output = self._model(*args, fused_lm_head=True, **self._extra, **kwargs)
-        if self._row_weight is None:
+        if self._token_loss is None:
             return self.output
-        log_probs = self.output.log_probs
-        weight = self._row_weight(log_probs.sum(1)).unsqueeze(1)
-        return replace(self.output, log_probs=weight * log_probs)
+        return replace(self.output, log_probs=-self._token_loss(self.output))
 
 
 def keep_outputs_in_fp32(accelerator: Accelerator) -> None:

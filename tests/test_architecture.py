@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high: a module imports its own layer and those below
 LAYERS = [
     {"cli", "command_line", "files", "fused", "logprobs", "processes", "terminal", "training"},
-    {"head", "head_check", "head_weights"},
+    {"head", "head_check", "head_weights", "padding_free"},
     {
         "builtin",
         "checkpoints",

@@ -228,7 +228,7 @@ class SFTMixTrainer(SFTTrainer):
         recorder = ForwardRecorder(
             model,
             head_objective=None if lam is None else partial(mix_pairs, lam=lam),
-            row_weight=partial(dco_weight, n_samples=n_samples) if n_samples else None,
+            token_loss=partial(_covered, n_samples=n_samples) if n_samples else None,
         )
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
@@ -256,6 +256,12 @@ class SFTMixTrainer(SFTTrainer):
         before = place * (self.args.per_device_train_batch_size // 2)
         places, seeds = slice(before, before + pairs), (self.args.seed, self.state.global_step)
         return draw_shares(self.args.mixup_alpha, places, seeds)
+
+
+def _covered(output: FusedHeadOutput, n_samples: int) -> Tensor:
+    """The cross-entropy of each token, times F of its row."""
+    weight = dco_weight(output.log_probs.sum(1), n_samples)
+    return weight.unsqueeze(1) * -output.log_probs
 
 
 def _of_pairs(output: FusedHeadOutput, mixed: dict[str, Tensor], lam: Tensor) -> dict[str, Sums]:
