@@ -33,7 +33,7 @@ LAYERS = [
         "rows",
         "steps",
     },
-    {"arguments", "trainers"},
+    {"arguments", "frozen", "trainers"},
     {
         "dco",
         "filtering",
