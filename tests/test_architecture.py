@@ -44,6 +44,7 @@ LAYERS = [
         "sampling",
         "sftmix",
         "solve_rates",
+        "token_losses",
     },
     {"mixing", "unlearning"},
     {"confidence", "curves", "facts", "flat", "report", "timing"},

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from llmmix.padding_free_setting import padding_free_field
 from llmmix.token_losses.settings import TokenLossSettings
 
 
@@ -44,6 +45,7 @@ class TokenLossConfig(TokenLossSettings):
             "begins."
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         if self.psft_clip is not None:

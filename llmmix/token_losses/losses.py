@@ -31,6 +31,7 @@ Trainer: llmmix/token_losses/trainer.py. Recipe: recipes/token_losses.py.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ def select_mask(scores: Tensor, mask: Tensor, share: float) -> Tensor:
 
 
 def token_weight(loss_type: str, log_probs: Tensor, **needs: Any) -> Tensor:
-    """w = -dl/dlp of a loss by its name: what it multiplies the gradient of -lp by. Detached.
+    """W = -dl/dlp of a loss by its name: what it multiplies the gradient of -lp by. Detached.
 
     For asft and label_smoothing it is that of the term in lp alone, for gem in lp at its
     temperature. With m = 1 - p, focal's is m^gamma - gamma m^(gamma-1) p lp.
@@ -304,7 +305,7 @@ def _select_weight(log_probs: Tensor, selected: Tensor) -> Tensor:
     return _one(log_probs) * selected
 
 
-_WEIGHTS = {
+_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "nll": _one,
     "dft": _dft_weight,
     "gce": _gce_weight,

@@ -1,4 +1,4 @@
-"""The settings of the token losses that need the trained model alone, for every config that has them."""
+"""The settings of the token losses that need no other model, for every config that has them."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,8 +7,8 @@ from trl import SFTConfig
 
 from llmmix.token_losses.loss_table import LOSSES
 from llmmix.token_losses.losses import KEEPS
-from llmmix.training.ranges import check_settings
 from llmmix.trainers import default_to_cpu
+from llmmix.training.ranges import check_settings
 
 
 @dataclass
@@ -69,9 +69,7 @@ class TokenLossSettings(SFTConfig):
     # TRL's, which smooths the labels of nll by a second forward
     label_smoothing_factor: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={
-            "help": "Share of label_smoothing that goes to all tokens alike. Default: 0.1."
-        },
+        metadata={"help": "Share of label_smoothing that goes to all tokens alike. Default: 0.1."},
     )
     gem_beta: float | None = field(
         default=None, metadata={"help": "Temperature of gem. Default: 0.7."}
