@@ -33,7 +33,7 @@ LAYERS = [
         "rows",
         "steps",
     },
-    {"arguments", "frozen", "trainers"},
+    {"arguments", "frozen", "padding_free_setting", "trainers"},
     {
         "dco",
         "filtering",
@@ -44,6 +44,7 @@ LAYERS = [
         "sampling",
         "sftmix",
         "solve_rates",
+        "token_losses",
     },
     {"mixing", "unlearning"},
     {"confidence", "curves", "facts", "flat", "report", "timing"},
