@@ -1,6 +1,5 @@
 """A run without padding is the padded run, whatever the trainer, the model and the adapter."""
 
-
 import pytest
 import torch
 from peft import LoraConfig
