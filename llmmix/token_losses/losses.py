@@ -227,7 +227,7 @@ def select_mask(scores: Tensor, mask: Tensor, share: float) -> Tensor:
         (B, T) bool, within `mask`.
     """
     scores = at_least_fp32(scores.detach()).masked_fill(~mask, -math.inf)
-    order = scores.argsort(1, descending=True, stable=True)
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     place = torch.arange(scores.size(1), device=scores.device)
     rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
     return mask & (rank < selected_counts(mask.sum(1, keepdim=True), share))
