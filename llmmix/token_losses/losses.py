@@ -151,7 +151,7 @@ def psft_loss(
         clip_low: e_l.
         clip_high: e_h.
     """
-    ratio = (_clamped(log_probs) - _clamped(old_log_probs)).exp()
+    ratio = _ratio(log_probs, old_log_probs)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     weight = token_weight(
         "psft",
@@ -213,23 +213,29 @@ def select_loss(log_probs: Tensor, selected: Tensor) -> Tensor:
 
 
 def select_mask(scores: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The tokens whose score is among the highest of their row: at least `share` of its tokens.
+    """The tokens whose score is among the highest of their row: ceil(share * n) of its n.
 
-    A row's threshold is its own quantile, whatever else is in the batch. Tokens that tie at the
-    threshold are all kept, so that a row whose scores are all one keeps all.
+    A row's threshold is its own quantile, whatever else is in the batch. Of tokens that tie at the
+    threshold the first are kept, so that the number kept goes by a row's length alone.
 
     Args:
         scores: (B, T); higher is kept.
         mask: (B, T), true where scored.
-        share: In (0, 1]; ceil(share * n) of a row's n tokens are kept, and those that tie.
+        share: In (0, 1].
 
     Returns:
         (B, T) bool, within `mask`.
     """
     scores = at_least_fp32(scores.detach()).masked_fill(~mask, -math.inf)
-    kept = (mask.sum(1, keepdim=True) * share - 1e-6).ceil().long().clamp(min=1)
-    threshold = scores.sort(1, descending=True).values.gather(1, kept - 1)
-    return mask & (scores >= threshold)
+    order = scores.argsort(1, descending=True, stable=True)
+    place = torch.arange(scores.size(1), device=scores.device)
+    rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+    return mask & (rank < selected_counts(mask.sum(1, keepdim=True), share))
+
+
+def selected_counts(lengths: Tensor, share: float) -> Tensor:
+    """How many tokens `select_mask` keeps of rows of so many, in the shape of `lengths`."""
+    return (lengths.double() * share - 1e-9).ceil().long()
 
 
 def token_weight(loss_type: str, log_probs: Tensor, **needs: Any) -> Tensor:
@@ -283,7 +289,7 @@ def _eaft_weight(log_probs: Tensor, entropy: Tensor, alpha: float, top_k: int) -
 def _psft_weight(
     log_probs: Tensor, old_log_probs: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    ratio = (_clamped(log_probs) - _clamped(old_log_probs)).exp()
+    ratio = _ratio(log_probs, old_log_probs)
     return torch.where(ratio <= 1 + clip_high, ratio, 0.0)
 
 
@@ -319,6 +325,11 @@ _WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "gem": _gem_weight,
     "select": _select_weight,
 }
+
+
+def _ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    """P / p_old, within exp(-20) and exp(20)."""
+    return (_clamped(log_probs) - _clamped(old_log_probs)).clamp(-20, 20).exp()
 
 
 def _kept(log_probs: Tensor, p: float, keep: str) -> Tensor:

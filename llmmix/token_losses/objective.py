@@ -64,16 +64,16 @@ class TokenObjective:
         """Log-probabilities at gem's temperature."""
         mask, beta = labels != -100, self._settings["gem_beta"]
         found = head.statistics(hidden[mask], labels[mask], temperature=beta).log_probs
-        return {"tempered_log_probs": _scattered(found, mask)}
+        return {"tempered_log_probs": scattered(found, mask)}
 
 
 def _above_mean(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
     """How far the logit of each label is above the mean logit."""
     mask = labels != -100
-    return {"above_mean": _scattered(head.above_mean(hidden[mask], labels[mask]), mask)}
+    return {"above_mean": scattered(head.above_mean(hidden[mask], labels[mask]), mask)}
 
 
-def _scattered(found: Tensor, mask: Tensor) -> Tensor:
+def scattered(found: Tensor, mask: Tensor) -> Tensor:
     """(N,) of the scored positions to (B, T), zero elsewhere; connected where nothing is scored."""
     return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
