@@ -20,7 +20,7 @@ from llmmix.frozen import FrozenModel, frozen_copy, is_spread_out, switches_off
 from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.head_weights import HeadAtHand
 from llmmix.precision import evaluating
-from llmmix.processes import say_once
+from llmmix.processes import warn_once
 from llmmix.token_losses.losses import selected_counts
 from llmmix.token_losses.objective import scattered
 from llmmix.token_losses.reference_model import check_reference_model, load_reference_model
@@ -214,6 +214,7 @@ class SelectReference(TokenReference):
     def __init__(self, trainer: Any, frozen: FrozenModel, share: float):
         self._trainer, self._frozen, self._share = trainer, frozen, share
         self._apart = False  # whether the model was seen to differ from the reference
+        self._told = False
 
     def before(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], None]:
         """Run the reference."""
@@ -247,8 +248,9 @@ class SelectReference(TokenReference):
             own = model(**inputs, fused_lm_head=True).log_probs
         differs = (own != _token_logps(self._frozen, model, inputs)).any()
         self._apart = bool(trainer.accelerator.gather(differs.view(1)).any())
-        if not self._apart:
-            say_once(
+        if not self._apart and not self._told:
+            self._told = True
+            warn_once(
                 "`loss_type='select'`: the model still is its reference, so that no token stands "
                 "out. All are trained on until it has moved."
             )
