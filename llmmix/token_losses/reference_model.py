@@ -5,17 +5,16 @@ from typing import Any
 from torch import nn
 
 from llmmix.models import check_checkpoints, load_checkpoint, named_checkpoints, tokenizer_of
-from llmmix.token_losses.config import TokenLossConfig
 
 ARGUMENT = "reference_model"
 TAKES_ONE = ("asft", "select")
 
 
-def check_reference_model(args: TokenLossConfig, tokenizer: Any = None) -> None:
+def check_reference_model(args: Any, tokenizer: Any = None) -> None:
     """Refuse a reference that is not there, or that has other tokens than the trained model.
 
     Args:
-        args: The trainer's settings.
+        args: The trainer's settings, a `TokenLossConfig`.
         tokenizer: The trained model's; None while it is not known.
 
     Raises:
@@ -44,11 +43,11 @@ def check_reference_model(args: TokenLossConfig, tokenizer: Any = None) -> None:
         )
 
 
-def load_reference_model(args: TokenLossConfig, model: Any) -> nn.Module:
+def load_reference_model(args: Any, model: Any) -> nn.Module:
     """The reference, in the precision of the trained model's weights.
 
     Args:
-        args: The trainer's settings.
+        args: The trainer's settings, a `TokenLossConfig`.
         model: The trained model.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from trl import SFTConfig
 
 from llmmix.token_losses.loss_table import LOSSES
-from llmmix.token_losses.losses import KEEPS
+from llmmix.token_losses.weights import KEEPS
 from llmmix.trainers import default_to_cpu
 from llmmix.training.ranges import check_settings
 

@@ -111,7 +111,7 @@ class TokenLossTrainer(SFTTrainer):
         check_unsharded("A token loss", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
-        attach_heads(self, padding_free=args.padding_free, extra=self.objective.outputs)
+        attach_heads(self, padding_free=args.padding_free, **self.objective.head)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self, f"the token loss {args.loss_type}", self.objective.loss.paper)

@@ -166,7 +166,7 @@ def test_what_was_asked_for_is_in_the_settings_that_are_saved(make, tmp_path):
     for folder in sorted(tmp_path.glob("checkpoint-*"))[-1:]:
         saved = torch.load(folder / "training_args.bin", weights_only=False)
         assert (saved.loss_type, saved.label_smoothing_factor) == ("label_smoothing", 0.2)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "the token loss label_smoothing" in card
 
 
