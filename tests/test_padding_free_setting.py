@@ -1,7 +1,5 @@
 """A run without padding is the padded run, whatever the trainer, the model and the adapter."""
 
-import logging
-
 import pytest
 import torch
 from peft import LoraConfig
@@ -18,7 +16,6 @@ from llmmix import (
     SFTMixTrainer,
     attach_heads,
 )
-from tests.unlearning import runs as unlearning
 
 SETTINGS = {
     "max_steps": 2,
