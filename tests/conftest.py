@@ -102,6 +102,19 @@ def text_rows():
     return Dataset.from_dict({"text": ["2+2=4", "3+4=7", "10-3=7", "6*7=42"]})
 
 
+@pytest.fixture
+def batches_read(monkeypatch):
+    """Rows and columns of what each forward of a model reads."""
+    read, forward = [], torch.nn.Embedding.forward
+
+    def noted(self, ids):
+        read.append(tuple(ids.shape))
+        return forward(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", noted)
+    return read
+
+
 @pytest.fixture(scope="session")
 def two_ranks(checkpoint, uneven_rows, tmp_path_factory, request):
     """The folder that one launch of tests/two_ranks.py wrote, for every test and every worker."""

@@ -49,6 +49,8 @@ def make(
         "per_device_eval_batch_size": 8 // ranks,
         "gradient_accumulation_steps": accumulation,
         "use_cpu": True,
+        # Without padding on two ranks, and with it on one process
+        "padding_free": ranks > 1 and accumulation == 1,
     }
     others = (DCOTrainer, DCOConfig, SAMPLED_SETTINGS)
     trainer_type, config, own = {**METHODS, **BESIDE}.get(name, others)
