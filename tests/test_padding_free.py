@@ -155,17 +155,25 @@ def test_is_the_padded_batch_where_the_padding_is_on_the_left(name):
 
 def test_learned_positions_count_from_the_first_token():
     """A padded run of GPT-2 counts the padding on the left as well."""
-    model = build("gpt2")
-    left, right = (trained(model, batch(side), True)[0] for side in ("left", "right"))
-    _, alone = (
-        trained(model, {k: x[:1, :7] for k, x in batch("right").items()}, free)[0]
-        for free in (False, True)
-    )
-    torch.testing.assert_close(right.log_probs[0, :6], alone.log_probs[0])
-    assert left.log_probs[0, -6:].shape == (6,)
-    ids = batch("left")["input_ids"][:1, -7:]
-    alone = model(input_ids=ids, labels=ids, fused_lm_head=True)
-    torch.testing.assert_close(left.log_probs[0, -6:], alone.log_probs[0])
+    model, inputs = build("gpt2"), batch("left")
+    free = trained(model, inputs, True)[0].log_probs[0, -6:]
+    ids = inputs["input_ids"][:1, -7:]
+    alone = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+    torch.testing.assert_close(free, alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_sequences_that_came_packed_are_kept_apart(name, widths):
+    """GPT-OSS does not look at positions, and alone it would mix them."""
+    model, padded = build(name, torch.float32), batch()
+    kept = padded["attention_mask"] != 0
+    packed = {k: padded[k][kept].unsqueeze(0) for k in ("input_ids", "labels")}
+    packed["position_ids"] = (kept.cumsum(1) - 1)[kept].unsqueeze(0)
+    packed["labels"][packed["position_ids"] == 0] = -100  # as TRL has them
+    free = trained(model, {**packed, "seq_idx": None}, True)
+    assert name == "gpt_oss" or widths[-1] == [7, 12, 1, 9]
+    rows, apart = (run[0].log_probs for run in (free, trained(model, padded, True)))
+    torch.testing.assert_close(rows[rows != 0], apart[apart != 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -198,6 +206,9 @@ def test_autocast_rounds_and_no_more():
     padded = trained(model, batch(), False)
     with torch.autocast("cpu", torch.bfloat16):
         assert_alike(padded, trained(model, batch(), True), rtol=3e-2)
+    model = model.to(torch.bfloat16)
+    loss = trained(model, batch(), True)[0].loss
+    torch.testing.assert_close(loss, padded[0].loss, rtol=3e-2, atol=0)
 
 
 def test_noise_of_neftune_is_that_of_the_padded_batch():
