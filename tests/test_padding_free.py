@@ -26,8 +26,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.integrations.neftune import activate_neftune
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from llmmix import attach_head, padding_free
+from llmmix import attach_head, attach_heads, padding_free
 from llmmix.padding_free import check_padding_free
 from llmmix.segment_attention import Segments, attend
 
@@ -429,3 +430,40 @@ def test_weights_that_come_later_are_compared_at_the_first_forward(widths):
     assert len(widths) == 4
     expected = trained(model, batch(), False)[0]
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "dpo-lora"])
+def test_trls_trainers_take_the_same_steps(method, checkpoint, math_rows, preference_rows, widths):
+    kind, config, rows = (
+        (SFTTrainer, SFTConfig, math_rows)
+        if method == "sft"
+        else (DPOTrainer, DPOConfig, preference_rows)
+    )
+    logs = []
+    for free in (False, True):
+        args = config(
+            output_dir="unused",
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            dataloader_pin_memory=False,
+        )
+        lora = LoraConfig(init_lora_weights=False) if method == "dpo-lora" else None
+        torch.manual_seed(0)
+        trainer = kind(checkpoint, args=args, train_dataset=rows, peft_config=lora)
+        attach_heads(trainer, padding_free=free)
+        widths.clear()
+        trainer.train()
+        assert (len(widths) > 0) == free
+        logs.append(trainer.state.log_history[:-1])
+    assert len(logs[0]) == 3
+    for padded, free in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "rewards/margins", "mean_token_accuracy"):
+            if name in padded:
+                rtol = 1e-4 if name == "grad_norm" else 1e-5
+                assert free[name] == pytest.approx(padded[name], rel=rtol, abs=1e-6), name
