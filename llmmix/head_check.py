@@ -1,7 +1,8 @@
 """Is the fused head's answer the model's own? Compared once, at a few random positions.
 
 A model may do more to its hidden states or logits than its config says, and no config is asked for
-all that models do. The fused head would then train another model in silence.
+all that models do. The fused head would then train another model in silence. So would a model that
+is run without padding and lets sequences see each other.
 """
 
 import logging
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 POSITIONS = 8
 # Log-probabilities may differ by this share of the spread of the logits, in fp32
 CLOSE = 1e-3
+# Errors of rounding that hidden states have gathered, beside that of one
+GATHERED = 5
 
 
 def has_weights(model: PreTrainedModel) -> bool:
@@ -73,6 +76,46 @@ def check_answers(
                 f"The fused head's router loss differs by {off:.2g} from that of {name}, which has "
                 "one of its own. Set `output_router_logits=False` in the model's config."
             )
+
+
+def difference_without_padding(
+    model: PreTrainedModel, inputs: dict[str, Tensor], fused_forward: Callable[..., Any]
+) -> str | None:
+    """How the hidden states of a padded batch differ from those of the same batch without padding.
+
+    The model runs in evaluation mode and without gradients.
+
+    Args:
+        model: A causal language model, whose weights are there.
+        inputs: Tokens, mask and labels of a padded batch.
+        fused_forward: A function (outputs, memory_budget, objective, unpad, **inputs) that answers
+            with a `FusedHeadOutput`.
+
+    Returns:
+        The difference in words; None where it is within rounding, or nothing can be compared.
+    """
+    inputs = {name: x.to(_device(model)) for name, x in inputs.items()}
+
+    def take(hidden: Tensor, labels: Tensor, head: Any) -> dict[str, Tensor]:
+        return {"hidden": hidden[labels != -100].float()}
+
+    with _probing(model):
+        try:
+            padded = fused_forward(("log_probs",), None, take, False, **inputs)
+            free = fused_forward(("log_probs",), None, take, True, **inputs)
+        except Exception as error:  # whatever the model makes of what it does not know
+            return f"{type(error).__name__}: {error}".rstrip(".")
+    expected, found = padded.objective["hidden"], free.objective["hidden"]
+    if not expected.isfinite().all():
+        return None
+    off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    if not off <= CLOSE + GATHERED * _rounding(model, padded.log_probs.dtype):
+        return f"its hidden states differ by {off:.2g} of their size"
+    if padded.aux_loss is not None:
+        off = (padded.aux_loss - free.aux_loss).abs().item()
+        if not off <= 10 * CLOSE * max(1.0, padded.aux_loss.abs().item()):
+            return f"its router loss differs by {off:.2g}"
+    return None
 
 
 def _check_logps(

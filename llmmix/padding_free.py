@@ -3,43 +3,242 @@
 Everything outside of the backbone keeps the rows of the batch: labels, pairs, references, metrics.
 
     symbol   shape
-    mask     (B, T)      true at the tokens of the batch, on either side of the padding
+    kept     (B, T)      true at the tokens of the batch, on either side of the padding
     row      (1, N)      its N tokens, one sequence behind the other
+
+A token counts its position from the first of its sequence. A label whose token before is padding
+has no hidden state that could predict it, and is not scored: the first token of a row that is
+padded on the left and has no prompt.
+
+Three ways lead through the backbone, by what the model's attention is:
+
+    "sdpa"           by segments (`llmmix.segment_attention`)
+    flash attention  its own kernel for sequences of varied lengths
+    any other        dense: the model builds its own mask (N, N) from the positions, which is right
+                     and no faster than a padded batch
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from llmmix.head_check import difference_without_padding
+from llmmix.processes import say_once
+from llmmix.segment_attention import NAME, Segments, no_mask, serve_segments
+
+SEGMENTS, FLASH, DENSE = "segments", "flash", "dense"
+# What a batch may bring that says where its tokens stand: it is run as it came
+PLACED = ("position_ids", "cache_position", "past_key_values")
+# Kinds of layers that carry a state from token to token
+STATEFUL = ("linear", "conv", "mamba", "recurrent", "hybrid", "ssm", "rwkv", "lstm")
+# Lengths of the rows, padded on the right, on which the ways are compared with a padded batch
+LENGTHS = (9, 4, 6)
 
 
-def has_padding(attention_mask: Any) -> bool:
-    """Whether a batch's mask (B, T) leaves out a position."""
-    plain = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-    return plain and not bool((attention_mask != 0).all())
+def check_padding_free(model: Any) -> None:
+    """Refuse a model that cannot run without padding, by what its class and its config say.
 
-
-def without_padding(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a backbone for the tokens of a padded batch alone.
+    `attach_head(model, padding_free=True)` also compares the model with itself on a padded batch.
 
     Args:
-        inputs: `input_ids` (B, T) and `attention_mask` (B, T), and what else the backbone takes.
+        model: A causal language model, or a `PeftModel` around one.
 
-    Returns:
-        `input_ids` and `position_ids` (1, N) in place of both, and the rest.
+    Raises:
+        ValueError: The model takes no position ids, carries a state from token to token, reads more
+            than tokens, is split over tensor-parallel ranks, or has a prompt that PEFT learns.
     """
-    mask = inputs["attention_mask"] != 0
-    positions = mask.cumsum(1) - 1
-    rest = {name: x for name, x in inputs.items() if name != "attention_mask"}
-    return {
-        **rest,
-        "input_ids": inputs["input_ids"][mask].unsqueeze(0),
-        "position_ids": positions[mask].unsqueeze(0),
-    }
+    base = model
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            base = model.get_base_model()
+            if any(config.is_prompt_learning for config in model.peft_config.values()):
+                _refuse(model, "puts the virtual tokens of an adapter before each row")
+    text = base.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    if getattr(base, "_is_stateful", False) or any(
+        part in str(kind) for kind in kinds for part in STATEFUL
+    ):
+        _refuse(base, "carries a state from token to token, from one row to the next too")
+    if text is not base.config:
+        _refuse(base, "reads more than tokens, whose places are those of a padded batch")
+    if "position_ids" not in inspect.signature(type(backbone_of(base)).forward).parameters:
+        _refuse(base, "takes no `position_ids`, and would count on from one row to the next")
+    if (getattr(base, "tp_size", None) or 1) > 1:
+        _refuse(base, "is split over tensor-parallel ranks")
 
 
-def as_padded(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states (B, T, H) from those of the tokens alone (1, N, H); zero at the padding."""
-    mask = attention_mask.to(hidden.device) != 0
-    padded = hidden.new_zeros(*mask.shape, hidden.size(-1))
-    return torch.masked_scatter(padded, mask.unsqueeze(-1), hidden)
+def _refuse(model: nn.Module, why: str) -> None:
+    raise ValueError(
+        f"`padding_free=True` joins the rows of a batch, and {type(model).__name__} {why}. Set it "
+        'to False; `train_sampling_strategy="group_by_length"` saves most of the padding.'
+    )
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that gives its hidden states."""
+    base: Any = model.base_model
+    # Its name is that of another class's, as in the text models of some others
+    return getattr(model, "model", model) if base is model else base
+
+
+class PaddingFree:
+    """How a model runs without padding, found by comparing it with itself on a padded batch.
+
+    Args:
+        model: The model that the head is attached to, or a `PeftModel` around it.
+
+    Raises:
+        ValueError: `check_padding_free` refuses the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        check_padding_free(model)
+        self._ways: dict[str, str] = {}  # by the name of the model's attention
+        self._trying: str | None = None
+
+    def settle(self, model: PreTrainedModel, fused_forward: Callable[..., Any]) -> None:
+        """Find the way for the model's attention, once. The weights are there.
+
+        Args:
+            model: The model.
+            fused_forward: A function (outputs, memory_budget, objective, padding_free=, **inputs)
+                that answers with a `FusedHeadOutput`.
+
+        Raises:
+            ValueError: The model answers otherwise without padding than with it.
+        """
+        name = _attention(model)
+        if name in self._ways:
+            return
+        failures: list[str] = []
+
+        def forward(outputs: Any, budget: Any, objective: Any, unpad: bool, **inputs: Any) -> Any:
+            free = self if unpad else None
+            return fused_forward(outputs, budget, objective, padding_free=free, **inputs)
+
+        for way in _ways(model, name):
+            self._trying = way
+            try:
+                failure = difference_without_padding(model, _padded_batch(model), forward)
+            finally:
+                self._trying = None
+            if failure is None:
+                self._ways[name] = way
+                if way == DENSE:
+                    why = failures[0] if failures else f"it is {name!r}"
+                    say_once(
+                        f"`padding_free`: the attention of {type(model).__name__} does not run by "
+                        f"segments ({why}). It runs under a dense mask, which is right and hardly "
+                        "faster than a padded batch."
+                    )
+                return
+            failures.append(failure)
+        _refuse(model, f"does not answer alike without padding ({failures[-1]})")
+
+    def row(self, model: PreTrainedModel, args: tuple, inputs: dict[str, Any]) -> "TokenRow | None":
+        """The tokens of a batch as one row; None for a batch that is to run as it came.
+
+        It runs as it came without padding, without a token, with its own positions or cache, or
+        with padding between its tokens. The device is waited for once.
+        """
+        mask = inputs.get("attention_mask")
+        if args or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        if any(inputs.get(name) is not None for name in PLACED):
+            return None
+        kept = (mask != 0).cpu()
+        begins = torch.cat([kept[:, :1], kept[:, 1:] & ~kept[:, :-1]], dim=1)
+        if kept.all() or not kept.any() or (begins.sum(1) > 1).any():
+            return None
+        way = self._trying or self._ways[_attention(model)]
+        return TokenRow(model, kept, way, inputs)
+
+
+class TokenRow:
+    """The tokens of a padded batch, one sequence behind the other.
+
+    Args:
+        model: The model that is to run on them.
+        kept: (B, T), on the CPU; true at the tokens.
+        way: `SEGMENTS`, `FLASH` or `DENSE`.
+        inputs: What the model was called with.
+
+    Attributes:
+        inputs: What its backbone is to be called with.
+    """
+
+    def __init__(self, model: PreTrainedModel, kept: Tensor, way: str, inputs: dict[str, Any]):
+        device = inputs["attention_mask"].device
+        places = kept.flatten().nonzero().squeeze(1)
+        positions = (kept.cumsum(1) - 1).flatten()[places]
+        self._kept = kept
+        self._places = places.to(device, non_blocking=True)
+        lengths = [length for length in kept.sum(1).tolist() if length]
+        rest = {k: x for k, x in embedded(model, inputs).items() if k != "attention_mask"}
+        self.inputs: dict[str, Any] = {
+            **{name: self._flat(x) for name, x in rest.items()},
+            "position_ids": positions.to(device, non_blocking=True).unsqueeze(0),
+        }
+        if way == SEGMENTS:
+            serve_segments()
+            segments = Segments(lengths, device)
+            self.inputs |= {"segments": segments, "attention_mask": no_mask(device)}
+        elif way == FLASH:
+            segments = Segments(lengths, device)
+            for side in "qk":
+                self.inputs[f"cu_seq_lens_{side}"] = segments.bounds
+                self.inputs[f"max_length_{side}"] = segments.longest
+
+    def _flat(self, x: Any) -> Any:
+        """Of what has a value for each position, (B, T, ...), the tokens' as (1, N, ...)."""
+        if not isinstance(x, Tensor) or x.shape[:2] != self._kept.shape:
+            return x
+        return x.flatten(0, 1).index_select(0, self._places.to(x.device)).unsqueeze(0)
+
+    def padded(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, H) from those of the tokens alone (1, N, H); zero at the padding."""
+        rows, length = self._kept.shape
+        padded = hidden.new_zeros(rows * length, hidden.size(-1))
+        padded = padded.index_copy(0, self._places.to(hidden.device), hidden[0])
+        return padded.view(rows, length, -1)
+
+    def predicted(self, labels: Tensor) -> Tensor:
+        """Labels (B, T) or (B, T-1), each that of the token after; -100 where there is no token."""
+        kept = self._kept[:, : labels.size(1)].to(labels.device, non_blocking=True)
+        return labels.masked_fill(~kept, -100)
+
+
+def embedded(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, embedded if NEFTune adds noise: it scales the noise by the length of a row."""
+    embeddings: Any = model.get_input_embeddings()
+    noisy = embeddings.training and getattr(embeddings, "neftune_noise_alpha", None) is not None
+    if not noisy or inputs.get("input_ids") is None:
+        return inputs
+    return {**inputs, "input_ids": None, "inputs_embeds": embeddings(inputs["input_ids"])}
+
+
+def _attention(model: PreTrainedModel) -> str:
+    return model.config.get_text_config()._attn_implementation or "eager"
+
+
+def _ways(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """The ways to try for an attention, the fastest first."""
+    if name == NAME:
+        return (SEGMENTS, DENSE)
+    return (FLASH,) if "flash" in name else (DENSE,)
+
+
+def _padded_batch(model: PreTrainedModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
