@@ -17,7 +17,7 @@ from llmmix import (
     attach_heads,
 )
 from llmmix.filtering import LikelihoodFilter
-from llmmix.padding_free_setting import padded_by_trl, sft_trainer
+from llmmix.padding_free_setting import sft_trainer
 
 SETTINGS = {
     "max_steps": 2,
@@ -133,7 +133,8 @@ def assert_same(padded, free, loss=1e-5, norm=1e-4):
     assert any("eval_loss" in entry for entry in log)
     for entry, found in zip(log, other, strict=True):
         assert entry.keys() == found.keys()
-        for key, value in entry.items():
+        for key in entry.keys() - {"rewards/accuracies"}:  # rounding decides it at a margin of 0
+            value = entry[key]
             tolerance = loss if key in ("loss", "eval_loss") else norm
             if key.endswith("aux_loss"):  # transformers has the router's probabilities in fp32
                 tolerance = 1e-6
@@ -189,14 +190,6 @@ def test_packing_beside_it_is_one_error(checkpoint, math_rows, option):
     args = SFTConfig("out", use_cpu=True, bf16=False, padding_free=True, **{option: True})
     with pytest.raises(ValueError, match=f"`padding_free=True` computes.*and `{option}=True`"):
         sft_trainer(checkpoint, args=args, train_dataset=math_rows)
-
-
-def test_neftune_is_told_of(caplog):
-    with padded_by_trl(
-        SFTConfig("out", use_cpu=True, bf16=False, padding_free=True, neftune_noise_alpha=5.0)
-    ):
-        pass
-    assert "alpha must be twice as large" in caplog.text
 
 
 def test_a_filter_needs_rows_that_trl_has_not_joined(checkpoint, math_rows):
