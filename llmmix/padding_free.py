@@ -10,12 +10,14 @@ A token counts its position from the first of its sequence. A label whose token 
 has no hidden state that could predict it, and is not scored: the first token of a row that is
 padded on the left and has no prompt.
 
-Three ways lead through the backbone, by what the model's attention is:
+Ways through the backbone, the first that answers as a padded batch does:
 
-    "sdpa"           by segments (`llmmix.segment_attention`)
-    flash attention  its own kernel for sequences of varied lengths
-    any other        dense: the model builds its own mask (N, N) from the positions, which is right
-                     and no faster than a padded batch
+    segments   attention by segments (`llmmix.segment_attention`), for "sdpa"
+    flash      flash attention's own kernel for sequences of varied lengths
+    positions  the model builds its mask (N, N) from the positions
+    masks      it is given that mask, if it does not look at the positions
+
+The last two are right, and no faster than a padded batch.
 """
 
 import inspect
@@ -25,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_peft_available
 
 from llmmix.head_check import difference_without_padding
 from llmmix.processes import say_once
 from llmmix.segment_attention import NAME, Segments, no_mask, serve_segments
 
-SEGMENTS, FLASH, DENSE = "segments", "flash", "dense"
+SEGMENTS, FLASH, POSITIONS, MASKS = "segments", "flash", "positions", "masks"
 # What a batch may bring that says where its tokens stand: it is run as it came
 PLACED = ("position_ids", "cache_position", "past_key_values")
 # Kinds of layers that carry a state from token to token
@@ -123,7 +126,7 @@ class PaddingFree:
             free = self if unpad else None
             return fused_forward(outputs, budget, objective, padding_free=free, **inputs)
 
-        for way in _ways(model, name):
+        for way in _ways(name):
             self._trying = way
             try:
                 failure = difference_without_padding(model, _padded_batch(model), forward)
@@ -131,8 +134,8 @@ class PaddingFree:
                 self._trying = None
             if failure is None:
                 self._ways[name] = way
-                if way == DENSE:
-                    why = failures[0] if failures else f"it is {name!r}"
+                if way in (POSITIONS, MASKS):
+                    why = failures[0] if name == NAME else f"it is {name!r}"
                     say_once(
                         f"`padding_free`: the attention of {type(model).__name__} does not run by "
                         f"segments ({why}). It runs under a dense mask, which is right and hardly "
@@ -151,8 +154,10 @@ class PaddingFree:
         mask = inputs.get("attention_mask")
         if args or not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
-        if any(inputs.get(name) is not None for name in PLACED):
-            return None
+        for name in PLACED:
+            if inputs.get(name) is not None:
+                say_once(f"`padding_free`: batches with `{name}` keep their padding.")
+                return None
         kept = (mask != 0).cpu()
         begins = torch.cat([kept[:, :1], kept[:, 1:] & ~kept[:, :-1]], dim=1)
         if kept.all() or not kept.any() or (begins.sum(1) > 1).any():
@@ -167,7 +172,7 @@ class TokenRow:
     Args:
         model: The model that is to run on them.
         kept: (B, T), on the CPU; true at the tokens.
-        way: `SEGMENTS`, `FLASH` or `DENSE`.
+        way: One of the ways through the backbone.
         inputs: What the model was called with.
 
     Attributes:
@@ -195,6 +200,15 @@ class TokenRow:
             for side in "qk":
                 self.inputs[f"cu_seq_lens_{side}"] = segments.bounds
                 self.inputs[f"max_length_{side}"] = segments.longest
+        elif way == MASKS:
+            shape = torch.empty(1, len(places), 0, dtype=model.dtype, device=device)
+            self.inputs["attention_mask"] = create_masks_for_generate(
+                config=model.config.get_text_config(),
+                inputs_embeds=shape,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=self.inputs["position_ids"],
+            )
 
     def _flat(self, x: Any) -> Any:
         """Of what has a value for each position, (B, T, ...), the tokens' as (1, N, ...)."""
@@ -228,11 +242,11 @@ def _attention(model: PreTrainedModel) -> str:
     return model.config.get_text_config()._attn_implementation or "eager"
 
 
-def _ways(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+def _ways(name: str) -> tuple[str, ...]:
     """The ways to try for an attention, the fastest first."""
-    if name == NAME:
-        return (SEGMENTS, DENSE)
-    return (FLASH,) if "flash" in name else (DENSE,)
+    if "flash" in name:
+        return (FLASH,)
+    return ((SEGMENTS,) if name == NAME else ()) + (POSITIONS, MASKS)
 
 
 def _padded_batch(model: PreTrainedModel) -> dict[str, Tensor]:
