@@ -160,7 +160,7 @@ def attach_head(
                 if is_spread(self) or "once" not in compared:  # on all processes, or on none
                     compare(self)
                 compared.add("forward")
-            _settle(unpadding, self)
+            _settle(unpadding, self, attaching=False)
             kwargs["padding_free"] = unpadding
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
@@ -170,7 +170,7 @@ def attach_head(
     if has_weights(base) and not is_spread(base):
         if "once" not in compared:
             compare(base)
-        _settle(unpadding, base)
+        _settle(unpadding, base, attaching=True)
     base.forward = types.MethodType(forward, base)
 
 
@@ -182,9 +182,9 @@ def _check_outputs(outputs: tuple[str, ...]) -> None:
         )
 
 
-def _settle(unpadding: PaddingFree | None, model: PreTrainedModel) -> None:
+def _settle(unpadding: PaddingFree | None, model: PreTrainedModel, attaching: bool) -> None:
     if unpadding is not None:
-        unpadding.settle(model, functools.partial(_fused_forward, model))
+        unpadding.settle(model, functools.partial(_fused_forward, model), attaching)
 
 
 def causal_lm(model: Any, argument: str = "model") -> PreTrainedModel:

@@ -20,9 +20,10 @@ Ways through the backbone, the first that answers as a padded batch does:
 The last two are right, and no faster than a padded batch.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_peft_available
 
-from llmmix.head_check import difference_without_padding
+from llmmix.head_check import difference, probe
 from llmmix.processes import say_once
 from llmmix.segment_attention import NAME, Segments, no_mask, serve_segments
 
@@ -77,7 +78,7 @@ def check_padding_free(model: Any) -> None:
         _refuse(base, "is split over tensor-parallel ranks")
 
 
-def _refuse(model: nn.Module, why: str) -> None:
+def _refuse(model: nn.Module, why: str) -> NoReturn:
     raise ValueError(
         f"`padding_free=True` joins the rows of a batch, and {type(model).__name__} {why}. Set it "
         'to False; `train_sampling_strategy="group_by_length"` saves most of the padding.'
@@ -106,72 +107,127 @@ class PaddingFree:
         self._ways: dict[str, str] = {}  # by the name of the model's attention
         self._trying: str | None = None
 
-    def settle(self, model: PreTrainedModel, fused_forward: Callable[..., Any]) -> None:
+    def settle(
+        self, model: PreTrainedModel, fused_forward: Callable[..., Any], attaching: bool
+    ) -> None:
         """Find the way for the model's attention, once. The weights are there.
 
         Args:
             model: The model.
             fused_forward: A function (outputs, memory_budget, objective, padding_free=, **inputs)
                 that answers with a `FusedHeadOutput`.
+            attaching: Whether it is no call of the model yet. What then cannot run, such as flash
+                attention before autocast is on, is tried again at the first call.
 
         Raises:
-            ValueError: The model answers otherwise without padding than with it.
+            ValueError: The model does not answer alike without padding, or cannot be asked.
         """
         name = _attention(model)
         if name in self._ways:
             return
+        batch = _padded_batch(model)
+        try:
+            expected = probe(model, batch, fused_forward)
+        except Exception as error:  # whatever the model needs beside tokens
+            if attaching:
+                return
+            _refuse(model, f"cannot run on tokens alone ({error})")
         failures: list[str] = []
-
-        def forward(outputs: Any, budget: Any, objective: Any, unpad: bool, **inputs: Any) -> Any:
-            free = self if unpad else None
-            return fused_forward(outputs, budget, objective, padding_free=free, **inputs)
-
         for way in _ways(name):
-            self._trying = way
-            try:
-                failure = difference_without_padding(model, _padded_batch(model), forward)
-            finally:
-                self._trying = None
+            failure = self._try(way, model, batch, expected, fused_forward)
             if failure is None:
                 self._ways[name] = way
                 if way in (POSITIONS, MASKS):
-                    why = failures[0] if name == NAME else f"it is {name!r}"
-                    say_once(
-                        f"`padding_free`: the attention of {type(model).__name__} does not run by "
-                        f"segments ({why}). It runs under a dense mask, which is right and hardly "
-                        "faster than a padded batch."
-                    )
+                    _say_dense(model, failures[0] if name == NAME else f"it is {name!r}")
                 return
             failures.append(failure)
         _refuse(model, f"does not answer alike without padding ({failures[-1]})")
 
+    def _try(
+        self,
+        way: str,
+        model: PreTrainedModel,
+        batch: dict[str, Tensor],
+        expected: Any,
+        fused_forward: Callable[..., Any],
+    ) -> str | None:
+        """What comes of a way: None, or why it is not one for the model."""
+        self._trying = way
+        try:
+            found = probe(model, batch, functools.partial(fused_forward, padding_free=self))
+        except Exception as error:  # whatever the model makes of what it does not know
+            return f"{type(error).__name__}: {error}".rstrip(".")
+        finally:
+            self._trying = None
+        return difference(model, expected, found)
+
     def row(self, model: PreTrainedModel, args: tuple, inputs: dict[str, Any]) -> "TokenRow | None":
         """The tokens of a batch as one row; None for a batch that is to run as it came.
 
-        It runs as it came without padding, without a token, with its own positions or cache, or
-        with padding between its tokens. The device is waited for once.
+        It runs as it came without padding, without a token, with a cache or positions of its own,
+        or with padding between its tokens. A row that packs sequences, with positions and without a
+        mask, is one already. The device is waited for once.
         """
-        mask = inputs.get("attention_mask")
-        if args or not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if args:
             return None
-        for name in PLACED:
-            if inputs.get(name) is not None:
-                say_once(f"`padding_free`: batches with `{name}` keep their padding.")
-                return None
+        if mask is None:
+            tokens = None if positions is None else Tokens.packed(positions)
+        elif not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        elif placed := [name for name in PLACED if inputs.get(name) is not None]:
+            say_once(f"`padding_free`: batches with `{placed[0]}` keep their padding.")
+            return None
+        else:
+            tokens = Tokens.kept_by(mask)
+        way = self._trying or self._ways[_attention(model)]
+        return None if tokens is None else TokenRow(model, tokens, way, inputs)
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of a batch stand; on the CPU.
+
+    Attributes:
+        kept: (B, T); true at the tokens.
+        positions: (N,); the position of each in its sequence.
+        lengths: Tokens of each sequence, N together.
+    """
+
+    kept: Tensor
+    positions: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def kept_by(cls, mask: Tensor) -> "Tokens | None":
+        """Those of a mask (B, T); None without padding, without a token, or with holes."""
         kept = (mask != 0).cpu()
         begins = torch.cat([kept[:, :1], kept[:, 1:] & ~kept[:, :-1]], dim=1)
         if kept.all() or not kept.any() or (begins.sum(1) > 1).any():
             return None
-        way = self._trying or self._ways[_attention(model)]
-        return TokenRow(model, kept, way, inputs)
+        lengths = [length for length in kept.sum(1).tolist() if length]
+        return cls(kept, (kept.cumsum(1) - 1)[kept], lengths)
+
+    @classmethod
+    def packed(cls, positions: Tensor) -> "Tokens | None":
+        """Those of a row of sequences, from their positions (1, N); None if it is one sequence."""
+        if positions.size(0) != 1:
+            return None
+        positions = positions.cpu()
+        begins = (positions[0].diff() != 1).nonzero().squeeze(1) + 1
+        if not len(begins):
+            return None
+        bounds = torch.cat([begins.new_zeros(1), begins, begins.new_tensor([positions.size(1)])])
+        return cls(
+            torch.ones_like(positions, dtype=torch.bool), positions[0], bounds.diff().tolist()
+        )
 
 
 class TokenRow:
-    """The tokens of a padded batch, one sequence behind the other.
+    """The tokens of a batch, one sequence behind the other.
 
     Args:
         model: The model that is to run on them.
-        kept: (B, T), on the CPU; true at the tokens.
+        tokens: Where they stand in the batch.
         way: One of the ways through the backbone.
         inputs: What the model was called with.
 
@@ -179,29 +235,28 @@ class TokenRow:
         inputs: What its backbone is to be called with.
     """
 
-    def __init__(self, model: PreTrainedModel, kept: Tensor, way: str, inputs: dict[str, Any]):
-        device = inputs["attention_mask"].device
-        places = kept.flatten().nonzero().squeeze(1)
-        positions = (kept.cumsum(1) - 1).flatten()[places]
-        self._kept = kept
-        self._places = places.to(device, non_blocking=True)
-        lengths = [length for length in kept.sum(1).tolist() if length]
-        rest = {k: x for k, x in embedded(model, inputs).items() if k != "attention_mask"}
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, way: str, inputs: dict[str, Any]):
+        inputs = embedded(model, inputs)
+        given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else None
+        device = (inputs["inputs_embeds"] if given is None else given).device
+        self._kept = tokens.kept
+        self._places = tokens.kept.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        rest = {k: x for k, x in inputs.items() if k not in ("attention_mask", "position_ids")}
         self.inputs: dict[str, Any] = {
             **{name: self._flat(x) for name, x in rest.items()},
-            "position_ids": positions.to(device, non_blocking=True).unsqueeze(0),
+            "position_ids": tokens.positions.to(device, non_blocking=True).unsqueeze(0),
         }
         if way == SEGMENTS:
             serve_segments()
-            segments = Segments(lengths, device)
+            segments = Segments(tokens.lengths, device)
             self.inputs |= {"segments": segments, "attention_mask": no_mask(device)}
         elif way == FLASH:
-            segments = Segments(lengths, device)
+            segments = Segments(tokens.lengths, device)
             for side in "qk":
                 self.inputs[f"cu_seq_lens_{side}"] = segments.bounds
                 self.inputs[f"max_length_{side}"] = segments.longest
         elif way == MASKS:
-            shape = torch.empty(1, len(places), 0, dtype=model.dtype, device=device)
+            shape = torch.empty(1, len(self._places), 0, dtype=model.dtype, device=device)
             self.inputs["attention_mask"] = create_masks_for_generate(
                 config=model.config.get_text_config(),
                 inputs_embeds=shape,
@@ -247,6 +302,14 @@ def _ways(name: str) -> tuple[str, ...]:
     if "flash" in name:
         return (FLASH,)
     return ((SEGMENTS,) if name == NAME else ()) + (POSITIONS, MASKS)
+
+
+def _say_dense(model: PreTrainedModel, why: str) -> None:
+    say_once(
+        f"`padding_free`: the attention of {type(model).__name__} does not run by segments "
+        f"({why}). It runs under a dense mask, which is right and hardly faster than a padded "
+        "batch."
+    )
 
 
 def _padded_batch(model: PreTrainedModel) -> dict[str, Tensor]:

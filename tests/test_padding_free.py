@@ -26,8 +26,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.integrations.neftune import activate_neftune
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from llmmix import attach_head, padding_free
+from llmmix import attach_head, attach_heads, padding_free
 from llmmix.padding_free import check_padding_free
 from llmmix.segment_attention import Segments, attend
 
@@ -155,17 +156,25 @@ def test_is_the_padded_batch_where_the_padding_is_on_the_left(name):
 
 def test_learned_positions_count_from_the_first_token():
     """A padded run of GPT-2 counts the padding on the left as well."""
-    model = build("gpt2")
-    left, right = (trained(model, batch(side), True)[0] for side in ("left", "right"))
-    _, alone = (
-        trained(model, {k: x[:1, :7] for k, x in batch("right").items()}, free)[0]
-        for free in (False, True)
-    )
-    torch.testing.assert_close(right.log_probs[0, :6], alone.log_probs[0])
-    assert left.log_probs[0, -6:].shape == (6,)
-    ids = batch("left")["input_ids"][:1, -7:]
-    alone = model(input_ids=ids, labels=ids, fused_lm_head=True)
-    torch.testing.assert_close(left.log_probs[0, -6:], alone.log_probs[0])
+    model, inputs = build("gpt2"), batch("left")
+    free = trained(model, inputs, True)[0].log_probs[0, -6:]
+    ids = inputs["input_ids"][:1, -7:]
+    alone = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+    torch.testing.assert_close(free, alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_sequences_that_came_packed_are_kept_apart(name, widths):
+    """GPT-OSS does not look at positions, and alone it would mix them."""
+    model, padded = build(name, torch.float32), batch()
+    kept = padded["attention_mask"] != 0
+    packed = {k: padded[k][kept].unsqueeze(0) for k in ("input_ids", "labels")}
+    packed["position_ids"] = (kept.cumsum(1) - 1)[kept].unsqueeze(0)
+    packed["labels"][packed["position_ids"] == 0] = -100  # as TRL has them
+    free = trained(model, {**packed, "seq_idx": None}, True)
+    assert name == "gpt_oss" or widths[-1] == [7, 12, 1, 9]
+    rows, apart = (run[0].log_probs for run in (free, trained(model, padded, True)))
+    torch.testing.assert_close(rows[rows != 0], apart[apart != 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -198,6 +207,9 @@ def test_autocast_rounds_and_no_more():
     padded = trained(model, batch(), False)
     with torch.autocast("cpu", torch.bfloat16):
         assert_alike(padded, trained(model, batch(), True), rtol=3e-2)
+    model = model.to(torch.bfloat16)
+    loss = trained(model, batch(), True)[0].loss
+    torch.testing.assert_close(loss, padded[0].loss, rtol=3e-2, atol=0)
 
 
 def test_noise_of_neftune_is_that_of_the_padded_batch():
@@ -418,3 +430,40 @@ def test_weights_that_come_later_are_compared_at_the_first_forward(widths):
     assert len(widths) == 4
     expected = trained(model, batch(), False)[0]
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "dpo-lora"])
+def test_trls_trainers_take_the_same_steps(method, checkpoint, math_rows, preference_rows, widths):
+    kind, config, rows = (
+        (SFTTrainer, SFTConfig, math_rows)
+        if method == "sft"
+        else (DPOTrainer, DPOConfig, preference_rows)
+    )
+    logs = []
+    for free in (False, True):
+        args = config(
+            output_dir="unused",
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            dataloader_pin_memory=False,
+        )
+        lora = LoraConfig(init_lora_weights=False) if method == "dpo-lora" else None
+        torch.manual_seed(0)
+        trainer = kind(checkpoint, args=args, train_dataset=rows, peft_config=lora)
+        attach_heads(trainer, padding_free=free)
+        widths.clear()
+        trainer.train()
+        assert (len(widths) > 0) == free
+        logs.append(trainer.state.log_history[:-1])
+    assert len(logs[0]) == 3
+    for padded, free in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "rewards/margins", "mean_token_accuracy"):
+            if name in padded:
+                rtol = 1e-4 if name == "grad_norm" else 1e-5
+                assert free[name] == pytest.approx(padded[name], rel=rtol, abs=1e-6), name
