@@ -17,7 +17,7 @@ from llmmix import (
     attach_heads,
 )
 from llmmix.filtering import LikelihoodFilter
-from llmmix.padding_free_setting import padded_by_trl, sft_trainer
+from llmmix.padding_free_setting import sft_trainer
 
 SETTINGS = {
     "max_steps": 2,
@@ -133,7 +133,8 @@ def assert_same(padded, free, loss=1e-5, norm=1e-4):
     assert any("eval_loss" in entry for entry in log)
     for entry, found in zip(log, other, strict=True):
         assert entry.keys() == found.keys()
-        for key, value in entry.items():
+        for key in entry.keys() - {"rewards/accuracies"}:  # rounding decides it at a margin of 0
+            value = entry[key]
             tolerance = loss if key in ("loss", "eval_loss") else norm
             if key.endswith("aux_loss"):  # transformers has the router's probabilities in fp32
                 tolerance = 1e-6
@@ -147,11 +148,9 @@ def assert_same(padded, free, loss=1e-5, norm=1e-4):
         pytest.param(DCO, True, {"reduction": "token_mean", "max_length": 90}, id="dco-mean-lora"),
         pytest.param(SFTMIX, False, {"dco_n_samples": 16}, id="sftmix-dco"),
         pytest.param(SFTMIX, True, {}, id="sftmix-lora"),
-        pytest.param(RPO, False, {"precompute_ref_log_probs": True}, id="rpo-precomputed"),
-        pytest.param(RPO, False, {}, id="rpo-copy"),
-        pytest.param(RPO, True, {"sft_reduction": "mean"}, id="rpo-mean-lora"),
+        pytest.param(RPO, False, {"sft_reduction": "mean"}, id="rpo-mean-copy"),
+        pytest.param(RPO, True, {"precompute_ref_log_probs": True}, id="rpo-lora-precomputed"),
         pytest.param(TRL_SFT, False, {}, id="trl-sft"),
-        pytest.param(TRL_DPO, True, {}, id="trl-dpo-lora"),
         pytest.param(TRL_DPO, False, {}, id="trl-dpo"),
     ],
 )
@@ -159,11 +158,20 @@ def test_a_run_without_padding_is_the_padded_run(both, method, lora, given):
     assert_same(*both(method, lora, **given))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("method", "lora"), [(DCO, False), (RPO, True)], ids=["dco", "rpo-lora"])
+@pytest.mark.parametrize(
+    ("method", "lora", "family"),
+    [
+        pytest.param(DCO, False, "mistral", id="dco-mistral"),
+        pytest.param(DCO, False, "qwen3-moe", id="dco-qwen3-moe"),
+        pytest.param(DCO, True, "gemma3", id="dco-gemma3-lora"),
+        pytest.param(RPO, False, "gemma3", id="rpo-gemma3"),
+        pytest.param(RPO, True, "qwen3", id="rpo-qwen3-lora"),
+        pytest.param(RPO, True, "qwen3-moe", id="rpo-qwen3-moe-lora"),
+    ],
+)
 def test_of_other_models_to_the_last_digits_of_fp64(both, method, lora, family):
     """Windows of eight tokens, and the loss of a router."""
-    assert_same(*both(method, lora, family), loss=1e-9, norm=1e-8)
+    assert_same(*both(method, lora, family), loss=1e-9, norm=1e-9)
 
 
 @pytest.mark.parametrize("method", [DCO, SFTMIX, RPO], ids=["dco", "sftmix", "rpo"])
@@ -189,14 +197,6 @@ def test_packing_beside_it_is_one_error(checkpoint, math_rows, option):
     args = SFTConfig("out", use_cpu=True, bf16=False, padding_free=True, **{option: True})
     with pytest.raises(ValueError, match=f"`padding_free=True` computes.*and `{option}=True`"):
         sft_trainer(checkpoint, args=args, train_dataset=math_rows)
-
-
-def test_neftune_is_told_of(caplog):
-    with padded_by_trl(
-        SFTConfig("out", use_cpu=True, bf16=False, padding_free=True, neftune_noise_alpha=5.0)
-    ):
-        pass
-    assert "alpha must be twice as large" in caplog.text
 
 
 def test_a_filter_needs_rows_that_trl_has_not_joined(checkpoint, math_rows):
