@@ -78,7 +78,7 @@ class FusedHeadOutput(ModelOutput):
         top_k_entropy: Same shape; entropy over the `top_k` most likely tokens alone, renormalised.
         label_mask: Same shape; whether the label counts.
         aux_loss: Router load-balancing loss, when the model returns router logits.
-        objective: What `head_objective` returned.
+        objective: What `head_objective` returned, without its "statistics".
     """
 
     # Three are always given, but `ModelOutput` allows no second field without a default
