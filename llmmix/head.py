@@ -130,7 +130,6 @@ def attach_head(
             `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
         padding_free: Run the backbone on the tokens of a padded batch alone, as one row in which
             each sequence sees itself. All that comes out has the shape of the padded batch.
-
         top_k: The most likely tokens that `top_k_entropy` is over.
 
     Raises:
