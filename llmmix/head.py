@@ -28,8 +28,9 @@ from llmmix.logprobs import STATISTICS, HeadStatistics
 from llmmix.padding_free import PaddingFree, backbone_of
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
-# the head at hand to a dict of tensors.
-HeadObjective = Callable[[Tensor, Tensor, HeadAtHand], dict[str, Tensor]]
+# the head at hand to a dict of tensors. Under "statistics" it may return a `HeadStatistics` of the
+# scored tokens, in order, which it has made on its way: the forward then makes none.
+HeadObjective = Callable[[Tensor, Tensor, HeadAtHand], dict[str, Any]]
 
 # Names of the number of experts, in models and configs
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -77,7 +78,7 @@ class FusedHeadOutput(ModelOutput):
         top_k_entropy: Same shape; entropy over the `top_k` most likely tokens alone, renormalised.
         label_mask: Same shape; whether the label counts.
         aux_loss: Router load-balancing loss, when the model returns router logits.
-        objective: What `head_objective` returned.
+        objective: What `head_objective` returned, without its "statistics".
     """
 
     # Three are always given, but `ModelOutput` allows no second field without a default
@@ -251,13 +252,15 @@ def _fused_forward(
     row = None if padding_free is None else padding_free.row(model, args, kwargs)
     backbone = backbone_of(model)(*args, **(kwargs if row is None else row.inputs))
     states = backbone.last_hidden_state if row is None else row.padded(backbone.last_hidden_state)
-    head = HeadAtHand(model.get_output_embeddings(), head_scaling(config), memory_budget)
+    embedding, scaling = model.get_output_embeddings(), head_scaling(config)
+    head = HeadAtHand(embedding, scaling, memory_budget, outputs, top_k)
     hidden, labels = _shift(states, labels, shift_labels, head.device)
     labels = labels if row is None else row.predicted(labels)
     mask = labels != -100
-    # Only scored positions reach the head
-    rows = head.statistics(hidden[mask], labels[mask], outputs, top_k=top_k)
     extra = None if objective is None else objective(hidden, labels, head)
+    rows = None if extra is None else extra.pop("statistics", None)
+    if rows is None:  # only scored positions reach the head
+        rows = head.statistics(hidden[mask], labels[mask], outputs)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -fields["log_probs"].sum() / count
