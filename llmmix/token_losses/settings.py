@@ -86,7 +86,7 @@ class TokenLossSettings(SFTConfig):
             )
         self._check_owners()
         for name, value in LOSSES[self.loss_type].settings.items():
-            if getattr(self, name) is None:
+            if getattr(self, name, value) is None:
                 setattr(self, name, list(value) if isinstance(value, tuple) else value)
         if self.label_smoothing_factor is None:
             self.label_smoothing_factor = 0.0
