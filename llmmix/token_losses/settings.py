@@ -35,7 +35,7 @@ class TokenLossSettings(SFTConfig):
 
     loss_type: str = field(
         default="nll",
-        metadata={"help": f"Loss of a token: one of {', '.join(LOSSES)}.", "choices": list(LOSSES)},
+        metadata={"help": "Loss of a token; nll is cross-entropy.", "choices": list(LOSSES)},
     )
     gce_q: float | None = field(
         default=None,
