@@ -78,19 +78,24 @@ def test_asft_is_dft_without_its_divergence_and_adds_it_with(make, checkpoint, p
     assert log[0]["token_losses/kl"] == pytest.approx(0, abs=1e-6)
     assert log[2]["token_losses/kl"] > 1e-3
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
-    mask = batch["labels"][:, 1:] != -100
-    trainer.model.eval()
-    with torch.no_grad():
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        own, reference = (
-            model(**inputs).logits[:, :-1][mask].log_softmax(-1)
-            for model in (trainer.model, before)
-        )
-        expected = (reference.exp() * (reference - own)).sum(-1)
-        needs, objective = trainer.reference.before(trainer.model, batch)
-        output = trainer.model(**batch, fused_lm_head=True, head_objective=objective)
+    labels = batch["labels"][:, 1:]
+    mask, model = labels != -100, trainer.model
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own, reference = (one(**inputs).logits[:, :-1][mask].log_softmax(-1) for one in (model, before))
+    reference = reference.detach()
+    expected = (reference.exp() * (reference - own)).sum(-1)
+    log_probs = own.gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
+    dense = (2.0 * expected - log_probs.detach().exp() * log_probs).sum() / 7
+    trained = [p for p in model.parameters() if p.requires_grad]
+    needs, objective = trainer.reference.before(model, dict(batch))
+    output = model(**batch, fused_lm_head=True, head_objective=objective)
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(7))
     torch.testing.assert_close(output.objective["kl"][mask], expected, rtol=1e-4, atol=1e-6)
     assert not needs and output.objective["kl"][~mask].eq(0).all()
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    gradients = (torch.autograd.grad(x, trained) for x in (loss, dense))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_an_adapter_switched_off_is_a_frozen_copy(make, checkpoint):
@@ -113,8 +118,12 @@ def test_an_adapter_switched_off_is_a_frozen_copy(make, checkpoint):
 
 
 @pytest.mark.parametrize("settings", by_name(ALL))
-def test_a_step_is_the_same_in_micro_batches_of_any_size_without_padding(make, settings):
+def test_a_step_is_the_same_in_micro_batches_of_any_size_without_padding(
+    make, other_model, settings
+):
     given = {**settings, "learning_rate": 0.2, "max_steps": 4}
+    if settings is not PSFT:
+        given["reference_model"] = other_model
     other = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     other |= {"padding_free": True, "gradient_checkpointing": True}
     assert_same(finish(make(**given)), finish(make(**given, **other)))
