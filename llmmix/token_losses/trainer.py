@@ -113,7 +113,7 @@ class TokenLossTrainer(SFTTrainer):
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
         attach_heads(self, padding_free=args.padding_free, **self.objective.head)
         end_unless_finite(self)
-        tell_if_unmoved(self)
+        tell_if_unmoved(self, "nll_per_token")  # a loss of weights may rise, or stay near -1
         sign(self, f"the token loss {args.loss_type}", self.objective.loss.paper)
         keep_token_count(self)
         self.means = Means(self)
