@@ -281,26 +281,6 @@ def test_a_reference_that_does_not_serve_is_refused(make, checkpoint, other_mode
 
 
 @pytest.mark.parametrize(
-    ("given", "match"),
-    [
-        ({"loss_type": "select", "select_share": 0.0}, "select_share"),
-        ({"loss_type": "select", "select_share": 1.1}, "select_share"),
-        ({"loss_type": "psft", "psft_clip": [0.2]}, "two numbers"),
-        ({"loss_type": "psft", "psft_clip": [1.0, 0.2]}, "psft_clip"),
-        ({"loss_type": "psft", "psft_clip": [0.2, -0.1]}, "psft_clip"),
-        ({"loss_type": "psft", "psft_snapshot_steps": 0}, "psft_snapshot_steps"),
-        ({"loss_type": "asft", "asft_alpha": -0.1}, "asft_alpha"),
-        ({"loss_type": "nll", "asft_alpha": 0.1}, "asft_alpha"),
-        ({"loss_type": "asft", "psft_clip": [0.1, 0.1]}, "psft_clip"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(given, match):
-    with pytest.raises(ValueError, match=match):
-        TokenLossConfig("out", **given)
-
-
-@pytest.mark.parametrize(
     ("settings", "what"),
     [
         (PSFT, "psft's snapshot"),
