@@ -28,8 +28,9 @@ from llmmix.logprobs import STATISTICS, HeadStatistics
 from llmmix.padding_free import as_padded, has_padding, without_padding
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
-# the head at hand to a dict of tensors.
-HeadObjective = Callable[[Tensor, Tensor, HeadAtHand], dict[str, Tensor]]
+# the head at hand to a dict of tensors. Under "statistics" it may return a `HeadStatistics` of the
+# scored tokens, in order, which it has made on its way: the forward then makes none.
+HeadObjective = Callable[[Tensor, Tensor, HeadAtHand], dict[str, Any]]
 
 # Names of the number of experts, in models and configs
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -246,12 +247,14 @@ def _fused_forward(
     states = backbone.last_hidden_state
     if unpadded:
         states = as_padded(states, padded)
-    head = HeadAtHand(model.get_output_embeddings(), head_scaling(config), memory_budget)
+    embedding, scaling = model.get_output_embeddings(), head_scaling(config)
+    head = HeadAtHand(embedding, scaling, memory_budget, outputs, top_k)
     hidden, labels = _shift(states, labels, shift_labels, head.device)
     mask = labels != -100
-    # Only scored positions reach the head
-    rows = head.statistics(hidden[mask], labels[mask], outputs, top_k=top_k)
     extra = None if objective is None else objective(hidden, labels, head)
+    rows = None if extra is None else extra.pop("statistics", None)
+    if rows is None:  # only scored positions reach the head
+        rows = head.statistics(hidden[mask], labels[mask], outputs)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -fields["log_probs"].sum() / count

@@ -29,7 +29,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llmmix.fused import tiles
+from llmmix.fused.device import arithmetic, operand_dtype
+from llmmix.fused.gradients import target_gradients
 from llmmix.fused.sharding import gathered
 from llmmix.fused.statistics import STATISTICS as STATISTICS
 from llmmix.fused.statistics import HeadStatistics, check_inputs, statistics_of
@@ -38,8 +39,6 @@ from llmmix.fused.tiles import (
     RunningSoftmax,
     TiledLogits,
     add_product,
-    has_kernels,
-    operand_dtype,
     running_softmax,
 )
 
@@ -156,7 +155,7 @@ class _TiledHead(torch.autograd.Function):
             state = running_softmax(targets[rows], logits.dtype, top_k)
             for columns, w, z in logits.tiles(rows):
                 e = torch.empty_like(z, dtype=operand) if keep else logits.spare(z)
-                shrink = _arithmetic(z).fold(
+                shrink = arithmetic(z).fold(
                     state,
                     z,
                     None if bias is None else bias[columns],
@@ -200,7 +199,7 @@ class _TiledHead(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False), gathered(weight, bias):
             logits = TiledLogits(hidden, weight, ctx.operand)
             needed = ctx.needs_input_grad
-            dh, dw, db = _target_part(needed, logits, weight, bias, targets, g * slope)
+            dh, dw, db = target_gradients(needed, logits, weight, bias, targets, g * slope)
             if dh is not None and entropy_terms is None:
                 dh.addcmul_(q, sum_g, value=-1)
             if dw is not None or db is not None or entropy_terms is not None:
@@ -218,22 +217,6 @@ class _TiledHead(torch.autograd.Function):
         return *(None if d is None else d.to(x.dtype) for d, x in grads), *(None,) * 7
 
 
-def _target_part(needed, logits, weight, bias, targets, g) -> tuple[Tensor | None, ...]:
-    """The targets' part of the gradients of hidden, weight and bias; None where not needed."""
-    dh, dw, db = (
-        torch.zeros_like(x, dtype=logits.dtype) if need else None
-        for x, need in zip((logits.hidden, weight, bias), needed, strict=False)
-    )
-    for y, g_k in zip(targets.unbind(1), g.split(1, dim=1), strict=True):
-        if dh is not None:
-            dh.addcmul_(weight[y].to(dh.dtype), g_k)
-        if dw is not None:
-            dw.index_add_(0, y, g_k * logits.hidden)
-        if db is not None:
-            db.index_add_(0, y, g_k.squeeze(1))
-    return dh, dw, db
-
-
 def _softmax_part(logits, bias, scaling, top, sum_g, entropy_terms, kept) -> Iterator[tuple]:
     """Yield tiles u and row factors r: the softmax subtracts r (u W) from dh, u^T (r h) from dW."""
     tiles_kept = zip(kept[0::2], kept[1::2], strict=True)  # exp(z - max), and that max
@@ -249,14 +232,5 @@ def _softmax_part(logits, bias, scaling, top, sum_g, entropy_terms, kept) -> Ite
         for columns, w, z in logits.tiles(rows):
             b = None if bias is None else bias[columns]
             out = z if w.dtype == z.dtype else logits.spare(z)
-            u = _arithmetic(z).softmax_gradient(z, b, scaling, top[rows], part, out)
+            u = arithmetic(z).softmax_gradient(z, b, scaling, top[rows], part, out)
             yield rows, columns, w, u, r
-
-
-def _arithmetic(logits: Tensor):
-    """The module that has `fold` and `softmax_gradient` for a tile: Triton where it serves."""
-    if has_kernels(logits) and logits.dtype == torch.float32:
-        from llmmix.fused import kernels
-
-        return kernels
-    return tiles

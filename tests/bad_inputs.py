@@ -121,6 +121,7 @@ SETTINGS = [  # script, flag, value; the flag must be told
     ("sftmix", "per_device_train_batch_size", "3"),
     ("token_losses", "loss_type", "wit"),
     ("token_losses", "gce_q", "0.5"),
+    ("token_losses", "reference_model", "@nowhere"),
     ("token_losses", "label_smoothing_factor", "0.1"),
     ("confidence", "num_checkpoints", "0"),
     ("rpo", "beta", "0"),

@@ -6,7 +6,6 @@ from the gradient. Both are plain torch here; `llmmix.fused.kernels` has a GPU k
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -94,7 +93,7 @@ def fold(
     Returns:
         (n, 1), the factor by which sums over earlier tiles shrink, as the maximum rises.
     """
-    z, slope = _scale(logits, bias, scaling)
+    z, slope = scale_(logits, bias, scaling)
     if "top_k_entropy" in outputs:
         merge_largest(state.largest, z, first=start == 0)
     local = targets - start
@@ -108,7 +107,7 @@ def fold(
     highest = torch.maximum(state.max, tile_max)
     shrink = (state.max - highest).exp_()
     state.max.copy_(highest)
-    e = _exp(torch.sub(z, highest, out=out))
+    e = exp_below_zero(torch.sub(z, highest, out=out))
     state.sum.mul_(shrink).add_(e.sum(1, keepdim=True))
     if "mean_logits" in outputs:
         state.sum_z.add_(z.sum(1, keepdim=True))
@@ -156,10 +155,10 @@ def softmax_gradient(
     Returns:
         `out`.
     """
-    z, slope = _scale(logits, bias, scaling)
+    z, slope = scale_(logits, bias, scaling)
     z = torch.sub(z, max, out=out)
     if entropy_terms is None:
-        u = _exp(z)
+        u = exp_below_zero(z)
     else:
         g, s, offset = entropy_terms
         factor = (z + offset).mul_(s).add_(g)
@@ -173,10 +172,10 @@ def scaled(
     """The scaled logits of raw ones, which stay as they are, and the slope of the cap if any."""
     if bias is None and scaling == HeadScaling():
         return logits, None
-    return _scale(logits.clone(), bias, scaling)
+    return scale_(logits.clone(), bias, scaling)
 
 
-def _scale(
+def scale_(
     logits: Tensor, bias: Tensor | None, scaling: HeadScaling
 ) -> tuple[Tensor, Tensor | None]:
     """The scaled logits in place of the raw ones, and the slope of the cap where there is one."""
@@ -194,7 +193,7 @@ def _scale(
     return logits, slope
 
 
-def _exp(x: Tensor) -> Tensor:
+def exp_below_zero(x: Tensor) -> Tensor:
     """The exponential of `x` <= 0 in place, clipped below so that no result is subnormal.
 
     What is clipped is too small to change a sum. Subnormal numbers make the exponential and a
@@ -212,6 +211,7 @@ class TiledLogits:
         operand_dtype: Precision of what enters the matrix products.
 
     Attributes:
+        operand_dtype: As given.
         dtype: Precision of logits and sums.
         hidden: (N, H) in `dtype`.
         row_blocks: The rows of each tile.
@@ -220,6 +220,7 @@ class TiledLogits:
 
     def __init__(self, hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype):
         device = "cpu" if hidden.device.type == "cpu" else "gpu"
+        self.operand_dtype = operand_dtype
         self.dtype = torch.promote_types(operand_dtype, torch.float32)
         self.hidden = hidden.to(self.dtype)
         self._operand, self._weight = hidden.to(operand_dtype), weight
@@ -236,13 +237,21 @@ class TiledLogits:
 
     def tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield columns, their weights, and raw logits, which the next tile overwrites."""
+        for columns in self.column_blocks:
+            w = self.weights(columns)
+            yield columns, w, self.product(rows, w)
+
+    def weights(self, columns: slice) -> Tensor:
+        """The weights of some columns, as they enter the matrix products."""
+        return self._weight[columns].to(self._operand.dtype)
+
+    def product(self, rows: slice, w: Tensor) -> Tensor:
+        """Raw logits of some rows for the columns of `w`, which the next product overwrites."""
         hidden = self._operand[rows]
         if self._tile is None:
             self._tile = self.hidden.new_empty(self._size)
-        for columns in self.column_blocks:
-            w = self._weight[columns].to(self._operand.dtype)
-            z = self._tile[: hidden.size(0) * w.size(0)].view(hidden.size(0), w.size(0))
-            yield columns, w, add_product(z, hidden, w.T, beta=0)
+        z = self._tile[: hidden.size(0) * w.size(0)].view(hidden.size(0), w.size(0))
+        return add_product(z, hidden, w.T, beta=0)
 
     def spare(self, z: Tensor) -> Tensor:
         """A buffer in the operands' precision and the shape of the tile `z`, the same each time."""
@@ -265,26 +274,6 @@ def mean_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
     height = max(1, TILE_ELEMENTS["cpu"] // max(1, weight.size(1)))
     blocks = weight.split(height)
     return torch.stack([block.to(dtype).sum(0) for block in blocks]).sum(0) / weight.size(0)
-
-
-def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The precision of what enters the matrix products; what comes out is in fp32 or better.
-
-    It is fp64 if either input is; bf16 on a GPU, if the weight or autocast is in bf16; else fp32. A
-    CPU gains nothing from bf16, and fp16 would lose the smallest probabilities.
-    """
-    if torch.float64 in (hidden.dtype, weight.dtype):
-        return torch.float64
-    device = hidden.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if has_kernels(hidden) and torch.bfloat16 in (weight.dtype, autocast):
-        return torch.bfloat16
-    return torch.float32
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether `llmmix.fused.kernels` serves the device of `x`."""
-    return x.is_cuda and find_spec("triton") is not None
 
 
 def _slices(total: int, size: int) -> list[slice]:

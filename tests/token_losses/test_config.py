@@ -60,6 +60,7 @@ def test_each_loss_has_its_own_settings():
         ({"loss_type": "asft", "asft_alpha": -1.0}, "`asft_alpha` must be 0 or more"),
         ({"loss_type": "psft", "psft_clip": [0.2]}, "`psft_clip` must be two numbers"),
         ({"loss_type": "psft", "psft_clip": [-0.2, 0.2]}, "`psft_clip` must be 0 or more"),
+        ({"loss_type": "psft", "psft_clip": [1.0, 0.2]}, "`psft_clip` must begin with a number be"),
         ({"loss_type": "psft", "psft_snapshot_steps": 0}, "`psft_snapshot_steps` must be 1"),
         ({"loss_type": "select", "select_share": 0.0}, r"`select_share` must lie in \(0, 1\]"),
         ({"loss_type": "select", "packing": True}, "takes a share of each row: set `padding_free"),
