@@ -78,7 +78,7 @@ class FusedHeadOutput(ModelOutput):
         top_k_entropy: Same shape; entropy over the `top_k` most likely tokens alone, renormalised.
         label_mask: Same shape; whether the label counts.
         aux_loss: Router load-balancing loss, when the model returns router logits.
-        objective: What `head_objective` returned.
+        objective: What `head_objective` returned, without its "statistics".
     """
 
     # Three are always given, but `ModelOutput` allows no second field without a default
@@ -130,7 +130,6 @@ def attach_head(
             `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
         padding_free: Run the backbone on the tokens of a padded batch alone, as one row in which
             each sequence sees itself. All that comes out has the shape of the padded batch.
-
         top_k: The most likely tokens that `top_k_entropy` is over.
 
     Raises:

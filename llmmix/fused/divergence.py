@@ -139,12 +139,12 @@ class _TiledDivergence(torch.autograd.Function):
             state = running_softmax(targets[rows], logits.dtype, top_k)
             reference = RunningReference(state.max.clone(), *(state.sum.clone() for _ in range(2)))
             for columns, w, b, z, r in pair.tiles(rows):
-                e = logits.spare(z)
                 z_scaled, slope = scaled(z, b, scalings[0])
                 shrink = _fold_reference(reference, r, z_scaled, pair.difference(z))
                 if mean_q is not None:
-                    e.copy_(r if slope is None else r.mul_(slope))
-                    add_product(mean_q[rows].mul_(shrink), e, w)
+                    q = r if slope is None else r.mul_(slope)
+                    add_product(mean_q[rows].mul_(shrink), q.to(operand), w)
+                e = logits.spare(z)
                 part = (z, b, scalings[0], targets[rows], columns.start, outputs)
                 shrink = arithmetic(z).fold(state, *part, out=e)
                 if mean_p is not None:

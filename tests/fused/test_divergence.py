@@ -206,8 +206,9 @@ def test_what_does_not_fit_is_named():
         statistics_and_kl(model, targets - 100, LinearHead(*leaves[3:]))
 
 
-@pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scalings", SCALINGS)
+@pytest.mark.parametrize(
+    ("operand", "scalings"), [(torch.float32, SCALINGS[1]), (torch.bfloat16, SCALINGS[0])]
+)
 def test_with_kernels_it_computes_the_same(operand, scalings, small_tiles, monkeypatch):
     """In Triton's interpreter; a GPU's products are in bf16, its sums are not."""
     kernels = pytest.importorskip("llmmix.fused.kernels")
