@@ -32,6 +32,23 @@ def assistant_turns(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a chat, and which of them the assistant says, ends of turns included.
 
+    Arguments and errors are those of `turn_spans`.
+
+    Returns:
+        (T,) ids and (T,) bool.
+    """
+    ids, spans = turn_spans(tokenizer, messages, **options)
+    said = [False] * len(ids)
+    for start, stop in spans.values():
+        said[start:stop] = [True] * (stop - start)
+    return ids, said
+
+
+def turn_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
+) -> tuple[list[int], dict[int, tuple[int, int]]]:
+    """Token ids of a chat, and where among them each message of the assistant stands.
+
     What a template writes behind the end of a turn, such as a newline, is not said by the
     assistant, and neither is a turn that opens the chat.
 
@@ -41,7 +58,7 @@ def assistant_turns(
         **options: Passed to `apply_chat_template`, such as `tools`.
 
     Returns:
-        (T,) ids and (T,) bool.
+        (T,) ids; by number of the message, its first token and the one behind its last.
 
     Raises:
         ValueError: The template writes first messages otherwise when others follow.
@@ -51,7 +68,7 @@ def assistant_turns(
         return encode(tokenizer, first, generation=opened, options=options)
 
     ids = ids_of(messages)
-    said = [False] * len(ids)
+    spans: dict[int, tuple[int, int]] = {}
     ends = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
     done = 0
     for i, message in enumerate(messages):
@@ -70,8 +87,8 @@ def assistant_turns(
         closed = [place for place in range(start, stop) if ids[place] in ends]
         if closed and not str(tokenizer.decode(ids[closed[-1] + 1 : stop])).strip():
             stop = closed[-1] + 1
-        said[start:stop] = [True] * (stop - start)
-    return ids, said
+        spans[i] = (start, stop)
+    return ids, spans
 
 
 def needs_own_turns(tokenizer: Any) -> bool:

@@ -217,8 +217,8 @@ def carry_weights(trainer: Trainer, *given: Any) -> None:
     Call it behind TRL's constructor.
 
     Args:
-        trainer: The trainer, whose `take_weights` takes them from each batch.
-        *given: Rows, or rows by name, of the trainer. Its own where there are none.
+        trainer: The trainer, whose loss takes them from each batch by `take_weights`.
+        *given: Rows, or rows by name. Default: the trainer's own.
     """
     rows = given or (trainer.train_dataset, trainer.eval_dataset)
     parts = [p for some in rows for p in (some.values() if isinstance(some, dict) else [some])]
@@ -227,17 +227,21 @@ def carry_weights(trainer: Trainer, *given: Any) -> None:
         return
     cut = getattr(trainer.args, "truncation_mode", "keep_start")
     trainer.data_collator = Weighing(trainer.data_collator, cut == "keep_end")
+    keep_columns(trainer, ROW, TOKENS)
+
+
+def keep_columns(trainer: Trainer, *names: str) -> None:
+    """Keep columns that a model does not take, for the collator of one trainer."""
     own_columns = trainer._set_signature_columns_if_needed
 
-    def with_weights() -> None:
+    def with_more() -> None:
         own_columns()
         columns: list[str] = trainer._signature_columns or []
-        more = [name for name in (ROW, TOKENS) if name not in columns]
+        more = [name for name in names if name not in columns]
         # Transformers declares None for a list
         trainer._signature_columns = [*columns, *more]  # type: ignore[assignment]
 
-    # On the instance alone
-    trainer._set_signature_columns_if_needed = with_weights  # type: ignore[method-assign]
+    trainer._set_signature_columns_if_needed = with_more  # type: ignore[method-assign]
 
 
 # From a batch to the loss
