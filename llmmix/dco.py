@@ -286,15 +286,14 @@ class DCOTrainer(SFTTrainer):
         else:
             losses = weight * -logps / lengths.clamp(min=1)
         scored = lengths > 0
-        given_weights = weights.of_rows(losses)
-        losses = given_weights * losses * scored  # a row without targets adds an exact zero
+        losses = weights.times(losses) * scored  # a row without targets adds an exact zero
         router = torch.zeros_like(losses.sum())
         if self.aux_loss_enabled and output.aux_loss is not None:
             router = self.router_aux_loss_coef * output.aux_loss
         self.means.add(
             {
                 **self._measured(weight, scored),
-                **weights.mean(given_weights, scored),
+                **weights.mean(scored),
                 "nll_per_token": (-logps.sum(), lengths.sum()),
             },
             loss=[(losses.sum(), scored.sum()), (router * scored.sum(), scored.sum())],

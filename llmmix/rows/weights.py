@@ -278,16 +278,21 @@ class Weights(NamedTuple):
         tokens = self.tokens[:, 1:].to(values)
         return weights * pad(tokens, (values.size(1) - tokens.size(1), 0), value=1.0)
 
-    def mean(self, weights: Tensor, scored: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def times(self, values: Tensor) -> Tensor:
+        """Losses of rows (B,) or of predicted tokens (B, T'), each times its weight."""
+        if not self.given:
+            return values
+        return values * (self.of_rows(values) if values.dim() == 1 else self.of_tokens(values))
+
+    def mean(self, scored: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """`weight/mean` for `Means.add`: a sum and its count. Empty where there are no weights.
 
         Args:
-            weights: Of rows (B,) or of tokens (B, T').
-            scored: Bool of the same shape, which of them count.
+            scored: Bool, which rows (B,) or predicted tokens (B, T') count.
         """
         if not self.given:
             return {}
-        return {"weight/mean": ((weights * scored).sum(), scored.sum())}
+        return {"weight/mean": (self.times(scored.float()).sum(), scored.sum())}
 
 
 def take_weights(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:

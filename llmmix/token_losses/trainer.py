@@ -25,7 +25,9 @@ from llmmix.head import FusedHeadOutput, HeadObjective
 from llmmix.head_weights import HeadAtHand
 from llmmix.padding_free_setting import padded_by_trl
 from llmmix.processes import say_once, warn_once
+from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turns import turns_found
+from llmmix.rows.weights import take_weights
 from llmmix.token_losses.config import TokenLossConfig
 from llmmix.token_losses.objective import TokenObjective
 from llmmix.token_losses.references import TokenReference, token_reference
@@ -39,7 +41,7 @@ from llmmix.trainers import (
     log_dropped,
 )
 from llmmix.training.finite import end_unless_finite
-from llmmix.training.means import Means, log_of
+from llmmix.training.means import Means, Sums, log_of
 from llmmix.training.resuming import keep_token_count
 from llmmix.training.unmoved import tell_if_unmoved
 from llmmix.training.windows import evaluated, window
@@ -109,6 +111,7 @@ class TokenLossTrainer(SFTTrainer):
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
         attach_heads(self, padding_free=args.padding_free, extra=self.objective.outputs)
+        carry_sft_weights(self)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self, f"the token loss {args.loss_type}", self.objective.loss.paper)
@@ -139,7 +142,7 @@ class TokenLossTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's loss, with the loss of each token in place of its NLL."""
-        inputs = evaluated(self, inputs)
+        inputs, weights = take_weights(evaluated(self, inputs))
         needs: dict[str, Tensor] = {}
         of_reference = None
         if self.reference is not None:
@@ -148,7 +151,7 @@ class TokenLossTrainer(SFTTrainer):
 
         def token_loss(output: FusedHeadOutput) -> Tensor:
             arguments, mask = self.objective.arguments(output, needs), output.label_mask
-            found["losses"] = self.objective.losses(arguments, mask)
+            found["losses"] = weights.times(self.objective.losses(arguments, mask))
             found["weights"] = self.objective.weights(arguments, mask)
             return found["losses"]
 
@@ -157,11 +160,14 @@ class TokenLossTrainer(SFTTrainer):
         )
         with nll_for_trl(self.args):
             result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-        self._measure(recorder.output, found["losses"], found["weights"])
+        given = weights.mean(recorder.output.label_mask)
+        self._measure(recorder.output, found["losses"], found["weights"], given)
         return result
 
-    def _measure(self, output: FusedHeadOutput, losses: Tensor, weights: Tensor) -> None:
-        """Count what is logged of a micro-batch."""
+    def _measure(
+        self, output: FusedHeadOutput, losses: Tensor, weights: Tensor, given: dict[str, Sums]
+    ) -> None:
+        """Count what is logged of a micro-batch; `given` is said of the weights from the data."""
         log_probs, mask = output.log_probs.detach(), output.label_mask
         tokens = mask.sum()
         router = torch.zeros_like(losses.sum())
@@ -172,6 +178,7 @@ class TokenLossTrainer(SFTTrainer):
                 WEIGHT: (weights.sum(), tokens),
                 PROB: ((log_probs.exp() * mask).sum(), tokens),
                 "nll_per_token": (-log_probs.sum(), tokens),
+                **given,
             },
             loss=[(losses.sum(), tokens), (router * tokens, tokens)],
         )
