@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
@@ -29,13 +29,14 @@ from llmmix.sftmix.pairing import (
     draw_shares,
     read_confidence,
 )
+from llmmix.token_losses.objective import TokenObjective, together
+from llmmix.token_losses.settings import TokenLossSettings, check_alone, nll_for_trl
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
     check_own_loss,
     check_sft_datasets,
     check_unsharded,
-    default_to_cpu,
     keep_outputs_in_fp32,
     length_limit,
     log_dropped,
@@ -43,7 +44,6 @@ from llmmix.trainers import (
 )
 from llmmix.training.finite import end_unless_finite
 from llmmix.training.means import Means, Sums
-from llmmix.training.ranges import check_settings
 from llmmix.training.resuming import keep_token_count
 from llmmix.training.unmoved import tell_if_unmoved
 from llmmix.training.windows import evaluated, window
@@ -53,8 +53,11 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SFTMixConfig(SFTConfig):
-    """TRL's `SFTConfig` with the fields of SFTMix.
+class SFTMixConfig(TokenLossSettings):
+    """TRL's `SFTConfig` with the fields of SFTMix, beside those of `TokenLossSettings`.
+
+    `loss_type` is the loss of the next tokens; the mixup term stays cross-entropy. Losses that
+    need another model are refused.
 
     Args:
         mixup_alpha: alpha of Beta(alpha, alpha), from which each pair's share is drawn.
@@ -82,7 +85,13 @@ class SFTMixConfig(SFTConfig):
     padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
+        check_alone(self, "SFTMix")
+        if self.dco_n_samples and self.loss_type != "nll":
+            raise ValueError(
+                f"`dco_n_samples={self.dco_n_samples}` weights cross-entropy, and `loss_type` is "
+                f"{self.loss_type!r}: leave one of them out."
+            )
         if not self.mixup_alpha > 0:
             raise ValueError(f"`mixup_alpha` must be positive, got {self.mixup_alpha}.")
         if not self.mixup_weight >= 0:
@@ -104,8 +113,6 @@ class SFTMixConfig(SFTConfig):
                 "`auto_find_batch_size=True` may find an odd batch, and SFTMix batches hold pairs. "
                 "Set `per_device_train_batch_size` by hand."
             )
-        default_to_cpu(self)
-        super().__post_init__()
 
 
 class SFTMixTrainer(SFTTrainer):
@@ -138,6 +145,7 @@ class SFTMixTrainer(SFTTrainer):
 
     args: SFTMixConfig  # these two are narrower than in TRL
     model: PreTrainedModel
+    objective: TokenObjective
 
     _tag_names = [*SFTTrainer._tag_names, "llmmix", "sftmix"]
     _name = "SFTMix"
@@ -163,17 +171,18 @@ class SFTMixTrainer(SFTTrainer):
             "processing_class": processing_class,
         }
         check_types(model, train_dataset, kwargs)
-        check_own_loss("SFTMix", args, kwargs)
+        check_own_loss("SFTMix", args, kwargs, takes_loss_type=True)
         start = own_model(model, args, processing_class)
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
         if args.mixup_weight:
             check_confidence(train_dataset)
-        with turns_found(args, train_dataset), padded_by_trl(args):
+        with turns_found(args, train_dataset), padded_by_trl(args), nll_for_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
-        attach_heads(self, padding_free=args.padding_free)
+        self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
+        attach_heads(self, padding_free=args.padding_free, extra=self.objective.outputs)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self)
@@ -229,10 +238,13 @@ class SFTMixTrainer(SFTTrainer):
         n_samples = self.args.dco_n_samples
         recorder = ForwardRecorder(
             model,
-            head_objective=None if lam is None else partial(mix_pairs, lam=lam),
-            token_loss=partial(_covered, n_samples=n_samples) if n_samples else None,
+            head_objective=together(
+                None if lam is None else partial(mix_pairs, lam=lam), self.objective.head_objective
+            ),
+            token_loss=partial(_covered, n_samples=n_samples) if n_samples else self.objective,
         )
-        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        with nll_for_trl(self.args):
+            result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         mixed = recorder.output.objective
         log_probs, mask = recorder.output.log_probs, recorder.output.label_mask

@@ -48,6 +48,10 @@ class TokenObjective:
         found |= {"mask": output.label_mask, "vocabulary": self._vocabulary}
         return self.loss.arguments(found, **self._settings)
 
+    def __call__(self, output: FusedHeadOutput) -> Tensor:
+        """(B, T) the loss of each token, of a loss that needs no other model."""
+        return self.losses(self.arguments(output), output.label_mask)
+
     def losses(self, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:
         """(B, T) the loss of each token, zero where nothing is scored."""
         return self.loss.loss(**arguments) * mask
@@ -74,6 +78,13 @@ def _scattered(found: Tensor, mask: Tensor) -> Tensor:
     return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
 
-def token_objective(args: TokenLossSettings, vocabulary: int) -> TokenObjective:
-    """The loss that a config asks for; see `TokenObjective`."""
-    return TokenObjective(args, vocabulary)
+def together(*objectives: HeadObjective | None) -> HeadObjective | None:
+    """One head objective that gives what several give."""
+    given = [objective for objective in objectives if objective is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+
+    def objective(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
+        return {k: v for each in given for k, v in each(hidden, labels, head).items()}
+
+    return objective

@@ -1,13 +1,13 @@
 """The other model of asft, psft and select: what it says of a batch, before the model's forward."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
+from trl import SFTTrainer
 
 from llmmix.head import HeadObjective
-
-if TYPE_CHECKING:
-    from llmmix.token_losses.trainer import TokenLossTrainer
+from llmmix.token_losses.config import TokenLossConfig
+from llmmix.token_losses.loss_table import LOSSES
 
 
 class TokenReference(Protocol):
@@ -22,12 +22,12 @@ class TokenReference(Protocol):
         """What the losses of a window are divided by, given its scored tokens on all processes."""
 
 
-def token_reference(trainer: "TokenLossTrainer") -> TokenReference | None:
+def token_reference(trainer: SFTTrainer, args: TokenLossConfig) -> TokenReference | None:
     """The reference of a trainer whose loss needs one, made before the first step.
 
     Raises:
         NotImplementedError: The loss needs one.
     """
-    if trainer.objective.loss.reference:
-        raise NotImplementedError(f"`loss_type={trainer.args.loss_type!r}` needs a reference.")
+    if LOSSES[args.loss_type].reference:
+        raise NotImplementedError(f"`loss_type={args.loss_type!r}` needs a reference.")
     return None

@@ -1,5 +1,7 @@
 """The settings of the token losses that need no other model, for every config that has them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,3 +112,33 @@ class TokenLossSettings(SFTConfig):
                 f"`{name}` is a setting of {' and '.join(losses)}, and `loss_type` is "
                 f"{self.loss_type!r}: leave it out, or set `loss_type` to {losses[0]!r}."
             )
+
+
+def check_alone(args: TokenLossSettings, method: str) -> None:
+    """Refuse a loss that compares with another model, in a method that runs one.
+
+    Raises:
+        ValueError: The config's loss does.
+    """
+    if LOSSES[args.loss_type].reference:
+        others = [name for name, loss in LOSSES.items() if not loss.reference]
+        raise ValueError(
+            f"`loss_type={args.loss_type!r}` compares with another model, and {method} has none: "
+            f"use one of {', '.join(others)}, or train with `TokenLossTrainer`."
+        )
+
+
+@contextmanager
+def nll_for_trl(args: SFTConfig) -> Iterator[None]:
+    """While TRL reads its settings: it knows no other loss, and smooths labels by a second forward.
+
+    Args:
+        args: The trainer's settings; `loss_type` and `label_smoothing_factor` are TRL's defaults
+            for the time.
+    """
+    given = args.loss_type, args.label_smoothing_factor
+    args.loss_type, args.label_smoothing_factor = "nll", 0.0
+    try:
+        yield
+    finally:
+        args.loss_type, args.label_smoothing_factor = given

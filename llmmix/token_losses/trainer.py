@@ -9,7 +9,6 @@ with dft it is TRL's `loss_type="dft"`, to the last digit.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +16,20 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
-from llmmix.head import FusedHeadOutput, HeadObjective
-from llmmix.head_weights import HeadAtHand
+from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl
 from llmmix.processes import say_once, warn_once
 from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turns import turns_found
 from llmmix.rows.weights import take_weights
 from llmmix.token_losses.config import TokenLossConfig
-from llmmix.token_losses.objective import TokenObjective
+from llmmix.token_losses.objective import TokenObjective, together
 from llmmix.token_losses.references import TokenReference, token_reference
+from llmmix.token_losses.settings import nll_for_trl
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
@@ -117,7 +116,7 @@ class TokenLossTrainer(SFTTrainer):
         sign(self, f"the token loss {args.loss_type}", self.objective.loss.paper)
         keep_token_count(self)
         self.means = Means(self)
-        self.reference = token_reference(self)
+        self.reference = token_reference(self, args)
         self._told_cold = False
         self._tell_scale()
 
@@ -213,31 +212,3 @@ class TokenLossTrainer(SFTTrainer):
                 f"`gce_q={args.gce_q:g}` is below 0: the weight p^q of an unlikely token has no "
                 "bound. Use 0 (nll) or more, or clip by `max_grad_norm`."
             )
-
-
-@contextmanager
-def nll_for_trl(args: SFTConfig) -> Iterator[None]:
-    """While TRL reads its settings: it knows no other loss, and smooths labels by a second forward.
-
-    Args:
-        args: The trainer's settings; `loss_type` and `label_smoothing_factor` are TRL's defaults
-            for the time.
-    """
-    given = args.loss_type, args.label_smoothing_factor
-    args.loss_type, args.label_smoothing_factor = "nll", 0.0
-    try:
-        yield
-    finally:
-        args.loss_type, args.label_smoothing_factor = given
-
-
-def together(*objectives: HeadObjective | None) -> HeadObjective | None:
-    """One head objective that gives what several give."""
-    given = [objective for objective in objectives if objective is not None]
-    if len(given) < 2:
-        return given[0] if given else None
-
-    def objective(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
-        return {k: v for each in given for k, v in each(hidden, labels, head).items()}
-
-    return objective

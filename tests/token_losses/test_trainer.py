@@ -213,5 +213,3 @@ def test_the_mixup_term_stays_cross_entropy(make):
     nll = first["nll"]["loss"] - mixup
     assert nll == pytest.approx(first["nll"]["nll_per_token"], rel=1e-5)
     assert 0 < gce < 1 / 0.7 and not math.isclose(gce, nll, rel_tol=1e-3)
-
-
