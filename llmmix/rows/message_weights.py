@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import common_prefix_length
 
+from llmmix.processes import warn_once
 from llmmix.rows.message_spans import assistant_parts, written_parts
 from llmmix.rows.messages import ASKING, SPEAKERS, is_messages
 from llmmix.rows.prompts import encode, template_options
@@ -140,6 +141,19 @@ def weigh(
         if by_token and not keep:
             rows = rows.remove_columns(TOKENS)
     return drop_weightless(rows, argument, weighed=by_token or chats)
+
+
+def tell_unread(rows: Any, argument: str, trainer: str, ways: str) -> None:
+    """Log that rows have weights and that their trainer does not read them.
+
+    Args:
+        rows: The rows as they were given.
+        argument: The name under which they were given.
+        trainer: The trainer, the subject of the sentence.
+        ways: What does read them.
+    """
+    if has_message_weights(rows) or any(has_column(rows, name) for name in (ROW, TOKENS)):
+        warn_once(f"`{argument}` has weights (`{ROW}`, `{TOKENS}`). {trainer} reads none: {ways}.")
 
 
 def carry_sft_weights(trainer: SFTTrainer, masks_only: str = "") -> None:
