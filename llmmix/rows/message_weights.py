@@ -171,7 +171,7 @@ def carry_sft_weights(trainer: SFTTrainer, masks_only: str = "") -> None:
         carry_weights(trainer, dataset)
         return prepare(dataset, tokenizer, args, *more, **named)
 
-    trainer._prepare_dataset = prepared  # type: ignore[method-assign]  # on this trainer alone
+    trainer._prepare_dataset = prepared  # type: ignore  # on this trainer alone
 
 
 def _check_unpacked(rows: Rows, argument: str) -> None:
@@ -197,9 +197,10 @@ def _said(row: Mapping[str, Any]) -> Iterator[tuple[str, int, str, Any]]:
     """(column, number, role, weight) of the messages of a row that have a weight."""
     for column in CHATS:
         cell = row.get(column)
-        if not is_messages(cell):
+        messages = [cell] if isinstance(cell, dict) else cell
+        if not messages or not is_messages(cell):
             continue
-        for number, message in enumerate([cell] if isinstance(cell, dict) else cell):
+        for number, message in enumerate(messages):
             if message.get(ROW) is not None:
                 role = message.get("role") or message.get("from")
                 yield column, number, SPEAKERS.get(role, role), message[ROW]
@@ -251,7 +252,7 @@ def _numbered(rows: Rows) -> Rows:
 
 
 def _are_chats(rows: Rows) -> bool:
-    first = next(iter(rows), {})
+    first: Row = next(iter(rows), {})
     return "input_ids" not in first and isinstance(
         first.get("messages", first.get("completion")), list
     )
@@ -286,7 +287,7 @@ def _mapped(
     return rows.map(make, remove_columns=remove, num_proc=workers, desc=desc)
 
 
-def _of_tokens(row: Row, argument: str, tokenizer: None, scoring: Scoring, keep: bool) -> Row:
+def _of_tokens(row: Row, argument: str, tokenizer: Any, scoring: Scoring, keep: bool) -> Row:
     """Labels and weights of a row that has `token_weights`; masks count as TRL counts them."""
     ids, given = row["input_ids"], row[TOKENS]
     where = f"`{argument}`, row {row[NUMBER]}: `{TOKENS}`"
@@ -306,9 +307,7 @@ def _of_tokens(row: Row, argument: str, tokenizer: None, scoring: Scoring, keep:
     return _weighed(ids, labels, weights, keep)
 
 
-def _of_messages(
-    row: Row, argument: str, tokenizer: PreTrainedTokenizerBase, scoring: Scoring, keep: bool
-) -> Row:
+def _of_messages(row: Row, argument: str, tokenizer: Any, scoring: Scoring, keep: bool) -> Row:
     """Tokens, labels and weights of a chat."""
     number = row.get(NUMBER)
     if number is not None:  # of a stream's row they are not checked yet

@@ -201,10 +201,20 @@ def log_scored(given: Any, prepared: Any) -> None:
         scored += int((labels != -100).sum())
     some = scored < total
     columns = set(given.column_names)
-    if "messages" in columns:
+    if "messages" in columns and some and _begins_scored(given):
+        what = "all but messages of weight 0. To score the assistant alone, set "
+        what += "`assistant_only_loss=True`"
+    elif "messages" in columns:
         what = "the assistant's turns" if some else WHOLE_CHATS
     elif {"prompt", "completion"} <= columns:
         what = "the completions" if some else "prompts and completions"
     else:
         what = "as the rows' labels say" if some else "whole texts"
     warn_once(f"Scored: {scored / max(total, 1):.0%} of {total:,} tokens, {what}.")
+
+
+def _begins_scored(given: Any) -> bool:
+    """Whether a chat with labels is scored from its first token on, as no chat of turns is."""
+    if "labels" not in given.column_names:
+        return False
+    return any(row["labels"][0] != -100 for row in given.select_columns("labels") if row["labels"])

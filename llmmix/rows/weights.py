@@ -116,12 +116,12 @@ def drop_weightless(rows: Any, argument: str, *, weighed: bool = False) -> Any:
     cells = rows.with_format(None).select_columns(columns)
     kept = [number for number, row in enumerate(cells) if _counts(row)]
     if not kept:
-        raise ValueError(f"`{argument}`: the weights leave no token to train on.")
+        raise ValueError(f"`{argument}`: the weights leave no token to score.")
     if len(kept) == len(rows):
         return rows
     warn_once(
         f"Dropped {len(rows) - len(kept)} of {len(rows)} rows of `{argument}`: their weights leave "
-        "no token to train on."
+        "no token to score."
     )
     return rows.select(kept)
 

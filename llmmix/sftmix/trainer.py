@@ -127,8 +127,8 @@ class SFTMixTrainer(SFTTrainer):
     Logs, beside TRL's metrics, `sftmix/ntp_loss`, `sftmix/mixup_loss`, `sftmix/lam` (mean share of
     the confident example), `sftmix/mixed_tokens` (share of response tokens that took part) and
     `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half), and
-    `nll_per_token` (NLL of a scored token). Where rows have weights, they multiply the cross-entropy
-    of each token and each part of the mixed targets, and `weight/mean` is logged.
+    `nll_per_token` (NLL of a scored token). Where rows have weights, they multiply the
+    cross-entropy of each token and of each part of the mixed targets, and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.

@@ -8,7 +8,7 @@ TRL's own reduction, metrics and router loss run on it: with nll the trainer is 
 with dft it is TRL's `loss_type="dft"`, to the last digit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +164,7 @@ class TokenLossTrainer(SFTTrainer):
         return result
 
     def _measure(
-        self, output: FusedHeadOutput, losses: Tensor, weights: Tensor, given: dict[str, Sums]
+        self, output: FusedHeadOutput, losses: Tensor, weights: Tensor, given: Mapping[str, Sums]
     ) -> None:
         """Count what is logged of a micro-batch; `given` is said of the weights from the data."""
         log_probs, mask = output.log_probs.detach(), output.label_mask
