@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import field
 from typing import Any
 
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from llmmix.processes import warn_once
+from llmmix.trainers import attach_heads
 
 
 def padding_free_field() -> Any:
@@ -44,6 +45,24 @@ def padded_by_trl(args: SFTConfig | DPOConfig) -> Iterator[None]:
         yield
     finally:
         args.padding_free = given
+
+
+def sft_trainer(model: Any, *, args: SFTConfig, **given: Any) -> SFTTrainer:
+    """TRL's own `SFTTrainer`, on our fused head where `padding_free` is set.
+
+    Args:
+        model: The model, or its name.
+        args: The trainer's settings.
+        **given: The other arguments of `SFTTrainer`.
+
+    Raises:
+        ValueError: `padded_by_trl` refuses the settings, or `attach_head` the model.
+    """
+    with padded_by_trl(args):
+        trainer = SFTTrainer(model, args=args, **given)
+    if args.padding_free:
+        attach_heads(trainer, padding_free=True)
+    return trainer
 
 
 def _check(args: SFTConfig | DPOConfig) -> None:

@@ -95,6 +95,7 @@ SETTINGS = [  # script, flag, value; the flag must be told
     ("dco", "learning_rate", "fast"),
     ("dco", "n_samples", "99999999999999999999"),
     ("dco", "n_samples", "0"),
+    ("dco", "votes", "65"),
     ("dco", "likelihood_threshold", "2"),
     ("dco", "bf16", "maybe"),
     ("dco", "lr_scheduler_type", "cosin"),

@@ -38,6 +38,8 @@ def make(
 ) -> Trainer:
     """The trainer of a run of two epochs, or of one with solve rates, on so many ranks."""
     size = SIZES[accumulation]
+    if name in ("weighted", "sftmix"):
+        rows = rows.add_column("weight", [0.5 + row % 4 for row in range(len(rows))])
     settings = {
         **SETTINGS,
         "max_steps": -1,
@@ -49,6 +51,8 @@ def make(
         "per_device_eval_batch_size": 8 // ranks,
         "gradient_accumulation_steps": accumulation,
         "use_cpu": True,
+        # Without padding on two ranks, and with it on one process
+        "padding_free": ranks > 1 and accumulation == 1,
     }
     others = (DCOTrainer, DCOConfig, SAMPLED_SETTINGS)
     trainer_type, config, own = {**METHODS, **BESIDE}.get(name, others)

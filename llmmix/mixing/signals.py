@@ -38,7 +38,7 @@ class Signals:
         reference: Model with which the signal "excess" compares; None until it is set.
 
     Raises:
-        ValueError: The trainer is `padding_free`, a target has no rows or no scored token, or
+        ValueError: TRL joins the rows of a batch, a target has no rows or no scored token, or
             `measure` is unknown.
     """
 
@@ -52,8 +52,9 @@ class Signals:
     ):
         if getattr(trainer, "padding_free", False):
             raise ValueError(
-                "`padding_free` joins a batch into one row, which mixes the losses of its domains. "
-                "Set it (and `packing`) to False."
+                "TRL's `padding_free` and `packing` join a batch into one row, which mixes the "
+                "losses of its domains. Leave them off; `attach_heads(trainer, padding_free=True)` "
+                "computes no padding, and keeps rows apart."
             )
         self.trainer, self._measured = trainer, MeasuredModel(trainer)
         self._losses = TargetLosses(trainer, targets, rows, measure)
