@@ -19,8 +19,10 @@ from llmmix.checkpoints.cards import sign
 from llmmix.dco import dco_weight
 from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl, padding_free_field
+from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
+from llmmix.rows.weights import take_weights
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
     PairSampler,
@@ -125,7 +127,8 @@ class SFTMixTrainer(SFTTrainer):
     Logs, beside TRL's metrics, `sftmix/ntp_loss`, `sftmix/mixup_loss`, `sftmix/lam` (mean share of
     the confident example), `sftmix/mixed_tokens` (share of response tokens that took part) and
     `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half), and
-    `nll_per_token` (NLL of a scored token).
+    `nll_per_token` (NLL of a scored token). Where rows have weights, they multiply the
+    cross-entropy of each token and of each part of the mixed targets, and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -171,7 +174,8 @@ class SFTMixTrainer(SFTTrainer):
             "processing_class": processing_class,
         }
         check_types(model, train_dataset, kwargs)
-        check_own_loss("SFTMix", args, kwargs, takes_loss_type=True)
+        with nll_for_trl(args):  # a `loss_type` is the next tokens' here
+            check_own_loss("SFTMix", args, kwargs)
         start = own_model(model, args, processing_class)
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
         if args.mixup_weight:
@@ -183,6 +187,7 @@ class SFTMixTrainer(SFTTrainer):
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
         attach_heads(self, padding_free=args.padding_free, **self.objective.head)
+        carry_sft_weights(self)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self)
@@ -232,16 +237,18 @@ class SFTMixTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's loss plus the mixup term, from one forward."""
-        inputs = evaluated(self, inputs)
+        inputs, weights = take_weights(evaluated(self, inputs))
         mixing = self.model.training and self.args.mixup_weight > 0
         lam = self._draw_lam(len(inputs["labels"]) // 2) if mixing else None
         n_samples = self.args.dco_n_samples
+        mix = partial(mix_pairs, weigh=weights.times if weights.given else None)
+        token_loss = partial(_covered, n_samples=n_samples) if n_samples else self.objective
         recorder = ForwardRecorder(
             model,
             head_objective=together(
-                None if lam is None else partial(mix_pairs, lam=lam), self.objective.head_objective
+                None if lam is None else partial(mix, lam=lam), self.objective.head_objective
             ),
-            token_loss=partial(_covered, n_samples=n_samples) if n_samples else self.objective,
+            token_loss=lambda output: weights.times(token_loss(output)),
         )
         with nll_for_trl(self.args):
             result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
@@ -249,6 +256,7 @@ class SFTMixTrainer(SFTTrainer):
         mixed = recorder.output.objective
         log_probs, mask = recorder.output.log_probs, recorder.output.label_mask
         values: dict[str, Sums] = {"nll_per_token": (-log_probs.sum(), mask.sum())}
+        values |= weights.mean(mask)
         if not self.model.training and self.accelerator.num_processes > 1:
             # An evaluation weights the loss of each process by its rows
             loss = _mean_over_processes(self.accelerator, loss, mask.sum())

@@ -144,13 +144,20 @@ LOSSES = {
     ),
     "deft": TokenLoss(
         deft_loss,
-        ("DEFT", "2602.11424"),
+        (
+            "Gradients Must Earn Their Influence: Unifying SFT with Generalized Entropic "
+            "Objectives",
+            "2602.11424",
+        ),
         _deft,
         outputs=("log_sum_sq_probs",),
     ),
     "eaft": TokenLoss(
         eaft_loss,
-        ("Entropy-Adaptive Fine-Tuning", "2601.02151"),
+        (
+            "Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting",
+            "2601.02151",
+        ),
         _eaft,
         {"eaft_alpha": 1.0, "eaft_top_k": 20},
     ),

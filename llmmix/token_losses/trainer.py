@@ -8,7 +8,7 @@ TRL's own reduction, metrics and router loss run on it: with nll the trainer is 
 with dft it is TRL's `loss_type="dft"`, to the last digit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ from llmmix.checkpoints.cards import sign
 from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl
 from llmmix.processes import say_once, warn_once
+from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turns import turns_found
+from llmmix.rows.weights import take_weights
 from llmmix.token_losses.config import TokenLossConfig
 from llmmix.token_losses.objective import TokenObjective, together
 from llmmix.token_losses.reference_model import check_reference_model
@@ -112,8 +114,9 @@ class TokenLossTrainer(SFTTrainer):
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
         attach_heads(self, padding_free=args.padding_free, **self.objective.head)
+        carry_sft_weights(self)
         end_unless_finite(self)
-        tell_if_unmoved(self)
+        tell_if_unmoved(self, "nll_per_token")  # a loss of weights may rise, or stay near -1
         sign(self, f"the token loss {args.loss_type}", self.objective.loss.paper)
         keep_token_count(self)
         self.means = Means(self)
@@ -157,7 +160,7 @@ class TokenLossTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's loss, with the loss of each token in place of its NLL."""
-        inputs = evaluated(self, inputs)
+        inputs, weights = take_weights(evaluated(self, inputs))
         needs: dict[str, Tensor] = {}
         of_reference = None
         if self.reference is not None:
@@ -166,7 +169,7 @@ class TokenLossTrainer(SFTTrainer):
 
         def token_loss(output: FusedHeadOutput) -> Tensor:
             arguments, mask = self.objective.arguments(output, needs), output.label_mask
-            found["losses"] = self.objective.losses(arguments, mask)
+            found["losses"] = weights.times(self.objective.losses(arguments, mask))
             found["weights"] = self.objective.weights(arguments, mask)
             found["taken"] = arguments.get("selected", mask)
             return found["losses"]
@@ -177,11 +180,12 @@ class TokenLossTrainer(SFTTrainer):
         with nll_for_trl(self.args):
             result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         extra = {} if self.reference is None else self.reference.metrics(recorder.output, needs)
-        self._measure(recorder.output, found, extra)
+        given = weights.mean(recorder.output.label_mask)
+        self._measure(recorder.output, found, {**extra, **given})
         return result
 
     def _measure(
-        self, output: FusedHeadOutput, found: dict[str, Tensor], extra: dict[str, Sums]
+        self, output: FusedHeadOutput, found: dict[str, Tensor], extra: Mapping[str, Sums]
     ) -> None:
         """Count what is logged of a micro-batch."""
         log_probs, mask = output.log_probs.detach(), output.label_mask

@@ -1,6 +1,7 @@
 """asft, psft and select in their trainer: the model beside the one that trains."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmmix import TokenLossConfig, TokenLossTrainer
+from llmmix.token_losses.references import token_reference
 from llmmix.token_losses.snapshot import FILE
 from tests.token_losses.test_trainer import LORA, SETTINGS, finish, losses
 
@@ -76,24 +78,29 @@ def test_asft_is_dft_without_its_divergence_and_adds_it_with(make, checkpoint, p
     assert log[0]["token_losses/kl"] == pytest.approx(0, abs=1e-6)
     assert log[2]["token_losses/kl"] > 1e-3
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
-    mask = batch["labels"][:, 1:] != -100
-    trainer.model.eval()
-    with torch.no_grad():
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        own, reference = (
-            model(**inputs).logits[:, :-1][mask].log_softmax(-1)
-            for model in (trainer.model, before)
-        )
-        expected = (reference.exp() * (reference - own)).sum(-1)
-        needs, objective = trainer.reference.before(trainer.model, batch)
-        output = trainer.model(**batch, fused_lm_head=True, head_objective=objective)
+    labels = batch["labels"][:, 1:]
+    mask, model = labels != -100, trainer.model
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own, reference = (one(**inputs).logits[:, :-1][mask].log_softmax(-1) for one in (model, before))
+    reference = reference.detach()
+    expected = (reference.exp() * (reference - own)).sum(-1)
+    log_probs = own.gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
+    dense = (2.0 * expected - log_probs.detach().exp() * log_probs).sum() / 7
+    trained = [p for p in model.parameters() if p.requires_grad]
+    needs, objective = trainer.reference.before(model, dict(batch))
+    output = model(**batch, fused_lm_head=True, head_objective=objective)
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(7))
     torch.testing.assert_close(output.objective["kl"][mask], expected, rtol=1e-4, atol=1e-6)
     assert not needs and output.objective["kl"][~mask].eq(0).all()
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    gradients = (torch.autograd.grad(x, trained) for x in (loss, dense))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["body", "head"])
-def test_an_adapter_switched_off_is_a_frozen_copy(make, checkpoint, saved):
-    """With a head that is trained beside it, too."""
+def test_an_adapter_switched_off_is_a_frozen_copy(make, checkpoint):
+    """With a head that is trained beside it, of which the reference has the first."""
+    saved = ["lm_head"]
     peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
     given = {"learning_rate": 20.0, **ASFT}
     off = make(peft=peft, **given)
@@ -111,15 +118,15 @@ def test_an_adapter_switched_off_is_a_frozen_copy(make, checkpoint, saved):
 
 
 @pytest.mark.parametrize("settings", by_name(ALL))
-def test_micro_batches_of_any_size_are_one(make, settings):
+def test_a_step_is_the_same_in_micro_batches_of_any_size_without_padding(
+    make, other_model, settings
+):
     given = {**settings, "learning_rate": 0.2, "max_steps": 4}
-    split = finish(make(**given))
-    for other in (
-        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-        {"padding_free": True},
-        {"gradient_checkpointing": True},
-    ):
-        assert_same(split, finish(make(**given, **other)))
+    if settings is not PSFT:
+        given["reference_model"] = other_model
+    other = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    other |= {"padding_free": True, "gradient_checkpointing": True}
+    assert_same(finish(make(**given)), finish(make(**given, **other)))
 
 
 @pytest.mark.parametrize("settings", by_name([ASFT, PSFT]))
@@ -135,25 +142,26 @@ def test_packed_rows_are_the_padded_ones(make, settings):
 @pytest.mark.parametrize("settings", by_name([ASFT, PSFT]))
 def test_a_resumed_run_has_the_reference_of_the_unbroken_one(make, settings):
     """Of full fine-tuning, whose model starts from the checkpoint; and between two snapshots."""
-    given = {**settings, "learning_rate": 0.2, "max_steps": 5, "save_strategy": "steps"}
+    given = {**settings, "learning_rate": 0.2, "max_steps": 4, "save_strategy": "steps"}
     given |= {"save_steps": 1}
     trainer = make(**given)
     unbroken = finish(trainer)
-    for step in (2, 3):
-        checkpoint = f"{trainer.args.output_dir}/checkpoint-{step}"
-        resumed = make(folder=f"resumed-{step}", **given)
-        resumed.train(resume_from_checkpoint=checkpoint)
-        weights = torch.cat([p.detach().flatten() for p in resumed.model.parameters()])
-        assert weights.equal(unbroken[1])
-        assert losses(resumed.state.log_history) == losses(unbroken[0])
+    folder = Path(trainer.args.output_dir)
+    assert [(folder / f"checkpoint-{step}" / FILE).exists() for step in (2, 3)] == [
+        settings is PSFT,
+        False,  # the step after it renews the snapshot
+    ]
+    resumed = make(folder="resumed", **given)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    weights = torch.cat([p.detach().flatten() for p in resumed.model.parameters()])
+    assert weights.equal(unbroken[1])
+    assert losses(resumed.state.log_history) == losses(unbroken[0])
 
 
-def test_a_checkpoint_that_lacks_its_snapshot_is_refused(make):
-    trainer = make(loss_type="nll", save_strategy="steps", save_steps=1)
-    trainer.train()
-    checkpoint = f"{trainer.args.output_dir}/checkpoint-2"
+def test_a_checkpoint_that_lacks_its_snapshot_is_refused(make, tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}', encoding="utf-8")
     with pytest.raises(ValueError, match=f"holds no {FILE}.*step 2.*psft_snapshot_steps=3"):
-        make(**PSFT).train(resume_from_checkpoint=checkpoint)
+        make(**PSFT).train(resume_from_checkpoint=str(tmp_path))
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
@@ -240,7 +248,7 @@ def test_a_batch_without_a_scored_token_is_an_exact_zero_with_a_gradient(make, s
 
 @pytest.mark.parametrize("settings", by_name(ALL))
 def test_model_and_reference_start_alike_under_bf16(make, settings):
-    log, _ = finish(make(**settings, bf16=True, max_steps=2))
+    log, _ = finish(make(**settings, bf16=True, max_steps=1))
     first = log[0]
     assert first.get("token_losses/kl", 0) == pytest.approx(0, abs=1e-5)
     assert first.get("token_losses/clipped", 0) == 0
@@ -273,20 +281,22 @@ def test_a_reference_that_does_not_serve_is_refused(make, checkpoint, other_mode
 
 
 @pytest.mark.parametrize(
-    ("given", "match"),
+    ("settings", "what"),
     [
-        ({"loss_type": "select", "select_share": 0.0}, "select_share"),
-        ({"loss_type": "select", "select_share": 1.1}, "select_share"),
-        ({"loss_type": "psft", "psft_clip": [0.2]}, "two numbers"),
-        ({"loss_type": "psft", "psft_clip": [1.0, 0.2]}, "psft_clip"),
-        ({"loss_type": "psft", "psft_clip": [0.2, -0.1]}, "psft_clip"),
-        ({"loss_type": "psft", "psft_snapshot_steps": 0}, "psft_snapshot_steps"),
-        ({"loss_type": "asft", "asft_alpha": -0.1}, "asft_alpha"),
-        ({"loss_type": "nll", "asft_alpha": 0.1}, "asft_alpha"),
-        ({"loss_type": "asft", "psft_clip": [0.1, 0.1]}, "psft_clip"),
+        (PSFT, "psft's snapshot"),
+        (ASFT, "the copy of the model"),
+        ({**SELECT, "reference_model": "builtin:tiny"}, "`reference_model='builtin:tiny'`"),
     ],
-    ids=str,
+    ids=["psft", "asft", "select"],
 )
-def test_settings_out_of_range_are_refused(given, match):
-    with pytest.raises(ValueError, match=match):
-        TokenLossConfig("out", **given)
+def test_a_model_that_is_spread_out_has_no_copy_beside_it(make, settings, what):
+    """An adapter is switched off instead, which is there whatever is spread."""
+    trainer = make(loss_type="nll")
+    for name, value in TokenLossConfig("out", **settings).to_dict().items():
+        if name in ("loss_type", "reference_model", *settings):
+            setattr(trainer.args, name, value)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=f"{what}.*FSDP and DeepSpeed.*use_peft"):
+        token_reference(trainer)
+    if settings is ASFT:
+        assert token_reference(trainer, LORA)._frozen.own is None
