@@ -46,6 +46,7 @@ OWN: dict[str, dict] = {  # by name, where it is not that of a loss at its defau
 CONTENDERS = ["nll", "dft", *OWN, *(name for name in LOSSES if name not in ("nll", "dft", "gce"))]
 SETS = ("clean", "wrong", "few")
 SHOWN = {"greedy": "greedy", "pass@1": "pass@1", "pass@N": "pass@N", "nll": "NLL a token"}
+DRAWN = ("pass@1", "pass@N")
 
 
 @dataclass
@@ -210,32 +211,26 @@ def brief(measured: dict[str, float]) -> str:
 
 def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
     """Mean and range over the seeds, printed a set a table, and drawn."""
-    panels: dict[str, dict[str, np.ndarray]] = {}
-    marks = {}
-    before = results["before"][0]
+    (before,) = results["before"]
     names = {**SHOWN, "pass@N": f"pass@{args.num_samples}"}
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for key, rows, loss in product(SHOWN, args.sets, args.losses):
+        found = np.array([run[key] for run in results[f"{rows}, {loss}"]])
+        panels.setdefault(f"{names[key]}, {rows}", {})[loss] = found
     for rows in args.sets:
         cells = [["before", *(number(before[key]) for key in SHOWN)]]
         for loss in args.losses:
-            found = {
-                key: np.array([run[key] for run in results[f"{rows}, {loss}"]]) for key in SHOWN
-            }
-            spread = (
-                f"{number(v.mean())}\n{number(v.min(), 2)} to {number(v.max(), 2)}"
-                for v in found.values()
-            )
-            cells.append([loss, *spread])
-            for key in ("pass@1", "pass@N"):
-                title = f"{names[key]}, {rows}"
-                panels.setdefault(title, {})[loss] = found[key]
-                marks[title] = before[key]
-        print_table(
-            f"{rows}: mean and range over {len(args.seeds)} seeds", ["", *names.values()], cells
-        )
-    ordered = dict(sorted(panels.items(), key=lambda panel: panel[0].split(",")[0]))
+            found = [panels[f"{name}, {rows}"][loss] for name in names.values()]
+            ends = (f"{number(v.min(), 2)} to {number(v.max(), 2)}" for v in found)
+            means = (number(v.mean()) for v in found)
+            cells.append([loss, *("\n".join(pair) for pair in zip(means, ends, strict=True))])
+        title = f"{rows}: mean and range over {len(args.seeds)} seeds"
+        print_table(title, ["", *names.values()], cells)
+    drawn = {f"{names[key]}, {rows}": before[key] for key in DRAWN for rows in args.sets}
     path = Path(args.output_dir) / "token_losses_study.png"
     with never_fatal("figure"):
-        print(f"Figure: {draw_ranges(path, ordered, marks=marks, across=len(args.sets))}")
+        chosen = {title: panels[title] for title in drawn}
+        print(f"Figure: {draw_ranges(path, chosen, marks=drawn, across=len(args.sets))}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from llmmix.timing.padding import METHODS, padding_cases, read_of, sequence_lengths, typical_batch
 
 
