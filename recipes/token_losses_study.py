@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -186,11 +186,11 @@ def made(
 
 def measure(args: StudyArguments, trainer: TokenLossTrainer, test: Dataset) -> dict[str, float]:
     """Held-out problems: solved by the most likely answer, by one sample, by any; and the NLL."""
-    solved = {}
+    solved, tokenizer = {}, cast(Any, trainer.processing_class)
     for name, samples, temperature in (("greedy", 1, 0.0), ("pass@1", args.num_samples, 1.0)):
         draws = sample(
             trainer.model,
-            trainer.processing_class,
+            tokenizer,
             test["prompt"],
             samples,
             max_new_tokens=16,
@@ -218,8 +218,8 @@ def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
     names = {name: name.replace("@N", f"@{args.num_samples}") for name in SHOWN}
     panels: dict[str, dict[str, np.ndarray]] = {}
     for key, rows, loss in product(SHOWN, SETS, args.losses):
-        found = np.array([run[key] for run in results[f"{rows}, {loss}"]])
-        panels.setdefault(f"{names[key]}, {rows}", {})[loss] = found
+        runs = np.array([run[key] for run in results[f"{rows}, {loss}"]])
+        panels.setdefault(f"{names[key]}, {rows}", {})[loss] = runs
     for rows in SETS:
         cells = [["before", *(number(before[key]) for key in SHOWN)]]
         for loss in args.losses:

@@ -9,7 +9,15 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from llmmix.figures import LONGEST, draw_panels, draw_scatter, drawing, label, never_fatal
+from llmmix.figures import (
+    LONGEST,
+    draw_panels,
+    draw_ranges,
+    draw_scatter,
+    drawing,
+    label,
+    never_fatal,
+)
 from llmmix.laws import figures as of_laws
 from llmmix.mixing.figure import draw_mixture, draw_paths
 from llmmix.report import write_report
@@ -34,6 +42,12 @@ POINTS = {name: (MIXTURES[:3, i], MIXTURES[3:, i]) for i, name in enumerate(ODD)
 
 def panels(folder):
     draw_panels(folder / "a.png", [1, 2, 3], {name: CURVES for name in ODD}, "x")
+
+
+def ranges(folder):
+    found = {name: MIXTURES[:3, i] for i, name in enumerate(ODD)}
+    marks = {name: 0.1 * i for i, name in enumerate(ODD)}
+    draw_ranges(folder / "a.png", {name: found for name in ODD}, marks=marks)
 
 
 def scatter(folder):
@@ -91,7 +105,19 @@ def report(folder):
     assert page.count("<img") == 3
 
 
-DRAWN = [panels, scatter, paths, predictions, effects, mixtures, budget, transfer, record, report]
+DRAWN = [
+    panels,
+    ranges,
+    scatter,
+    paths,
+    predictions,
+    effects,
+    mixtures,
+    budget,
+    transfer,
+    record,
+    report,
+]
 
 
 @pytest.mark.parametrize("draw", DRAWN)
@@ -111,7 +137,7 @@ def test_odd_names_are_drawn_as_they_are(draw, tmp_path, monkeypatch, capsys):
         draw(tmp_path)
     assert not any(math) and not any("mathdefault" in text for text in texts)
     assert any("$" in text for text in texts)
-    if draw in (panels, mixtures, budget):
+    if draw in (panels, ranges, mixtures, budget):
         assert {label(name) for name in ODD} <= set(texts)  # more of them than colours
     if draw not in (paths, transfer):
         assert any("_hidden" in text or "frac" in text for text in texts)
