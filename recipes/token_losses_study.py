@@ -40,7 +40,7 @@ from llmmix.terminal import number, print_table
 from llmmix.token_losses.loss_table import LOSSES
 
 OWN: dict[str, dict] = {  # by name, where it is not that of a loss at its defaults
-    f"gce {q}": {"loss_type": "gce", "gce_q": q} for q in (-0.3, 0.3, 0.7)
+    f"gce {q}": {"loss_type": "gce", "gce_q": q} for q in (-0.3, 0.7)
 }
 CONTENDERS = ["nll", "dft", *OWN, *(name for name in LOSSES if name not in ("nll", "dft", "gce"))]
 SETS = ("clean", "wrong", "few")
@@ -64,7 +64,7 @@ class StudyArguments:
     wrong_share: float = field(
         default=0.4, metadata={"help": "Share of wrong answers in the set that has some."}
     )
-    steps: int = field(default=100, metadata={"help": "Steps that follow, with each loss."})
+    steps: int = field(default=60, metadata={"help": "Steps that follow, with each loss."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of these steps."})
     batch_size: int = field(default=32, metadata={"help": "Problems of a step."})
     test_rows: int = field(default=125, metadata={"help": "Held-out problems to sample."})
@@ -167,7 +167,7 @@ def made(
     """A trainer that says nothing."""
     config = TokenLossConfig(
         str(folder),
-        warmup_steps=20,
+        warmup_steps=10,
         per_device_train_batch_size=batch_size,
         bf16=False,
         use_cpu=True,
