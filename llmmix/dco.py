@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
+from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
 from llmmix.trainers import (
@@ -174,6 +175,7 @@ class DCOConfig(SFTConfig):
             "choices": ["sum", "token_mean"],
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -202,9 +204,8 @@ class DCOTrainer(SFTTrainer):
 
     Raises:
         TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
-        ValueError: Batches are packed or padding-free, which merges the examples whose probability
-            the loss is about; context or sequence parallelism is on, which splits them; or another
-            loss is asked for.
+        ValueError: Batches are packed, which merges the examples whose probability the loss is
+            of; context or sequence parallelism splits them; or another loss is asked for.
     """
 
     args: DCOConfig  # these two are narrower than in TRL
@@ -241,12 +242,12 @@ class DCOTrainer(SFTTrainer):
         check_own_loss("DCO", args, kwargs)
         start = own_model(model, args, processing_class)
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
-        with turns_found(args, train_dataset):
+        with turns_found(args, train_dataset), padded_by_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
-        attach_heads(self)
+        attach_heads(self, padding_free=args.padding_free)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self)

@@ -32,6 +32,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
+from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.precision import evaluating
 from llmmix.trainers import (
     ForwardRecorder,
@@ -137,6 +138,7 @@ class RPOConfig(DPOConfig):
             "choices": ["sum", "mean"],
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -214,7 +216,9 @@ class RPOTrainer(DPOTrainer):
         loaded = isinstance(start, PreTrainedModel) and kwargs.get("peft_config") is None
         if ref_model is None and loaded and not start.config.name_or_path:
             ref_model = copy.deepcopy(start)  # TRL loads it by its name, and this has none
-        super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
+        self._padding_free = args.padding_free  # TRL may score the reference while it makes `self`
+        with padded_by_trl(args):
+            super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         self._attach_own_heads()
         end_unless_finite(self)
@@ -238,7 +242,7 @@ class RPOTrainer(DPOTrainer):
         """
         if self._attached:
             return
-        attach_heads(self)
+        attach_heads(self, padding_free=self._padding_free)
         args = self.args
         how = (args.max_length, args.truncation_mode, args.ld_alpha)
         precision = self.accelerator.mixed_precision

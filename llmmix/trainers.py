@@ -44,14 +44,14 @@ def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> Non
     """Refuse settings that merge examples into one row, or that ask TRL for another loss.
 
     Raises:
-        ValueError: One of `packing`, `eval_packing`, `padding_free`, `label_smoothing_factor`,
-            `loss_type` and `compute_loss_func` is set.
+        ValueError: One of `packing`, `eval_packing`, `label_smoothing_factor`, `loss_type` and
+            `compute_loss_func` is set.
     """
-    for name in ("packing", "eval_packing", "padding_free"):
+    for name in ("packing", "eval_packing"):
         if getattr(args, name):
             raise ValueError(
                 f"`{name}=True` merges examples into one row, and {method} needs them apart. Set "
-                f"`{name}=False`."
+                f"`{name}=False`, and `padding_free=True` to compute no padding."
             )
     others = {
         "label_smoothing_factor": args.label_smoothing_factor > 0,

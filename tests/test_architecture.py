@@ -33,7 +33,7 @@ LAYERS = [
         "rows",
         "steps",
     },
-    {"arguments", "trainers"},
+    {"arguments", "padding_free_setting", "trainers"},
     {
         "dco",
         "filtering",

@@ -44,6 +44,8 @@ def make(
         "per_device_eval_batch_size": 8 // ranks,
         "gradient_accumulation_steps": accumulation,
         "use_cpu": True,
+        # Without padding on two ranks, and with it on one process
+        "padding_free": ranks > 1 and accumulation == 1,
     }
     trainer_type, config, own = METHODS.get(name, (DCOTrainer, DCOConfig, SAMPLED_SETTINGS))
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
 from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
 from llmmix.mixing.tokens import tokenize_rows
+from llmmix.padding_free_setting import padding_free_field
 from llmmix.rows.formats import check_sft_dataset
 from llmmix.trainers import default_to_cpu
 from llmmix.training.ranges import check_settings
@@ -97,6 +98,7 @@ class MixtureConfig(SFTConfig):
             "help": "Maximum number of validation rows that each domain's loss is measured on."
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)

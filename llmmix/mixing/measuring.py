@@ -60,12 +60,12 @@ class MeasuredModel:
 
 
 @contextmanager
-def fused_head(model: nn.Module) -> Iterator[None]:
+def fused_head(model: nn.Module, *, padding_free: bool = False) -> Iterator[None]:
     """Attach the fused head for the duration, and put back the forward that was there before."""
     unwrap = getattr(model, "get_base_model", None)  # a model with adapters has it
     base = model if unwrap is None else unwrap()
     before = base.__dict__.get("forward")
-    attach_head(base)
+    attach_head(base, padding_free=padding_free)
     try:
         yield
     finally:

@@ -31,7 +31,8 @@ logger = get_logger(__name__)
 # Settings that do not change what a reference learns or how a row is scored
 IRRELEVANT = (
     "output_dir report_to run_name push_to_hub hub_ log local_ save_ eval_ do_ resume_ load_best_ "
-    "metric_ greater_ disable_tqdm mixup_ dco_ dataloader_ per_device_eval_ project trackio_ ddp_"
+    "metric_ greater_ disable_tqdm mixup_ dco_ dataloader_ per_device_eval_ project trackio_ ddp_ "
+    "padding_free"
 ).split()
 
 

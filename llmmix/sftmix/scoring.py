@@ -254,7 +254,7 @@ def _score(trainer: SFTMixTrainer) -> np.ndarray:
     loader = trainer.get_eval_dataloader(trainer.train_dataset)
     accelerator = trainer.accelerator
     model = accelerator.prepare_model(trainer.model, evaluation_mode=True)
-    attach_head(trainer.model)
+    attach_head(trainer.model, padding_free=trainer.args.padding_free)
     scores = []
     for batch in tqdm(loader, desc="Scoring", disable=not accelerator.is_main_process):
         with evaluating(model, trainer):

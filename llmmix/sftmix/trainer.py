@@ -18,6 +18,7 @@ from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
 from llmmix.dco import dco_weight
 from llmmix.head import FusedHeadOutput
+from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
 from llmmix.sftmix.losses import mix_pairs
@@ -78,6 +79,7 @@ class SFTMixConfig(SFTConfig):
             "example. 0: plain cross-entropy."
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -130,7 +132,7 @@ class SFTMixTrainer(SFTTrainer):
     Raises:
         TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
         ValueError: There is no confidence column, or NaN in it; there are fewer than two examples;
-            batches are packed or padding-free, or rows streamed; or context or sequence
+            batches are packed, or rows streamed; or context or sequence
             parallelism is on.
     """
 
@@ -166,12 +168,12 @@ class SFTMixTrainer(SFTTrainer):
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
         if args.mixup_weight:
             check_confidence(train_dataset)
-        with turns_found(args, train_dataset):
+        with turns_found(args, train_dataset), padded_by_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
-        attach_heads(self)
+        attach_heads(self, padding_free=args.padding_free)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self)
