@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import SFTMixConfig, SFTMixTrainer, TokenLossConfig, TokenLossTrainer, attach_heads
+from llmmix.processes import say_once
 from llmmix.token_losses.objective import TokenObjective
 
 SETTINGS = {
@@ -252,6 +253,7 @@ def test_label_smoothing_is_that_of_transformers(make):
 
 def test_a_cold_start_and_the_scale_are_told_once(make, caplog):
     """A random model finds every token unlikely."""
+    say_once.cache_clear()  # another test may have had it said
     finish(make(loss_type="dft", max_grad_norm=1.0))
     told = [record.getMessage() for record in caplog.records]
     assert len([text for text in told if "next to nothing is learned" in text]) == 1
