@@ -5,7 +5,8 @@
 
 F falls from 1 to 0 as p passes 1/N: an example stops pulling once N draws would solve it. p is the
 model's probability of the whole completion, never of a token and never normalized by length. With
-N = 1 the loss is -log p.
+N = 1 the loss is -log p. With `votes` = k above 1, k of the N draws must be the completion, as for
+a majority vote; loss, weight and their numerics are in llmmix/majority.py.
 
     symbol   name
     log p    logps       summed over the completion's tokens
@@ -15,8 +16,6 @@ N = 1 the loss is -log p.
 Recipe: recipes/dco.py. Evaluation: eval/pass_at_n.py. Invariants: tests/test_invariants.py.
 """
 
-import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
@@ -31,9 +30,12 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
+from llmmix.majority import check_votes, majority_loss, majority_weight
 from llmmix.padding_free_setting import padded_by_trl, padding_free_field
+from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
+from llmmix.rows.weights import take_weights
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
@@ -57,6 +59,13 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+MASKS_ONLY = "DCO needs p of a whole completion, which has no part of a token"
+# What a model's card says of training with more than one vote
+OF_VOTES = (
+    "Majority vote",
+    ("Compute Aligned Training: Optimizing for Test Time Inference", "2604.24957"),
+)
+
 
 def dco_loss(logps: Tensor, n_samples: int) -> Tensor:
     """-log(1 - (1-p)^N), stable for every log p, with the gradient -F(N, p).
@@ -71,7 +80,7 @@ def dco_loss(logps: Tensor, n_samples: int) -> Tensor:
     Raises:
         ValueError: `n_samples` is below 1.
     """
-    return _DCOLoss.apply(logps, _check_n(n_samples))
+    return majority_loss(logps, n_samples, 1)
 
 
 def dco_weight(logps: Tensor, n_samples: int) -> Tensor:
@@ -87,46 +96,7 @@ def dco_weight(logps: Tensor, n_samples: int) -> Tensor:
     Raises:
         ValueError: `n_samples` is below 1.
     """
-    return _loss_and_weight(logps.detach(), _check_n(n_samples))[1]
-
-
-class _DCOLoss(torch.autograd.Function):
-    """The backward is -F * upstream: autograd through the forward gives NaN as p -> 1."""
-
-    @staticmethod
-    def forward(ctx, logps, n_samples):
-        loss, weight = _loss_and_weight(logps, n_samples)
-        ctx.save_for_backward(weight)
-        ctx.dtype = logps.dtype
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        return (-weight * grad).to(ctx.dtype), None
-
-
-def _loss_and_weight(logps: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    lp = logps.to(torch.float64 if logps.dtype == torch.float64 else torch.float32).clamp(max=0)
-    if n == 1:
-        return -lp, torch.ones_like(lp)
-    # Below the cut, 1 - (1-p)^N = N p to the last digit
-    cut = -36.0 if lp.dtype == torch.float64 else -25.0
-    tiny = lp + math.log(n) < cut
-    safe = torch.where(tiny, -1.0, lp)
-    log_miss = _log1mexp(safe)  # log(1 - p)
-    log_cover = _log1mexp(n * log_miss)  # log(1 - (1-p)^N)
-    weight = torch.exp(math.log(n) + (n - 1) * log_miss + safe - log_cover)
-    return (
-        torch.where(tiny, -lp - math.log(n), -log_cover),
-        torch.where(tiny, 1.0, weight),
-    )
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, by whichever form keeps the digits."""
-    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    return majority_weight(logps, n_samples, 1)
 
 
 def n_samples_of(trainer: SFTTrainer) -> int:
@@ -144,11 +114,9 @@ def n_samples_of(trainer: SFTTrainer) -> int:
     return n
 
 
-def _check_n(n_samples: int) -> int:
-    n = operator.index(n_samples)
-    if n < 1:
-        raise ValueError(f"`n_samples` must be at least 1, got {n}; 1 is plain cross-entropy.")
-    return n
+def votes_of(trainer: SFTTrainer) -> int:
+    """The k of a trainer's config; 1, which is DCO, where it has none."""
+    return getattr(trainer.args, "votes", 1)
 
 
 @dataclass
@@ -158,14 +126,28 @@ class DCOConfig(SFTConfig):
     Args:
         n_samples: N, the number of completions the model may draw at test time. 1 is sequence
             cross-entropy; larger N trades pass@1 for pass@N.
+        votes: k, how many of the N must be the completion, between 1 and N: the loss is
+            -log P(Bin(N, p) >= k). 1 is DCO. With more, the model is trained for a majority vote
+            over N, and an unlikely completion pulls up to k times as much.
         reduction: `"sum"` is the loss whose gradient is exact: per example, on the summed
             log-probability. `"token_mean"` is the authors' released code: F times the mean token
             loss, so a long completion pulls less per token.
+
+    Raises:
+        ValueError: `n_samples` is below 1, `votes` is not between 1 and `n_samples`, `reduction` is
+            neither, or another setting is out of its range.
     """
 
     n_samples: int = field(
         default=64,
         metadata={"help": "N: the model is trained for pass@N. 1 is sequence cross-entropy."},
+    )
+    votes: int = field(
+        default=1,
+        metadata={
+            "help": "k: how many of the N must be right. 1 is DCO. More train for a majority vote, "
+            "with a gradient up to k times DCO's where the completion is unlikely."
+        },
     )
     reduction: str = field(
         default="sum",
@@ -179,7 +161,7 @@ class DCOConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        _check_n(self.n_samples)
+        check_votes(self.n_samples, self.votes)
         if self.reduction not in ("sum", "token_mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'token_mean', got {self.reduction!r}.")
         default_to_cpu(self)
@@ -191,7 +173,9 @@ class DCOTrainer(SFTTrainer):
 
     Takes the dataset formats of `SFTTrainer` and its arguments. Logs, beside TRL's metrics,
     `dco/weight` (mean F), `dco/braked` (share of examples with F below 0.1) and `nll_per_token`
-    (NLL of a scored token, which is the loss of an SFT run).
+    (NLL of a scored token, which is the loss of an SFT run). With `votes` = k, F is the weight w of
+    llmmix/majority.py, which reaches k, and the share is that below 0.1 k. Where rows have weights,
+    each multiplies the loss of its row, and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -241,21 +225,22 @@ class DCOTrainer(SFTTrainer):
         check_types(model, train_dataset, kwargs)
         check_own_loss("DCO", args, kwargs)
         start = own_model(model, args, processing_class)
-        train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
+        train_dataset = check_sft_datasets(args, start, train_dataset, kwargs, MASKS_ONLY)
         with turns_found(args, train_dataset), padded_by_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         attach_heads(self, padding_free=args.padding_free)
+        carry_sft_weights(self, MASKS_ONLY)
         end_unless_finite(self)
         tell_if_unmoved(self)
-        sign(self)
+        sign(self, *(() if args.votes == 1 else OF_VOTES))
         keep_token_count(self)
         if args.n_samples > 1:  # with 1 no p counts, and the loss is that of TRL's tokens
             score_what_is_sampled(self)
         self.means = Means(self)
-        self._unbraked = Mean()  # share of this process's examples with F near 1; see `log`
+        self._unbraked = Mean()  # share of this process's examples of full weight; see `log`
         self._warned_unbraked = False
 
     def _send_telemetry(self) -> None:
@@ -277,13 +262,6 @@ class DCOTrainer(SFTTrainer):
                 batch["row_weights"] = part.new_zeros(known.shape).masked_scatter(known, part)
         return batches, count.clamp(min=1)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        if self.row_weights is not None and "row" not in columns:
-            # Transformers declares None for a list
-            self._signature_columns = [*columns, "row"]  # type: ignore[assignment]
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -292,27 +270,32 @@ class DCOTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """DCO on the same forward that TRL's metrics come from."""
-        inputs = evaluated(self, inputs)
+        inputs, weights = take_weights(evaluated(self, inputs))
         given = inputs.pop("row_weights", None)
         recorder = ForwardRecorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         output = recorder.output
         lengths = output.label_mask.sum(1)
         logps = output.log_probs.sum(1)
-        weight = dco_weight(logps, self.args.n_samples) if given is None else given
+        draws = self.args.n_samples, self.args.votes
+        weight = majority_weight(logps, *draws) if given is None else given
         if given is not None and self.args.reduction == "sum":
             losses = weight * -logps
         elif self.args.reduction == "sum":
-            losses = dco_loss(logps, self.args.n_samples)
+            losses = majority_loss(logps, *draws)
         else:
             losses = weight * -logps / lengths.clamp(min=1)
         scored = lengths > 0
-        losses = losses * scored  # a row without targets adds an exact zero
+        losses = weights.times(losses) * scored  # a row without targets adds an exact zero
         router = torch.zeros_like(losses.sum())
         if self.aux_loss_enabled and output.aux_loss is not None:
             router = self.router_aux_loss_coef * output.aux_loss
         self.means.add(
-            {**self._measured(weight, scored), "nll_per_token": (-logps.sum(), lengths.sum())},
+            {
+                **self._measured(weight, scored),
+                **weights.mean(scored),
+                "nll_per_token": (-logps.sum(), lengths.sum()),
+            },
             loss=[(losses.sum(), scored.sum()), (router * scored.sum(), scored.sum())],
         )
         if num_items_in_batch is None:
@@ -323,14 +306,15 @@ class DCOTrainer(SFTTrainer):
         return (loss, result[1]) if return_outputs else loss
 
     def _measured(self, weight: Tensor, scored: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Sum and count of what is said of the weights F (B,) of the rows that are scored."""
+        """Sum and count of what is said of the weights (B,) of the rows that are scored."""
         weight, rows = weight.detach(), scored.sum()
+        share = weight / self.args.votes  # of the most that a weight can be
         if self.means.training:
-            unbraked = ((weight > 0.99) & scored).sum()
+            unbraked = ((share > 0.99) & scored).sum()
             self._unbraked.add(*torch.stack([unbraked, rows]).tolist())
         return {
             "dco/weight": ((weight * scored).sum(), rows),
-            "dco/braked": (((weight < 0.1) & scored).sum(), rows),
+            "dco/braked": (((share < 0.1) & scored).sum(), rows),
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -338,13 +322,16 @@ class DCOTrainer(SFTTrainer):
         (unbraked,), self._unbraked = self._unbraked, Mean()
         early = self.state.global_step < self.state.max_steps / 10  # when every weight is near 1
         own = self.row_weights is None  # else a weight of 1 says nothing of the completion
-        told = self._warned_unbraked or early or not own or self.args.n_samples == 1
+        n, k = self.args.n_samples, self.args.votes
+        told = self._warned_unbraked or early or not own or n == k  # where every weight is k
         if unbraked > 0.99 and not told:
             self._warned_unbraked = True
             logger.warning(
-                "More than 99%% of the examples since the last log have a DCO weight above 0.99, "
-                "so this is cross-entropy so far: their completions are far less likely than 1/N "
-                "= 1/%d. If this lasts, they are too long for DCO on whole sequences.",
-                self.args.n_samples,
+                "More than 99%% of the examples since the last log have a DCO weight above %g, so "
+                "this is %scross-entropy so far: their completions are far less likely than %s. If "
+                "this lasts, they are too long for DCO on whole sequences.",
+                0.99 * k,
+                "" if k == 1 else f"{k} times ",
+                f"1/N = 1/{n}" if k == 1 else f"votes/N = {k}/{n}",
             )
         super().log(logs, start_time)

@@ -25,7 +25,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTTrainer
 
-from llmmix.dco import dco_weight, n_samples_of
+from llmmix.dco import n_samples_of, votes_of
+from llmmix.majority import majority_weight
 from llmmix.precision import evaluating
 from llmmix.rows.turn_ends import scored_to_the_end
 from llmmix.trainers import training_rows
@@ -40,7 +41,8 @@ class LikelihoodFilter:
 
     Args:
         trainer: The trainer whose model scores its own training rows, in eval mode.
-        n_samples: N; that of the trainer by default.
+        n_samples: N; that of the trainer by default, with its `votes` = k: F is then w / k of
+            llmmix/majority.py.
         threshold: F below which a row is left out.
 
     Raises:
@@ -58,6 +60,7 @@ class LikelihoodFilter:
             )
         self.trainer: Any = trainer  # transformers types its model and its collator as optional
         self.threshold = check_share("threshold", threshold)
+        self.votes = votes_of(trainer) if n_samples is None else 1
         self.n_samples = n_samples_of(trainer) if n_samples is None else n_samples
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
@@ -72,7 +75,8 @@ class LikelihoodFilter:
                 batch = trainer.data_collator([self._ended(row) for row in part])
                 batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
                 logps.append(model(**batch, fused_lm_head=True).log_probs.sum(1))
-        return dco_weight(torch.cat(logps), self.n_samples) > self.threshold
+        weight = majority_weight(torch.cat(logps), self.n_samples, self.votes)
+        return weight / self.votes > self.threshold
 
     def _ended(self, row: dict[str, list[int]]) -> dict[str, list[int]]:
         tokenizer = self.trainer.processing_class

@@ -11,7 +11,7 @@ share of the samples whose verification failed.
     symbol   name
     p^       SolveRates(rows)
     N        n_samples
-    F        dco_weight
+    F        majority_weight, which is dco_weight unless the trainer has `votes`
 
     rates = SolveRates(trainer, verifier)
     attach_filter(trainer, rates.below(0.1))
@@ -30,11 +30,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl import SFTTrainer
 
-from llmmix.dco import dco_weight, n_samples_of
+from llmmix.dco import n_samples_of, votes_of
 from llmmix.filtering import check_share, check_trainer
 from llmmix.grading.ground_truth import reference_answers
 from llmmix.grading.problems import encode_prompts
 from llmmix.grading.verify import Verifier, judge
+from llmmix.majority import majority_weight
 from llmmix.precision import evaluating
 from llmmix.sampling import sample
 from llmmix.sampling.requests import check_room
@@ -49,7 +50,7 @@ class SolveRates(ResumedCallback):
     """p^, how often the model in training solves each of its rows, estimated by sampling and kept.
 
     Rows need a `prompt` and an `answer`. During the first `warmup_steps` every p^ is 0, so that
-    nothing is filtered and every weight is 1.
+    nothing is filtered and every weight is the largest: 1, or the trainer's `votes`.
 
     Args:
         trainer: The trainer whose model is sampled, on prompts of its training rows.
@@ -151,8 +152,13 @@ class SolveRates(ResumedCallback):
         return lambda rows: self(rows) < threshold
 
     def weights(self, rows: Sequence[int]) -> Tensor:
-        """(rows,) F(N, p^), with the trainer's N: the soft form."""
-        return dco_weight(self(rows).log(), n_samples_of(self.trainer))
+        """(rows,) F(N, p^), with the trainer's N: the soft form.
+
+        With its `votes` above 1, the weight w of llmmix/majority.py: p^ is then the chance that a
+        draw votes for the right answer.
+        """
+        draws = n_samples_of(self.trainer), votes_of(self.trainer)
+        return majority_weight(self(rows).log(), *draws)
 
     def _estimate(self, rows: list[int]) -> dict[int, tuple[float, int]]:
         """p^ of each row, and how many of its verifications failed."""

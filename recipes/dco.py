@@ -4,9 +4,10 @@
         --dataset_name rows.jsonl --n_samples 64
 
 Rows are what `trl sft` takes: prompt and completion, chat messages, or text. Add `--use_peft` for
-LoRA. With `--stepwise true`, each step of rows of `prompt` and `steps`, or each answer of a chat,
-becomes an example, and n_samples is the N of a step. With `--likelihood_threshold 0.1`, rows whose
-F has fallen below it are left out (NCO). The methods are described in llmmix/dco.py,
+LoRA. With `--n_samples 8 --votes 3` the model is trained for a majority vote over 8 draws. With
+`--stepwise true`, each step of rows of `prompt` and `steps`, or each answer of a chat, becomes an
+example, and n_samples is the N of a step. With `--likelihood_threshold 0.1`, rows whose F has
+fallen below it are left out (NCO). The methods are described in llmmix/dco.py, llmmix/majority.py,
 llmmix/steps.py and llmmix/filtering.py; for chains of thought see recipes/dco_cot.py.
 """
 
