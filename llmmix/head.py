@@ -74,6 +74,7 @@ class FusedHeadOutput(ModelOutput):
         log_sum_sq_probs: Same shape; log of the sum of squared probabilities.
         mean_logits: Same shape; mean of the logits over the vocabulary.
         is_top1: Same shape; whether the label is the most likely token.
+        top_k_entropy: Same shape; entropy over the `top_k` most likely tokens alone, renormalised.
         label_mask: Same shape; whether the label counts.
         aux_loss: Router load-balancing loss, when the model returns router logits.
         objective: What `head_objective` returned.
@@ -86,6 +87,7 @@ class FusedHeadOutput(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    top_k_entropy: Tensor | None = None
     label_mask: Tensor = None  # type: ignore[assignment]
     aux_loss: Tensor | None = None
     objective: dict[str, Tensor] | None = None
@@ -107,6 +109,7 @@ def attach_head(
     outputs: tuple[str, ...] = ("log_probs",),
     memory_budget: int | None = None,
     padding_free: bool = False,
+    top_k: int = 20,
 ) -> None:
     """Make `model(..., labels=y, fused_lm_head=True)` return a `FusedHeadOutput`.
 
@@ -126,6 +129,8 @@ def attach_head(
             `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
         padding_free: Run the backbone on the tokens of a padded batch alone, as one row in which
             each sequence sees itself. All that comes out has the shape of the padded batch.
+
+        top_k: The most likely tokens that `top_k_entropy` is over.
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from, or has an
@@ -162,7 +167,7 @@ def attach_head(
                 if is_spread(self) or "once" not in compared:  # on all processes, or on none
                     compare(self)
                 compared.add("forward")
-            kwargs["padding_free"] = padding_free
+            kwargs.update(padding_free=padding_free, top_k=top_k)
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
 
@@ -220,6 +225,7 @@ def _fused_forward(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     padding_free: bool = False,
+    top_k: int = 20,
     **kwargs: Any,
 ) -> FusedHeadOutput:
     """Run the backbone, then the head at the scored positions alone."""
@@ -244,7 +250,7 @@ def _fused_forward(
     hidden, labels = _shift(states, labels, shift_labels, head.device)
     mask = labels != -100
     # Only scored positions reach the head
-    rows = head.statistics(hidden[mask], labels[mask], outputs)
+    rows = head.statistics(hidden[mask], labels[mask], outputs, top_k=top_k)
     extra = None if objective is None else objective(hidden, labels, head)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

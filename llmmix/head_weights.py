@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
+from llmmix.fused.above_mean import linear_above_mean
 from llmmix.fused.sharding import gathered, whole
 from llmmix.fused.tiles import HeadScaling
 from llmmix.logprobs import HeadStatistics, keeps_probabilities, linear_statistics
@@ -49,9 +50,18 @@ class HeadAtHand:
         return self.statistics(hidden, targets).log_probs
 
     def statistics(
-        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("log_probs",)
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        outputs: tuple[str, ...] = ("log_probs",),
+        temperature: float = 1.0,
+        top_k: int = 20,
     ) -> HeadStatistics:
-        """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K)."""
+        """`linear_statistics` of hidden states (N, H) and targets (N,) or (N, K).
+
+        `temperature` divides the logits after all that the model does to them.
+        """
+        scaling = self._scaling._replace(temperature=self._scaling.temperature * temperature)
         hidden, weight, bias = _as_product(self._head, hidden)
         with gathered(weight, bias):
             if weight.requires_grad and torch.is_grad_enabled():
@@ -61,10 +71,21 @@ class HeadAtHand:
                 weight,
                 targets,
                 bias=bias,
-                scaling=self._scaling,
+                scaling=scaling,
                 outputs=outputs,
+                top_k=top_k,
                 memory_budget=self._memory_budget,
             )
+
+    def above_mean(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(N,) logit of each target (N,) minus the mean logit of its row, differentiable.
+
+        Raises:
+            ValueError: The model caps its logits.
+        """
+        hidden, weight, bias = _as_product(self._head, hidden)
+        with gathered(weight, bias):
+            return linear_above_mean(hidden, weight, targets, bias=bias, scaling=self._scaling)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, V) logits as the softmax takes them, in fp32, for what needs the whole vocabulary.

@@ -231,6 +231,7 @@ def attach_heads(
     memory_budget: int | None = None,
     padding_free: bool = False,
     extra: tuple[str, ...] = (),
+    top_k: int = 20,
 ) -> None:
     """Attach the fused head to a TRL trainer's model, and to its reference model if it has one.
 
@@ -242,6 +243,7 @@ def attach_heads(
         memory_budget: See `llmmix.head.attach_head`.
         padding_free: See `llmmix.head.attach_head`.
         extra: More outputs for the trainer's own loss, beside those that TRL reads.
+        top_k: See `llmmix.head.attach_head`.
 
     Raises:
         TypeError: The trainer is another.
@@ -260,7 +262,7 @@ def attach_heads(
             f"`trainer` must be an SFTTrainer or a DPOTrainer, got {type(trainer).__name__}."
         )
     outputs += tuple(name for name in extra if name not in outputs)
-    settings: Any = {"memory_budget": memory_budget, "padding_free": padding_free}
+    settings: Any = {"memory_budget": memory_budget, "padding_free": padding_free, "top_k": top_k}
     attach_head(model, outputs=outputs, **settings)
     if reference is not None:
         reference = trainer.accelerator.unwrap_model(reference)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmmix.fused.largest import merge_largest
+
 TILE_ROWS = {"cpu": 1024, "gpu": 4096}
 # Logits held at once: 8 MiB in fp32 on a CPU, whose cache holds them, and 128 MiB on a GPU
 TILE_ELEMENTS = {"cpu": 2**21, "gpu": 2**25}
@@ -35,7 +37,8 @@ class RunningSoftmax(NamedTuple):
 
     With z the scaled logits and e = exp(z - max): `sum` adds up e, `sum_ez` e z, `sum_ee` e^2 and
     `sum_z` z. Each is (n, 1). `target_z` and `target_slope`, the logits of the targets and the
-    slope of the cap there, are (n, K); `is_top1` concerns the first target.
+    slope of the cap there, are (n, K); `is_top1` concerns the first target. `largest` holds the k
+    largest z in descending order, (n, k); k is 0 where no statistic needs them.
     """
 
     max: Tensor
@@ -46,9 +49,10 @@ class RunningSoftmax(NamedTuple):
     target_z: Tensor
     target_slope: Tensor
     is_top1: Tensor
+    largest: Tensor
 
 
-def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
+def running_softmax(targets: Tensor, dtype: torch.dtype, top_k: int = 0) -> RunningSoftmax:
     """The running softmax before any tile is folded in, for `targets` (n, K)."""
     column = torch.zeros_like(targets[:, :1], dtype=dtype)
     return RunningSoftmax(
@@ -61,6 +65,7 @@ def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
         target_z=targets.new_zeros(targets.shape, dtype=dtype),
         target_slope=targets.new_ones(targets.shape, dtype=dtype),
         is_top1=torch.zeros_like(targets[:, :1], dtype=torch.bool),
+        largest=column.new_full((column.size(0), top_k), torch.finfo(dtype).min),
     )
 
 
@@ -90,6 +95,8 @@ def fold(
         (n, 1), the factor by which sums over earlier tiles shrink, as the maximum rises.
     """
     z, slope = _scale(logits, bias, scaling)
+    if "top_k_entropy" in outputs:
+        merge_largest(state.largest, z, first=start == 0)
     local = targets - start
     inside = (local >= 0) & (local < z.size(1))
     column = local.clamp(0, z.size(1) - 1)
@@ -158,6 +165,15 @@ def softmax_gradient(
         factor = (z + offset).mul_(s).add_(g)
         u = z.exp_().mul_(factor)
     return u if slope is None else u.mul_(slope)
+
+
+def scaled(
+    logits: Tensor, bias: Tensor | None, scaling: HeadScaling
+) -> tuple[Tensor, Tensor | None]:
+    """The scaled logits of raw ones, which stay as they are, and the slope of the cap if any."""
+    if bias is None and scaling == HeadScaling():
+        return logits, None
+    return _scale(logits.clone(), bias, scaling)
 
 
 def _scale(
@@ -242,6 +258,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1, alpha: in
     if total.is_cuda:
         return torch.addmm(total, a, b, beta=beta, alpha=alpha, out_dtype=total.dtype, out=total)
     return total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha)
+
+
+def mean_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(H,) mean of the rows of a weight (V, H), without a copy of all of it in `dtype`."""
+    height = max(1, TILE_ELEMENTS["cpu"] // max(1, weight.size(1)))
+    blocks = weight.split(height)
+    return torch.stack([block.to(dtype).sum(0) for block in blocks]).sum(0) / weight.size(0)
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -185,7 +185,7 @@ class SFTMixTrainer(SFTTrainer):
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
-        attach_heads(self, padding_free=args.padding_free, extra=self.objective.outputs)
+        attach_heads(self, padding_free=args.padding_free, **self.objective.head)
         carry_sft_weights(self)
         end_unless_finite(self)
         tell_if_unmoved(self)
