@@ -42,16 +42,8 @@ def default_to_cpu(args: TrainingArguments) -> None:
         args.bf16 = False
 
 
-def check_own_loss(
-    method: str, args: SFTConfig, trainer_arguments: dict, *, takes_loss_type: bool = False
-) -> None:
+def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
     """Refuse settings that merge examples into one row, or that ask TRL for another loss.
-
-    Args:
-        method: Whose loss it is.
-        args: The trainer's settings.
-        trainer_arguments: Its other arguments, by name.
-        takes_loss_type: Whether the method has a use of its own for `loss_type` and its settings.
 
     Raises:
         ValueError: One of `packing`, `eval_packing`, `label_smoothing_factor`, `loss_type` and
@@ -64,8 +56,8 @@ def check_own_loss(
                 f"`{name}=False`, and `padding_free=True` to compute no padding."
             )
     others = {
-        "label_smoothing_factor": args.label_smoothing_factor > 0 and not takes_loss_type,
-        "loss_type": args.loss_type != "nll" and not takes_loss_type,
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+        "loss_type": args.loss_type != "nll",
         "compute_loss_func": trainer_arguments.get("compute_loss_func") is not None,
     }
     for name, given in others.items():

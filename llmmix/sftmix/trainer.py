@@ -174,7 +174,8 @@ class SFTMixTrainer(SFTTrainer):
             "processing_class": processing_class,
         }
         check_types(model, train_dataset, kwargs)
-        check_own_loss("SFTMix", args, kwargs, takes_loss_type=True)
+        with nll_for_trl(args):  # a `loss_type` is the next tokens' here
+            check_own_loss("SFTMix", args, kwargs)
         start = own_model(model, args, processing_class)
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
         if args.mixup_weight:

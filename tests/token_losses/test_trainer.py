@@ -253,13 +253,13 @@ def test_label_smoothing_is_that_of_transformers(make):
 
 def test_a_cold_start_and_the_scale_are_told_once(make, caplog):
     """A random model finds every token unlikely."""
-    say_once.cache_clear()  # another test may have had it said
-    finish(make(loss_type="dft", max_grad_norm=1.0))
+    make(loss_type="dft", max_grad_norm=0.97)
+    finish(make(loss_type="dft", max_grad_norm=0.97))
     told = [record.getMessage() for record in caplog.records]
     assert len([text for text in told if "next to nothing is learned" in text]) == 1
     assert len([text for text in told if "scales the gradient of each token" in text]) == 1
     caplog.clear()
-    finish(make(loss_type="nll", max_grad_norm=1.0))
+    finish(make(loss_type="nll", max_grad_norm=0.97))
     assert "loss_type" not in caplog.text
 
 
