@@ -6,6 +6,7 @@ from or calls on a trainer's class stays in the class.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.processes import warn_once
+from llmmix.rows.answer_weights import unweighable, weigh_answers
 from llmmix.rows.formats import check_preference_dataset, check_sft_dataset
 from llmmix.rows.turns import WHOLE_CHATS, log_scored, tokenize_turns
 
@@ -122,12 +124,14 @@ def check_preference_datasets(
 ) -> Rows:
     """`check_preference_dataset` on the training and the evaluation rows of a trainer.
 
-    Arguments, result and errors are those of `check_sft_datasets`.
+    Weights of rows are checked before, by `weigh_answers`. Arguments, result and errors are those
+    of `check_sft_datasets`, and those of `weigh_answers`.
     """
     tokenizer = _processing_class(args, model, trainer_arguments)
 
     def check(rows: Rows | None, argument: str) -> Rows:
-        return check_preference_dataset(rows, argument, tokenizer)
+        read = partial(check_preference_dataset, argument=argument, processing_class=tokenizer)
+        return weigh_answers(rows, argument, read, unweighable(args))
 
     _check_evaluated(trainer_arguments, check)
     return check(train_dataset, "train_dataset")

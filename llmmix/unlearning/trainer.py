@@ -32,7 +32,13 @@ from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.loss_table import LOSSES
 from llmmix.unlearning.losses import sequence_probs
 from llmmix.unlearning.objective import Objective
-from llmmix.unlearning.parts import count_window, over_processes, predicted, with_retained
+from llmmix.unlearning.parts import (
+    count_window,
+    over_processes,
+    predicted,
+    weight_means,
+    with_retained,
+)
 from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_trainer
 from llmmix.unlearning.references import Reference
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
@@ -116,6 +122,7 @@ class UnlearnTrainer(SFTTrainer):
             retain_dataset=retain_dataset,
             templates=templates,
             skip_tokens=args.skip_tokens if loss.skips_tokens else 0,
+            unweighted=loss.objective.unweighted,
         )
         sign(self, f"the unlearning loss {args.loss}", loss.paper)
         self.objective = _objective(self)
@@ -228,7 +235,8 @@ class UnlearnTrainer(SFTTrainer):
         for part in objective.loss.reads:
             scored = step.parts[part][1].any(1)
             values[f"{part}_prob"] = (sequence_probs(*step.parts[part]).sum(), scored.sum())
-        self.guard.add("unlearn", values | objective.metrics(step), terms, step.parts)
+        values |= objective.metrics(step)
+        self.guard.add("unlearn", values, terms, step.parts, weight_means(inputs, step.parts))
         loss = over_processes(self.accelerator, loss, training=training)
         return (loss, step.output) if return_outputs else loss
 
