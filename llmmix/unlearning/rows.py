@@ -166,7 +166,7 @@ class ForgetRows(torch.utils.data.Dataset):
         batch = pad(sequences, self.tokenizer.pad_token_id)
         batch["row"] = torch.tensor([item["row"] for item in items])
         batch["template_number"] = torch.tensor([item.get("template_number", 0) for item in items])
-        if self.weighed:
+        if ROW in items[0]:  # of rows to evaluate, which may have weights where ours have none
             names = ["retain_weight" if part == "retain" else ROW for part in in_order(self.parts)]
             batch[ROW] = torch.tensor([item[name] for name in names for item in items])
         return batch
