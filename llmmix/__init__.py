@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.sftmix.trainer import SFTMixTrainer as SFTMixTrainer
     from llmmix.solve_rates import SolveRates as SolveRates
     from llmmix.steps import split_steps as split_steps
+    from llmmix.token_losses.config import TokenLossConfig as TokenLossConfig
+    from llmmix.token_losses.trainer import TokenLossTrainer as TokenLossTrainer
     from llmmix.trainers import attach_heads as attach_heads
     from llmmix.unlearning.config import UnlearnConfig as UnlearnConfig
     from llmmix.unlearning.flat import FLATConfig as FLATConfig
@@ -40,6 +42,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "dco": ["DCOConfig", "DCOTrainer"],
         "row_weights": ["attach_weights"],
         "sftmix.trainer": ["SFTMixConfig", "SFTMixTrainer"],
+        "token_losses.config": ["TokenLossConfig"],
+        "token_losses.trainer": ["TokenLossTrainer"],
         "rpo": ["RPOConfig", "RPOTrainer"],
         "unlearning.flat": ["FLATConfig", "FLATTrainer"],
         "unlearning.config": ["UnlearnConfig"],

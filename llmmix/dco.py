@@ -31,8 +31,11 @@ from trl import SFTConfig, SFTTrainer
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
 from llmmix.majority import check_votes, majority_loss, majority_weight
+from llmmix.padding_free_setting import padded_by_trl, padding_free_field
+from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
+from llmmix.rows.weights import take_weights
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+MASKS_ONLY = "DCO needs p of a whole completion, which has no part of a token"
 # What a model's card says of training with more than one vote
 OF_VOTES = (
     "Majority vote",
@@ -153,6 +157,7 @@ class DCOConfig(SFTConfig):
             "choices": ["sum", "token_mean"],
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -169,7 +174,8 @@ class DCOTrainer(SFTTrainer):
     Takes the dataset formats of `SFTTrainer` and its arguments. Logs, beside TRL's metrics,
     `dco/weight` (mean F), `dco/braked` (share of examples with F below 0.1) and `nll_per_token`
     (NLL of a scored token, which is the loss of an SFT run). With `votes` = k, F is the weight w of
-    llmmix/majority.py, which reaches k, and the share is that below 0.1 k.
+    llmmix/majority.py, which reaches k, and the share is that below 0.1 k. Where rows have weights,
+    each multiplies the loss of its row, and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -182,9 +188,8 @@ class DCOTrainer(SFTTrainer):
 
     Raises:
         TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
-        ValueError: Batches are packed or padding-free, which merges the examples whose probability
-            the loss is about; context or sequence parallelism is on, which splits them; or another
-            loss is asked for.
+        ValueError: Batches are packed, which merges the examples whose probability the loss is
+            of; context or sequence parallelism splits them; or another loss is asked for.
     """
 
     args: DCOConfig  # these two are narrower than in TRL
@@ -220,13 +225,14 @@ class DCOTrainer(SFTTrainer):
         check_types(model, train_dataset, kwargs)
         check_own_loss("DCO", args, kwargs)
         start = own_model(model, args, processing_class)
-        train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
-        with turns_found(args, train_dataset):
+        train_dataset = check_sft_datasets(args, start, train_dataset, kwargs, MASKS_ONLY)
+        with turns_found(args, train_dataset), padded_by_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("DCO", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
-        attach_heads(self)
+        attach_heads(self, padding_free=args.padding_free)
+        carry_sft_weights(self, MASKS_ONLY)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self, *(() if args.votes == 1 else OF_VOTES))
@@ -256,13 +262,6 @@ class DCOTrainer(SFTTrainer):
                 batch["row_weights"] = part.new_zeros(known.shape).masked_scatter(known, part)
         return batches, count.clamp(min=1)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        if self.row_weights is not None and "row" not in columns:
-            # Transformers declares None for a list
-            self._signature_columns = [*columns, "row"]  # type: ignore[assignment]
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -271,7 +270,7 @@ class DCOTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """DCO on the same forward that TRL's metrics come from."""
-        inputs = evaluated(self, inputs)
+        inputs, weights = take_weights(evaluated(self, inputs))
         given = inputs.pop("row_weights", None)
         recorder = ForwardRecorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
@@ -287,12 +286,16 @@ class DCOTrainer(SFTTrainer):
         else:
             losses = weight * -logps / lengths.clamp(min=1)
         scored = lengths > 0
-        losses = losses * scored  # a row without targets adds an exact zero
+        losses = weights.times(losses) * scored  # a row without targets adds an exact zero
         router = torch.zeros_like(losses.sum())
         if self.aux_loss_enabled and output.aux_loss is not None:
             router = self.router_aux_loss_coef * output.aux_loss
         self.means.add(
-            {**self._measured(weight, scored), "nll_per_token": (-logps.sum(), lengths.sum())},
+            {
+                **self._measured(weight, scored),
+                **weights.mean(scored),
+                "nll_per_token": (-logps.sum(), lengths.sum()),
+            },
             loss=[(losses.sum(), scored.sum()), (router * scored.sum(), scored.sum())],
         )
         if num_items_in_batch is None:

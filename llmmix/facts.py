@@ -30,6 +30,8 @@ def note_run(trainer: Trainer) -> None:
         "learning rate": args.learning_rate,
         "seed": args.seed,
     }
+    if getattr(args, "padding_free", False):
+        facts["padding free"] = True
     facts |= _own_settings(args)
     facts = {name: value for name, value in facts.items() if value not in (None, "")}
     write_whole(Path(str(args.output_dir), RUN), json.dumps(facts, indent=1, default=str))

@@ -46,12 +46,18 @@ class LikelihoodFilter:
         threshold: F below which a row is left out.
 
     Raises:
-        ValueError: `threshold` is not in (0, 1].
+        ValueError: `threshold` is not in (0, 1], or TRL joins the rows of a batch.
     """
 
     def __init__(
         self, trainer: SFTTrainer, *, n_samples: int | None = None, threshold: float = 0.1
     ):
+        if trainer.padding_free:
+            raise ValueError(
+                "TRL's `padding_free` and `packing` join a batch into one row, and a filter needs "
+                "rows apart. Leave them off; `attach_heads(trainer, padding_free=True)` computes "
+                "no padding."
+            )
         self.trainer: Any = trainer  # transformers types its model and its collator as optional
         self.threshold = check_share("threshold", threshold)
         self.votes = votes_of(trainer) if n_samples is None else 1

@@ -52,3 +52,8 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
         dtype = torch.float32  # in which attention takes its softmax
     tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return max(torch.finfo(dtype).eps, 2**-10 if tf32 else 0.0)
+
+
+def at_least_fp32(values: torch.Tensor) -> torch.Tensor:
+    """The values in fp32, or in fp64 if they are in fp64."""
+    return values if values.dtype == torch.float64 else values.float()

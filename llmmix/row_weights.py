@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from llmmix.rows.weights import keep_columns
 from llmmix.trainers import training_rows
 
 
 def attach_weights(trainer: Trainer, weights: Callable[[Sequence[int]], Tensor]) -> None:
     """Weight the cross-entropy of each row by a function of the row, in place of F of its target.
+
+    A `weight` that the row itself has multiplies it.
 
     Args:
         trainer: A `DCOTrainer`; its `reduction` decides between summed and mean token losses.
@@ -34,6 +37,7 @@ def attach_weights(trainer: Trainer, weights: Callable[[Sequence[int]], Tensor])
     trainer.train_dataset = rows.add_column("row", list(range(len(rows))))
     trainer.data_collator = _WithRows(trainer.data_collator)
     trainer.row_weights = weights
+    keep_columns(trainer, "row")
 
 
 class _WithRows:

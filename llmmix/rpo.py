@@ -32,6 +32,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
+from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.precision import evaluating
 from llmmix.rows.answer_weights import carry_answer_weights
 from llmmix.rows.weights import ROW, take_weights
@@ -140,6 +141,7 @@ class RPOConfig(DPOConfig):
             "choices": ["sum", "mean"],
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -217,7 +219,9 @@ class RPOTrainer(DPOTrainer):
         loaded = isinstance(start, PreTrainedModel) and kwargs.get("peft_config") is None
         if ref_model is None and loaded and not start.config.name_or_path:
             ref_model = copy.deepcopy(start)  # TRL loads it by its name, and this has none
-        super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
+        self._padding_free = args.padding_free  # TRL may score the reference while it makes `self`
+        with padded_by_trl(args):
+            super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
         carry_answer_weights(self)
         self._attach_own_heads()
@@ -242,7 +246,7 @@ class RPOTrainer(DPOTrainer):
         """
         if self._attached:
             return
-        attach_heads(self)
+        attach_heads(self, padding_free=self._padding_free)
         args = self.args
         how = (args.max_length, args.truncation_mode, args.ld_alpha)
         precision = self.accelerator.mixed_precision
@@ -297,11 +301,11 @@ class RPOTrainer(DPOTrainer):
         if self.aux_loss_enabled and output.aux_loss is not None:
             router = self.router_aux_loss_coef * output.aux_loss
         chosen, rejected = output.log_probs.sum(1).chunk(2)
-        lengths, of_rows = output.label_mask.sum(1).chunk(2)[0], weights.of_rows(chosen)
+        lengths = output.label_mask.sum(1).chunk(2)[0]
         if weights.given:  # each pair by itself, as TRL has it with the settings that go with them
             before = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
             pairs = rpo_loss(chosen, rejected, *before, beta=self.args.beta, eta=0.0)
-            dpo = (of_rows * pairs * scored).sum()
+            dpo = (weights.times(pairs) * scored).sum()
         else:  # TRL's is a mean over rows, where one without a token has a margin of 0
             dpo = len(scored) * (loss - router) - math.log(2) * (~scored).sum()
         sft = sft_term(
@@ -311,13 +315,13 @@ class RPOTrainer(DPOTrainer):
             sft_reduction=self.args.sft_reduction,
             chosen_lengths=lengths,
         )
-        sft, rows = (of_rows * sft).sum(), scored.sum()
+        sft, rows = weights.times(sft).sum(), scored.sum()
         found = self.means.add(
             {
                 "rpo/dpo_loss": (dpo, rows),
                 "rpo/sft_loss": (sft, rows),
                 "nll_per_token": (-chosen.sum(), lengths.sum()),
-                **weights.mean(of_rows, scored),
+                **weights.mean(scored),
             },
             loss=[(dpo + sft, rows), (router * rows, rows)],
         )

@@ -19,8 +19,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.rows.formats import check_rows_type, check_sft_dataset, read_shape
+from llmmix.rows.message_weights import has_message_weights
 from llmmix.rows.messages import check_asked, in_one_form, text_of
 from llmmix.rows.shapes import Cells, Shape
+from llmmix.rows.weights import ROW, as_weight, check_row_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +47,18 @@ def split_steps(
     Returns:
         From `steps`, rows of `input_ids` and `labels`; the end-of-sequence token, or the end of the
         assistant's turn, belongs to the last step. From `messages`, rows of `prompt` and
-        `completion`, both messages.
+        `completion`, both messages. A `weight` of the row goes to each of its steps, times that of
+        the step's message.
 
     Raises:
         ValueError: The rows have neither `prompt` and `steps` nor `messages`; no row holds a step;
-            or the tokenizer does not tell where in the text its tokens stand.
+            or the tokenizer does not tell where in the text its tokens stand; or a `weight` is
+            refused.
     """
     check_rows_type(dataset, "dataset")
     if not isinstance(dataset, Dataset):
         raise ValueError("`dataset` must be a map-style `Dataset`, whose steps are counted.")
+    check_row_weights(dataset, "dataset")
     dataset = _in_one_form(dataset)
     split, names = _splitter(dataset, tokenizer, separator)
     found = dataset.map(
@@ -104,6 +109,7 @@ def _splitter(
     """A function that splits a row into examples, and the columns of an example."""
     columns = dataset.column_names
     kept = [column for column in columns if column in ("tools", "chat_template_kwargs")]
+    weight = [ROW] if ROW in columns or has_message_weights(dataset) else []
     if {"prompt", "steps"} <= set(columns):
         if not tokenizer.is_fast:
             raise ValueError(
@@ -113,9 +119,9 @@ def _splitter(
         if kept and len(dataset) and not isinstance(dataset[0]["prompt"], str):
             raise ValueError(f"`steps` cannot be told apart with {kept}; give assistant turns.")
         split = partial(_split_text, tokenizer=tokenizer, separator=separator)
-        return split, ["input_ids", "labels"]
+        return split, ["input_ids", "labels", *weight]
     if "messages" in columns:
-        return partial(_split_messages, kept=kept), ["prompt", "completion", *kept]
+        return partial(_split_messages, kept=kept), ["prompt", "completion", *kept, *weight]
     raise ValueError(
         f"Stepwise rows need `prompt` and `steps`, or `messages`; the dataset has {columns}."
     )
@@ -144,9 +150,16 @@ def _is_step(message: dict) -> bool:
 
 
 def _split_messages(row: dict, kept: list[str]) -> list[dict]:
-    messages = row["messages"]
+    """The weight of a message becomes one of its step's row."""
+    messages = [{k: v for k, v in said.items() if k != ROW} for said in row["messages"]]
+    weights = [
+        as_weight(row.get(ROW), f"`{ROW}` of a row")
+        * as_weight(message.get(ROW), f"`{ROW}` of message {i} of `messages`")
+        for i, message in enumerate(row["messages"])
+    ]
     return [
-        {"prompt": messages[:i], "completion": [message]} | {name: row[name] for name in kept}
+        {"prompt": messages[:i], "completion": [message], ROW: weights[i]}
+        | {name: row[name] for name in kept}
         for i, message in enumerate(messages)
         if _is_step(message) and i
     ]
@@ -192,5 +205,5 @@ def _split_text(row: dict, tokenizer: PreTrainedTokenizerBase, separator: str) -
         labels = [
             token if inside else -100 for token, inside in zip(ids, mine[: last + 1], strict=False)
         ]
-        examples.append({"input_ids": ids[: last + 1], "labels": labels})
+        examples.append({"input_ids": ids[: last + 1], "labels": labels, ROW: row.get(ROW)})
     return examples

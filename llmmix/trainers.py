@@ -20,8 +20,9 @@ from trl.trainer.utils import get_config_model_id
 
 from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.processes import warn_once
-from llmmix.rows.answer_weights import unweighable, weigh_answers
-from llmmix.rows.formats import check_preference_dataset, check_sft_dataset
+from llmmix.rows.answer_weights import read_pairs
+from llmmix.rows.formats import check_sft_dataset
+from llmmix.rows.message_weights import has_message_weights, weigh
 from llmmix.rows.turns import WHOLE_CHATS, log_scored, tokenize_turns
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -42,22 +43,30 @@ def default_to_cpu(args: TrainingArguments) -> None:
         args.bf16 = False
 
 
-def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
+def check_own_loss(
+    method: str, args: SFTConfig, trainer_arguments: dict, *, takes_loss_type: bool = False
+) -> None:
     """Refuse settings that merge examples into one row, or that ask TRL for another loss.
 
+    Args:
+        method: Whose loss it is.
+        args: The trainer's settings.
+        trainer_arguments: Its other arguments, by name.
+        takes_loss_type: Whether the method has a use of its own for `loss_type` and its settings.
+
     Raises:
-        ValueError: One of `packing`, `eval_packing`, `padding_free`, `label_smoothing_factor`,
-            `loss_type` and `compute_loss_func` is set.
+        ValueError: One of `packing`, `eval_packing`, `label_smoothing_factor`, `loss_type` and
+            `compute_loss_func` is set.
     """
-    for name in ("packing", "eval_packing", "padding_free"):
+    for name in ("packing", "eval_packing"):
         if getattr(args, name):
             raise ValueError(
                 f"`{name}=True` merges examples into one row, and {method} needs them apart. Set "
-                f"`{name}=False`."
+                f"`{name}=False`, and `padding_free=True` to compute no padding."
             )
     others = {
-        "label_smoothing_factor": args.label_smoothing_factor > 0,
-        "loss_type": args.loss_type != "nll",
+        "label_smoothing_factor": args.label_smoothing_factor > 0 and not takes_loss_type,
+        "loss_type": args.loss_type != "nll" and not takes_loss_type,
         "compute_loss_func": trainer_arguments.get("compute_loss_func") is not None,
     }
     for name, given in others.items():
@@ -80,11 +89,16 @@ def check_unsharded(method: str, accelerator: Accelerator) -> None:
 
 
 def check_sft_datasets(
-    args: SFTConfig, model: Any, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
+    args: SFTConfig,
+    model: Any,
+    train_dataset: Rows | None,
+    trainer_arguments: dict[str, Any],
+    masks_only: str = "",
 ) -> Rows | None:
     """`check_sft_dataset` on the training and the evaluation rows of an SFT trainer.
 
     With `assistant_only_loss`, chats whose template TRL cannot mark come back as tokens and labels.
+    Rows with weights come back as `llmmix.rows.message_weights.weigh` makes them.
 
     Args:
         args: The trainer's settings.
@@ -92,23 +106,28 @@ def check_sft_datasets(
         train_dataset: The training rows.
         trainer_arguments: The trainer's other arguments, by name; `eval_dataset` is replaced, and
             a missing `processing_class` is added.
+        masks_only: Why weights of messages and tokens must be 0 or 1; "" where they need not.
 
     Returns:
         The training rows.
 
     Raises:
-        ValueError: `check_sft_dataset` or `tokenize_turns` refuses the training or the evaluation
-            rows.
+        ValueError: `check_sft_dataset`, `weigh` or `tokenize_turns` refuses the training or the
+            evaluation rows.
     """
     if trainer_arguments.get("formatting_func") is not None:
         return train_dataset  # the function makes the text, from columns of any name
     if _leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
         return train_dataset  # the collator makes the batch, from columns of any name
     tokenizer = _processing_class(args, model, trainer_arguments)
+    given = (train_dataset, trainer_arguments.get("eval_dataset"))
+    turns = args.assistant_only_loss and has_message_weights(*given)
 
     def check(rows: Rows | None, argument: str) -> Rows:
         templated = None if args.chat_template_path else tokenizer
-        rows = check_sft_dataset(rows, argument, args.dataset_text_field, templated)
+        read = partial(check_sft_dataset, argument=argument, processing_class=templated)
+        read = partial(read, text_field=args.dataset_text_field)
+        rows = weigh(rows, argument, args, tokenizer, read, masks_only, turns)
         return tokenize_turns(rows, argument, args, tokenizer)
 
     _check_evaluated(trainer_arguments, check)
@@ -122,17 +141,12 @@ def check_sft_datasets(
 def check_preference_datasets(
     args: DPOConfig, model: Any, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
 ) -> Rows:
-    """`check_preference_dataset` on the training and the evaluation rows of a trainer.
+    """`read_pairs` on the training and the evaluation rows of a trainer.
 
-    Weights of rows are checked before, by `weigh_answers`. Arguments, result and errors are those
-    of `check_sft_datasets`, and those of `weigh_answers`.
+    Arguments, result and errors are those of `check_sft_datasets`.
     """
     tokenizer = _processing_class(args, model, trainer_arguments)
-
-    def check(rows: Rows | None, argument: str) -> Rows:
-        read = partial(check_preference_dataset, argument=argument, processing_class=tokenizer)
-        return weigh_answers(rows, argument, read, unweighable(args))
-
+    check = partial(read_pairs, args=args, tokenizer=tokenizer)
     _check_evaluated(trainer_arguments, check)
     return check(train_dataset, "train_dataset")
 

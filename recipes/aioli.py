@@ -4,9 +4,8 @@
         --domains code=code.jsonl web=web.jsonl --estimator regression
 
 `--method` is aioli, skillit, doremi, doge, odm, stratified (equal shares) or fixed (`--weights`).
-Options of a method other than Aioli go into `--method_options eta=0.5 window=5`. DoReMi first
-trains a reference and a proxy, and DoGE a proxy, into subfolders. Each method is described in the
-file of its name in llmmix/mixing/.
+Options of a method other than Aioli go into `--method_options eta=0.5 window=5`. Files of their
+names in llmmix/mixing/ describe them. DoReMi and DoGE first train other models, into subfolders.
 """
 
 import copy
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix import mixing
 from llmmix.cli import parse_args
@@ -25,6 +24,7 @@ from llmmix.mixing import AioliConfig
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.mixing.methods import METHODS, config_of
 from llmmix.models import load_tokenizer, prepare_model_args
+from llmmix.padding_free_setting import sft_trainer
 from llmmix.report import print_report
 from llmmix.training.lines import log_lines
 from llmmix.training.resuming import checkpoint_to_resume, stage_to_resume
@@ -69,7 +69,7 @@ def main(
         """Train into a folder; returns the trainer and the callback that moved its mixture."""
         args = copy.copy(training_args)
         args.output_dir, args.push_to_hub = str(folder), args.push_to_hub and folder == out
-        trainer = SFTTrainer(
+        trainer = sft_trainer(
             checkpoint,
             args=args,
             train_dataset=mixing.label_domains(train),

@@ -8,13 +8,14 @@ formats. Some rows of each domain are set aside for its validation loss. OUTPUT_
 records the draws. Add `--use_peft` for LoRA. For shares that move, see `llmmix run aioli`.
 """
 
-from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
 from llmmix.files import claim
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
+from llmmix.padding_free_setting import sft_trainer
 from llmmix.report import print_report
 from llmmix.training.lines import log_lines
 from llmmix.training.resuming import checkpoint_to_resume
@@ -27,7 +28,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig) -> None:
     resume = checkpoint_to_resume(training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
-    trainer = SFTTrainer(
+    trainer = sft_trainer(
         checkpoint,
         args=training_args,
         train_dataset=label_domains(train),

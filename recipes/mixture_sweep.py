@@ -13,7 +13,7 @@ are not trained again (a line that is not whole counts as none), and with
 import copy
 import shutil
 
-from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmmix.cli import parse_args
 from llmmix.files import claim, read_record
@@ -21,6 +21,7 @@ from llmmix.laws.sweep import SweepArguments, add, check_same, choose_mixtures, 
 from llmmix.mixing import MixtureCallback, attach_mixture, label_domains
 from llmmix.mixing.domains import MixtureConfig, load_domains
 from llmmix.models import load_tokenizer, prepare_model_args
+from llmmix.padding_free_setting import sft_trainer
 from llmmix.training.lines import log_lines
 from llmmix.training.resuming import stage_to_resume
 
@@ -31,10 +32,10 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
     checkpoint = prepare_model_args(model_args, training_args)
     tokenizer = load_tokenizer(checkpoint, model_args, training_args)
     train, validation = load_domains(training_args, tokenizer)
-    if training_args.padding_free or training_args.packing:
+    if training_args.packing:
         raise ValueError(
-            "`padding_free` and `packing` join rows of several domains, and a sweep needs the loss "
-            "of each domain. Leave both off."
+            "`packing=True` joins rows of several domains, and a sweep needs the loss of each. Set "
+            "`packing=False`, and `padding_free=True` to compute no padding."
         )
     prior = training_args.sampler(train).weights
     tables = {name: out / f"{name}.csv" for name in ("ratios", "metrics")}
@@ -48,7 +49,7 @@ def main(training_args: MixtureConfig, model_args: ModelConfig, sweep_args: Swee
             continue
         args = copy.copy(training_args)
         args.output_dir, args.push_to_hub = str(out / run), False
-        trainer = SFTTrainer(
+        trainer = sft_trainer(
             checkpoint,
             args=args,
             train_dataset=label_domains(train),

@@ -33,7 +33,7 @@ LAYERS = [
         "rows",
         "steps",
     },
-    {"arguments", "trainers"},
+    {"arguments", "padding_free_setting", "trainers"},
     {
         "dco",
         "filtering",
@@ -45,6 +45,7 @@ LAYERS = [
         "sampling",
         "sftmix",
         "solve_rates",
+        "token_losses",
     },
     {"mixing", "unlearning"},
     {"confidence", "curves", "facts", "flat", "report", "timing"},

@@ -19,6 +19,7 @@ from llmmix import (
     SFTMixConfig,
     SFTMixTrainer,
     attach_head,
+    attach_heads,
 )
 
 SETTINGS = {
@@ -255,8 +256,10 @@ def test_padding_side_does_not_matter(checkpoint, math_rows, tmp_path, name):
     for batch in (right, left):
         batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
         trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        for padding_free in (False, True):
+            attach_heads(trainer, padding_free=padding_free)
+            losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+    assert losses[1:] == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

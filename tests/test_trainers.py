@@ -29,11 +29,12 @@ def chat(text, role="assistant"):
 
 
 @pytest.mark.parametrize("trainer", [DCOTrainer, SFTMixTrainer])
-@pytest.mark.parametrize("option", ["packing", "padding_free"])
+@pytest.mark.parametrize("option", ["packing", "eval_packing"])
 def test_packing_is_refused(checkpoint, math_rows, trainer, option):
     config = DCOConfig if trainer is DCOTrainer else SFTMixConfig
-    with pytest.raises(ValueError, match=f"`{option}=True` merges examples"):
-        trainer(checkpoint, args=config("out", **QUIET, **{option: True}), train_dataset=math_rows)
+    args = config("out", **QUIET, **{option: True})
+    with pytest.raises(ValueError, match=f"`{option}=True` merges.*and `padding_free=True`"):
+        trainer(checkpoint, args=args, train_dataset=math_rows)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ def make(
         "per_device_eval_batch_size": 8 // ranks,
         "gradient_accumulation_steps": accumulation,
         "use_cpu": True,
+        # Without padding on two ranks, and with it on one process
+        "padding_free": ranks > 1 and accumulation == 1,
     }
     if name == "rpo" and accumulation == 1:
         rows = rows.add_column("weight", [(n % 5 + 1) / 2 for n in range(len(rows))])

@@ -16,11 +16,15 @@ from llmmix.mixing.checks import check_weights
 from llmmix.mixing.passes import EXHAUSTED
 from llmmix.mixing.sampler import DRAWS, UNITS, MixtureSampler
 from llmmix.mixing.tokens import tokenize_rows
+from llmmix.padding_free_setting import padding_free_field
 from llmmix.rows.formats import check_sft_dataset
+from llmmix.rows.message_weights import tell_unread
 from llmmix.trainers import default_to_cpu
 from llmmix.training.ranges import check_settings
 
 logger = logging.getLogger(__name__)
+
+UNREAD = "`DCOTrainer`, `SFTMixTrainer` and `TokenLossTrainer` do, with `attach_mixture` in Python"
 
 # Sets of columns, one of which a row has; the text column is the last possibility
 FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("input_ids",))
@@ -97,6 +101,7 @@ class MixtureConfig(SFTConfig):
             "help": "Maximum number of validation rows that each domain's loss is measured on."
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -148,6 +153,7 @@ def load_domains(
         _check_one_format(rows, name, args.dataset_text_field)
         for part, into in ((rows, train), (held_out, validation)):
             argument = f"domains`: `{name}"
+            tell_unread(part, argument, "TRL's trainer", UNREAD)
             into[name] = check_sft_dataset(part, argument, args.dataset_text_field, tokenizer)
     columns = {frozenset((c, str(f)) for c, f in r.features.items()) for r in train.values()}
     if len(columns) > 1:

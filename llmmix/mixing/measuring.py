@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from llmmix.head import attach_head
+from llmmix.rows.weights import take_weights
 
 
 class MeasuredModel:
@@ -60,12 +61,12 @@ class MeasuredModel:
 
 
 @contextmanager
-def fused_head(model: nn.Module) -> Iterator[None]:
+def fused_head(model: nn.Module, *, padding_free: bool = False) -> Iterator[None]:
     """Attach the fused head for the duration, and put back the forward that was there before."""
     unwrap = getattr(model, "get_base_model", None)  # a model with adapters has it
     base = model if unwrap is None else unwrap()
     before = base.__dict__.get("forward")
-    attach_head(base)
+    attach_head(base, padding_free=padding_free)
     try:
         yield
     finally:
@@ -88,6 +89,9 @@ def metrics_kept(trainer: Trainer) -> Iterator[None]:
 
 
 def token_logps(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
-    """(B, T-1) log-probabilities of the labels, and the mask of scored ones; needs `fused_head`."""
-    output = model(**batch, fused_lm_head=True)
+    """(B, T-1) log-probabilities of the labels, and the mask of scored ones; needs `fused_head`.
+
+    Weights of rows and tokens do not count: a signal is of the model, as the rows are drawn.
+    """
+    output = model(**take_weights(batch)[0], fused_lm_head=True)
     return output.log_probs, output.label_mask

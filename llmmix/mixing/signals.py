@@ -6,7 +6,7 @@ differ by the model alone. Every process measures its part, and all get the same
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class Signals:
         reference: Model with which the signal "excess" compares; None until it is set.
 
     Raises:
-        ValueError: The trainer is `padding_free`, a target has no rows or no scored token, or
+        ValueError: TRL joins the rows of a batch, a target has no rows or no scored token, or
             `measure` is unknown.
     """
 
@@ -52,8 +52,9 @@ class Signals:
     ):
         if getattr(trainer, "padding_free", False):
             raise ValueError(
-                "`padding_free` joins a batch into one row, which mixes the losses of its domains. "
-                "Set it (and `packing`) to False."
+                "TRL's `padding_free` and `packing` join a batch into one row, which mixes the "
+                "losses of its domains. Leave them off; `attach_heads(trainer, padding_free=True)` "
+                "computes no padding, and keeps rows apart."
             )
         self.trainer, self._measured = trainer, MeasuredModel(trainer)
         self._losses = TargetLosses(trainer, targets, rows, measure)
@@ -81,13 +82,16 @@ class Signals:
         """
         model = self._measured.module
         own_loss = name == "losses" and self.measure == "loss"
-        head = nullcontext() if own_loss else fused_head(model)
+        head = nullcontext() if own_loss else self._head(model)
         with evaluating(model, self.trainer, gradients=name == "gradients"), head:
             if name == "gradients":
                 found = self._gradients(loader, domains)
             else:
                 found = {name: self._without_gradients(name, kept, domains)}
         return {key: broadcast(value).cpu().numpy() for key, value in found.items()}
+
+    def _head(self, model: nn.Module) -> AbstractContextManager[None]:
+        return fused_head(model, padding_free=getattr(self.trainer.args, "padding_free", False))
 
     def _without_gradients(self, name: str, kept: StepBatches, domains: int) -> Tensor:
         if name == "losses":
@@ -103,7 +107,7 @@ class Signals:
     def _excess(self, batch: dict, logps: Tensor) -> Tensor:
         if self.reference is None:
             raise ValueError("`reference` is None: the signal 'excess' needs a model to compare.")
-        with fused_head(self.reference):
+        with self._head(self.reference):
             return (token_logps(self.reference, batch)[0] - logps).clamp(min=0)
 
     def _by_domain(

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 
+from llmmix.rows.formats import check_preference_dataset
 from llmmix.rows.messages import SPEAKERS, is_messages
 from llmmix.rows.weights import (
     ROW,
@@ -56,6 +57,22 @@ def weigh_answers(
             f"`{ROW}` weighs a row."
         )
     return drop_weightless(read(_checked(check_row_weights(rows, argument), argument)), argument)
+
+
+def read_pairs(rows: Any, argument: str, args: DPOConfig, tokenizer: Any) -> Rows:
+    """`check_preference_dataset`, with `weigh_answers`.
+
+    Args:
+        rows: The rows as they were given.
+        argument: The name under which they were given, for errors.
+        args: The trainer's settings.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        ValueError: One of the two refuses the rows, or a setting goes with no weights.
+    """
+    read = partial(check_preference_dataset, argument=argument, processing_class=tokenizer)
+    return weigh_answers(rows, argument, read, unweighable(args))
 
 
 def unweighable(args: DPOConfig) -> str:

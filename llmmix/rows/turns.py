@@ -32,6 +32,23 @@ def assistant_turns(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a chat, and which of them the assistant says, ends of turns included.
 
+    Arguments and errors are those of `turn_spans`.
+
+    Returns:
+        (T,) ids and (T,) bool.
+    """
+    ids, spans = turn_spans(tokenizer, messages, **options)
+    said = [False] * len(ids)
+    for start, stop in spans.values():
+        said[start:stop] = [True] * (stop - start)
+    return ids, said
+
+
+def turn_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
+) -> tuple[list[int], dict[int, tuple[int, int]]]:
+    """Token ids of a chat, and where among them each message of the assistant stands.
+
     What a template writes behind the end of a turn, such as a newline, is not said by the
     assistant, and neither is a turn that opens the chat.
 
@@ -41,7 +58,7 @@ def assistant_turns(
         **options: Passed to `apply_chat_template`, such as `tools`.
 
     Returns:
-        (T,) ids and (T,) bool.
+        (T,) ids; by number of the message, its first token and the one behind its last.
 
     Raises:
         ValueError: The template writes first messages otherwise when others follow.
@@ -51,7 +68,7 @@ def assistant_turns(
         return encode(tokenizer, first, generation=opened, options=options)
 
     ids = ids_of(messages)
-    said = [False] * len(ids)
+    spans: dict[int, tuple[int, int]] = {}
     ends = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
     done = 0
     for i, message in enumerate(messages):
@@ -70,8 +87,8 @@ def assistant_turns(
         closed = [place for place in range(start, stop) if ids[place] in ends]
         if closed and not str(tokenizer.decode(ids[closed[-1] + 1 : stop])).strip():
             stop = closed[-1] + 1
-        said[start:stop] = [True] * (stop - start)
-    return ids, said
+        spans[i] = (start, stop)
+    return ids, spans
 
 
 def needs_own_turns(tokenizer: Any) -> bool:
@@ -184,10 +201,20 @@ def log_scored(given: Any, prepared: Any) -> None:
         scored += int((labels != -100).sum())
     some = scored < total
     columns = set(given.column_names)
-    if "messages" in columns:
+    if "messages" in columns and some and _begins_scored(given):
+        what = "all but messages of weight 0. To score the assistant alone, set "
+        what += "`assistant_only_loss=True`"
+    elif "messages" in columns:
         what = "the assistant's turns" if some else WHOLE_CHATS
     elif {"prompt", "completion"} <= columns:
         what = "the completions" if some else "prompts and completions"
     else:
         what = "as the rows' labels say" if some else "whole texts"
     warn_once(f"Scored: {scored / max(total, 1):.0%} of {total:,} tokens, {what}.")
+
+
+def _begins_scored(given: Any) -> bool:
+    """Whether a chat with labels is scored from its first token on, as no chat of turns is."""
+    if "labels" not in given.column_names:
+        return False
+    return any(row["labels"][0] != -100 for row in given.select_columns("labels") if row["labels"])

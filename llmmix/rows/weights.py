@@ -116,12 +116,12 @@ def drop_weightless(rows: Any, argument: str, *, weighed: bool = False) -> Any:
     cells = rows.with_format(None).select_columns(columns)
     kept = [number for number, row in enumerate(cells) if _counts(row)]
     if not kept:
-        raise ValueError(f"`{argument}`: the weights leave no token to train on.")
+        raise ValueError(f"`{argument}`: the weights leave no token to score.")
     if len(kept) == len(rows):
         return rows
     warn_once(
         f"Dropped {len(rows) - len(kept)} of {len(rows)} rows of `{argument}`: their weights leave "
-        "no token to train on."
+        "no token to score."
     )
     return rows.select(kept)
 
@@ -217,8 +217,8 @@ def carry_weights(trainer: Trainer, *given: Any) -> None:
     Call it behind TRL's constructor.
 
     Args:
-        trainer: The trainer, whose `take_weights` takes them from each batch.
-        *given: Rows, or rows by name, of the trainer. Its own where there are none.
+        trainer: The trainer, whose loss takes them from each batch by `take_weights`.
+        *given: Rows, or rows by name. Default: the trainer's own.
     """
     rows = given or (trainer.train_dataset, trainer.eval_dataset)
     parts = [p for some in rows for p in (some.values() if isinstance(some, dict) else [some])]
@@ -227,17 +227,21 @@ def carry_weights(trainer: Trainer, *given: Any) -> None:
         return
     cut = getattr(trainer.args, "truncation_mode", "keep_start")
     trainer.data_collator = Weighing(trainer.data_collator, cut == "keep_end")
+    keep_columns(trainer, ROW, TOKENS)
+
+
+def keep_columns(trainer: Trainer, *names: str) -> None:
+    """Keep columns that a model does not take, for the collator of one trainer."""
     own_columns = trainer._set_signature_columns_if_needed
 
-    def with_weights() -> None:
+    def with_more() -> None:
         own_columns()
         columns: list[str] = trainer._signature_columns or []
-        more = [name for name in (ROW, TOKENS) if name not in columns]
+        more = [name for name in names if name not in columns]
         # Transformers declares None for a list
         trainer._signature_columns = [*columns, *more]  # type: ignore[assignment]
 
-    # On the instance alone
-    trainer._set_signature_columns_if_needed = with_weights  # type: ignore[method-assign]
+    trainer._set_signature_columns_if_needed = with_more  # type: ignore[method-assign]
 
 
 # From a batch to the loss
@@ -274,16 +278,21 @@ class Weights(NamedTuple):
         tokens = self.tokens[:, 1:].to(values)
         return weights * pad(tokens, (values.size(1) - tokens.size(1), 0), value=1.0)
 
-    def mean(self, weights: Tensor, scored: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def times(self, values: Tensor) -> Tensor:
+        """Losses of rows (B,) or of predicted tokens (B, T'), each times its weight."""
+        if not self.given:
+            return values
+        return values * (self.of_rows(values) if values.dim() == 1 else self.of_tokens(values))
+
+    def mean(self, scored: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """`weight/mean` for `Means.add`: a sum and its count. Empty where there are no weights.
 
         Args:
-            weights: Of rows (B,) or of tokens (B, T').
-            scored: Bool of the same shape, which of them count.
+            scored: Bool, which rows (B,) or predicted tokens (B, T') count.
         """
         if not self.given:
             return {}
-        return {"weight/mean": ((weights * scored).sum(), scored.sum())}
+        return {"weight/mean": (self.times(scored.float()).sum(), scored.sum())}
 
 
 def take_weights(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:

@@ -34,10 +34,14 @@ def mixup_loss(
     targets_a: Tensor,
     targets_b: Tensor,
     lam: float | Tensor,
+    *,
+    weights_a: Tensor | None = None,
+    weights_b: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of mixed hidden states against mixed one-hot targets, position by position.
 
-        CE = -lam log p[y_a] - (1 - lam) log p[y_b],   p = softmax(W (lam h_a + (1 - lam) h_b))
+        CE = -lam w_a log p[y_a] - (1 - lam) w_b log p[y_b]
+        p  = softmax(W (lam h_a + (1 - lam) h_b))
 
     Args:
         hidden_a: (n, H), after the final norm.
@@ -46,6 +50,8 @@ def mixup_loss(
         targets_a: (n,) token ids.
         targets_b: (n,) token ids.
         lam: Share of a, one for all or (n,).
+        weights_a: (n,) w_a, the weights of the targets of a in the loss. None: all 1.
+        weights_b: (n,) w_b, likewise.
 
     Returns:
         (n,) in fp32 or better, differentiable in both hidden states and the head.
@@ -56,7 +62,11 @@ def mixup_loss(
     def logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         return linear_logprobs(hidden, weight, targets)
 
-    return _mixup_loss(logprobs, hidden_a, hidden_b, targets_a, targets_b, lam)
+    given = [weights_a, weights_b]
+    weights = [hidden_a.new_ones(len(hidden_a)) if w is None else w for w in given]
+    return _mixup_loss(
+        logprobs, hidden_a, hidden_b, targets_a, targets_b, lam, torch.stack(weights, dim=1)
+    )
 
 
 def _mixup_loss(
@@ -66,13 +76,15 @@ def _mixup_loss(
     targets_a: Tensor,
     targets_b: Tensor,
     lam: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     # In bf16 a share of 0.999 would round to 1: mix in fp32 or better
     dtype = torch.promote_types(hidden_a.dtype, torch.float32)
     share = lam.to(dtype).expand(len(hidden_a)).unsqueeze(1)
     mixed = share * hidden_a.to(dtype) + (1 - share) * hidden_b.to(dtype)
     log_p = logprobs(mixed, torch.stack([targets_a, targets_b], dim=1))
-    return -(torch.cat([share, 1 - share], dim=1) * log_p).sum(1)
+    shares = torch.cat([share, 1 - share], dim=1)
+    return -((shares if weights is None else shares * weights.to(dtype)) * log_p).sum(1)
 
 
 def mix_pairs(
@@ -81,6 +93,7 @@ def mix_pairs(
     logprobs: Callable[[Tensor, Tensor], Tensor],
     *,
     lam: Tensor,
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The mixup term of a batch whose rows 2j and 2j+1 are a pair. A `head_objective`.
 
@@ -89,6 +102,7 @@ def mix_pairs(
         labels: (B, T), the token that each position predicts, -100 where ignored.
         logprobs: The model's head: (hidden, targets) -> log p.
         lam: (B/2,), the confident row's share in each pair.
+        weigh: Multiplies values of tokens (B, T) by their weights. None: all weigh 1.
 
     Returns:
         `mixup_losses` (B/2,): mean over the n = min(N_c, N_u) mixed positions of each pair, and
@@ -100,6 +114,10 @@ def mix_pairs(
     taking_part = mask & (mask.cumsum(1) <= shared.repeat_interleave(2).unsqueeze(1))
     a, b = taking_part[0::2], taking_part[1::2]
     pair = torch.arange(len(shared), device=labels.device).repeat_interleave(shared)
+    weights = None
+    if weigh is not None:
+        each = weigh(torch.ones(labels.shape, device=labels.device))
+        weights = torch.stack([each[0::2][a], each[1::2][b]], dim=1)
     losses = _mixup_loss(
         logprobs,
         hidden[0::2][a],
@@ -107,6 +125,7 @@ def mix_pairs(
         labels[0::2][a],
         labels[1::2][b],
         lam.to(hidden.device)[pair],
+        weights,
     )
     means = losses.new_zeros(len(shared)).index_add(0, pair, losses) / shared.clamp(min=1)
     return {"mixup_losses": means, "mixed_tokens": 2 * shared.sum()}

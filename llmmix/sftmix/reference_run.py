@@ -31,7 +31,8 @@ logger = get_logger(__name__)
 # Settings that do not change what a reference learns or how a row is scored
 IRRELEVANT = (
     "output_dir report_to run_name push_to_hub hub_ log local_ save_ eval_ do_ resume_ load_best_ "
-    "metric_ greater_ disable_tqdm mixup_ dco_ dataloader_ per_device_eval_ project trackio_ ddp_"
+    "metric_ greater_ disable_tqdm mixup_ dco_ dataloader_ per_device_eval_ project trackio_ ddp_ "
+    "padding_free loss_type gce_ threshold_ eaft_ focal_ label_smoothing_ gem_"
 ).split()
 
 
@@ -113,6 +114,7 @@ def plain_sft(args: SFTMixConfig, output_dir: Path) -> SFTMixConfig:
     plain = copy.copy(args)
     plain.output_dir = str(output_dir)
     plain.mixup_weight, plain.dco_n_samples = 0.0, 0
+    plain.loss_type, plain.label_smoothing_factor = "nll", 0.0
     plain.eval_strategy, plain.load_best_model_at_end, plain.eval_on_start = "no", False, False
     plain.report_to, plain.push_to_hub = [], False
     plain.resume_from_checkpoint = None

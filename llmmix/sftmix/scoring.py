@@ -34,6 +34,7 @@ from llmmix.models import (
 from llmmix.precision import evaluating
 from llmmix.processes import main_process_says
 from llmmix.rows.formats import check_rows_type
+from llmmix.rows.weights import take_weights
 from llmmix.sftmix.losses import confidence
 from llmmix.sftmix.pairing import CONFIDENCE
 from llmmix.sftmix.reference_run import (
@@ -254,11 +255,11 @@ def _score(trainer: SFTMixTrainer) -> np.ndarray:
     loader = trainer.get_eval_dataloader(trainer.train_dataset)
     accelerator = trainer.accelerator
     model = accelerator.prepare_model(trainer.model, evaluation_mode=True)
-    attach_head(trainer.model)
+    attach_head(trainer.model, padding_free=trainer.args.padding_free)
     scores = []
     for batch in tqdm(loader, desc="Scoring", disable=not accelerator.is_main_process):
         with evaluating(model, trainer):
-            output = model(**batch, fused_lm_head=True)
+            output = model(**take_weights(batch)[0], fused_lm_head=True)
         means = -output.log_probs.double().sum(1) / output.label_mask.sum(1)
         scores.append(accelerator.gather_for_metrics(means).cpu())
     return torch.cat(scores).numpy()

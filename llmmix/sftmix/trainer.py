@@ -12,14 +12,17 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
 from llmmix.dco import dco_weight
 from llmmix.head import FusedHeadOutput
+from llmmix.padding_free_setting import padded_by_trl, padding_free_field
+from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
+from llmmix.rows.weights import take_weights
 from llmmix.sftmix.losses import mix_pairs
 from llmmix.sftmix.pairing import (
     PairSampler,
@@ -28,13 +31,14 @@ from llmmix.sftmix.pairing import (
     draw_shares,
     read_confidence,
 )
+from llmmix.token_losses.objective import TokenObjective, together
+from llmmix.token_losses.settings import TokenLossSettings, check_alone, nll_for_trl
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
     check_own_loss,
     check_sft_datasets,
     check_unsharded,
-    default_to_cpu,
     keep_outputs_in_fp32,
     length_limit,
     log_dropped,
@@ -42,7 +46,6 @@ from llmmix.trainers import (
 )
 from llmmix.training.finite import end_unless_finite
 from llmmix.training.means import Means, Sums
-from llmmix.training.ranges import check_settings
 from llmmix.training.resuming import keep_token_count
 from llmmix.training.unmoved import tell_if_unmoved
 from llmmix.training.windows import evaluated, window
@@ -52,8 +55,11 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SFTMixConfig(SFTConfig):
-    """TRL's `SFTConfig` with the fields of SFTMix.
+class SFTMixConfig(TokenLossSettings):
+    """TRL's `SFTConfig` with the fields of SFTMix, beside those of `TokenLossSettings`.
+
+    `loss_type` is the loss of the next tokens; the mixup term stays cross-entropy. Losses that
+    need another model are refused.
 
     Args:
         mixup_alpha: alpha of Beta(alpha, alpha), from which each pair's share is drawn.
@@ -78,9 +84,16 @@ class SFTMixConfig(SFTConfig):
             "example. 0: plain cross-entropy."
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
+        check_alone(self, "SFTMix")
+        if self.dco_n_samples and self.loss_type != "nll":
+            raise ValueError(
+                f"`dco_n_samples={self.dco_n_samples}` weights cross-entropy, and `loss_type` is "
+                f"{self.loss_type!r}: leave one of them out."
+            )
         if not self.mixup_alpha > 0:
             raise ValueError(f"`mixup_alpha` must be positive, got {self.mixup_alpha}.")
         if not self.mixup_weight >= 0:
@@ -102,8 +115,6 @@ class SFTMixConfig(SFTConfig):
                 "`auto_find_batch_size=True` may find an odd batch, and SFTMix batches hold pairs. "
                 "Set `per_device_train_batch_size` by hand."
             )
-        default_to_cpu(self)
-        super().__post_init__()
 
 
 class SFTMixTrainer(SFTTrainer):
@@ -116,7 +127,8 @@ class SFTMixTrainer(SFTTrainer):
     Logs, beside TRL's metrics, `sftmix/ntp_loss`, `sftmix/mixup_loss`, `sftmix/lam` (mean share of
     the confident example), `sftmix/mixed_tokens` (share of response tokens that took part) and
     `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half), and
-    `nll_per_token` (NLL of a scored token).
+    `nll_per_token` (NLL of a scored token). Where rows have weights, they multiply the
+    cross-entropy of each token and of each part of the mixed targets, and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -130,12 +142,13 @@ class SFTMixTrainer(SFTTrainer):
     Raises:
         TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
         ValueError: There is no confidence column, or NaN in it; there are fewer than two examples;
-            batches are packed or padding-free, or rows streamed; or context or sequence
+            batches are packed, or rows streamed; or context or sequence
             parallelism is on.
     """
 
     args: SFTMixConfig  # these two are narrower than in TRL
     model: PreTrainedModel
+    objective: TokenObjective
 
     _tag_names = [*SFTTrainer._tag_names, "llmmix", "sftmix"]
     _name = "SFTMix"
@@ -161,17 +174,19 @@ class SFTMixTrainer(SFTTrainer):
             "processing_class": processing_class,
         }
         check_types(model, train_dataset, kwargs)
-        check_own_loss("SFTMix", args, kwargs)
+        check_own_loss("SFTMix", args, kwargs, takes_loss_type=True)
         start = own_model(model, args, processing_class)
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
         if args.mixup_weight:
             check_confidence(train_dataset)
-        with turns_found(args, train_dataset):
+        with turns_found(args, train_dataset), padded_by_trl(args), nll_for_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
-        attach_heads(self)
+        self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
+        attach_heads(self, padding_free=args.padding_free, extra=self.objective.outputs)
+        carry_sft_weights(self)
         end_unless_finite(self)
         tell_if_unmoved(self)
         sign(self)
@@ -221,20 +236,26 @@ class SFTMixTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's loss plus the mixup term, from one forward."""
-        inputs = evaluated(self, inputs)
+        inputs, weights = take_weights(evaluated(self, inputs))
         mixing = self.model.training and self.args.mixup_weight > 0
         lam = self._draw_lam(len(inputs["labels"]) // 2) if mixing else None
         n_samples = self.args.dco_n_samples
+        mix = partial(mix_pairs, weigh=weights.times if weights.given else None)
+        token_loss = partial(_covered, n_samples=n_samples) if n_samples else self.objective
         recorder = ForwardRecorder(
             model,
-            head_objective=None if lam is None else partial(mix_pairs, lam=lam),
-            token_loss=partial(_covered, n_samples=n_samples) if n_samples else None,
+            head_objective=together(
+                None if lam is None else partial(mix, lam=lam), self.objective.head_objective
+            ),
+            token_loss=lambda output: weights.times(token_loss(output)),
         )
-        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        with nll_for_trl(self.args):
+            result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         mixed = recorder.output.objective
         log_probs, mask = recorder.output.log_probs, recorder.output.label_mask
         values: dict[str, Sums] = {"nll_per_token": (-log_probs.sum(), mask.sum())}
+        values |= weights.mean(mask)
         if not self.model.training and self.accelerator.num_processes > 1:
             # An evaluation weights the loss of each process by its rows
             loss = _mean_over_processes(self.accelerator, loss, mask.sum())

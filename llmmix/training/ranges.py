@@ -71,6 +71,7 @@ RANGES: dict[str, Range] = {
             *("token_budget", "relearn_steps", "relearn_batch_size", "batch_size"),
             *("hidden_size", "vocab_size", "rows", "draws", "prompts", "train_rows", "test_rows"),
             *("steps", "teach_epochs", "epochs", "processes", "grid_steps"),
+            "psft_snapshot_steps",
         ),
         COUNT,
     ),
@@ -81,16 +82,20 @@ RANGES: dict[str, Range] = {
             *("dataloader_num_workers", "neftune_noise_alpha", "router_aux_loss_coef"),
             *("validation_rows", "unfiltered_steps", "temperature", "closeness"),
             *("dual_warmup_epochs", "layer", "epsilon", "steering"),
+            *("eaft_alpha", "asft_alpha", "focal_gamma", "psft_clip"),
         ),
         AMOUNT,
     ),
     **dict.fromkeys(
         ("num_train_epochs", "max_epochs", "discopop_tau", "tokens", "learning_rates"), POSITIVE
     ),
+    "gem_beta": POSITIVE,
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_ONE),
     **dict.fromkeys(("lora_dropout",), BELOW_ONE),
-    **dict.fromkeys(("ref_model_mixup_alpha", "ld_alpha"), SHARE),
-    **dict.fromkeys(("top_p", "relearn_share"), PART),
+    **dict.fromkeys(("ref_model_mixup_alpha", "ld_alpha", "threshold_p"), SHARE),
+    **dict.fromkeys(("top_p", "relearn_share", "select_share"), PART),
+    "gce_q": Range(-1),
+    "eaft_top_k": Range(2, also=0),  # the entropy of one token is 0
     "holdout": Range(0, 1, open=True, below=True),
     "label_smoothing": Range(0, 0.5, below=True),
     "weights": Range(0, 1e15),  # counts of tokens serve as shares

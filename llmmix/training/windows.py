@@ -58,6 +58,8 @@ def evaluated(trainer: Trainer, batch: dict[str, Any], parts: int = 1) -> dict[s
     loader = trainer.callback_handler.eval_dataloader
     if loader is None or trainer.accelerator.gradient_state.active_dataloader is not loader:
         return batch
+    if _is_packed(batch):
+        return batch
     rows = len(batch["input_ids"]) // parts
     new = new_rows(loader, rows)
     return batch if new == rows else _unscored(batch, new, parts)
@@ -73,6 +75,8 @@ def _drawn(trainer: Any, parts: int, batch: dict[str, Any]) -> dict[str, Any]:
         )
     if loader is None or not loader.end_of_dataloader:  # a mixture's loader repeats nothing
         return batch
+    if _is_packed(batch):
+        return batch
     # TRL's metrics would leave out whole processes by it, in every micro-batch of the step
     loader.remainder = 0
     rows = len(batch["input_ids"]) // parts
@@ -81,6 +85,17 @@ def _drawn(trainer: Any, parts: int, batch: dict[str, Any]) -> dict[str, Any]:
     # TRL counts the tokens of whole batches
     trainer._total_train_tokens -= int(trainer.accelerator.gather(repeated).sum())
     return _unscored(batch, new, parts)
+
+
+def _is_packed(batch: dict[str, Any]) -> bool:
+    """Whether the rows of a batch are one: which of them were given before cannot be told."""
+    if "attention_mask" in batch or "position_ids" not in batch:
+        return False
+    say_once(
+        "Rows are packed: where they do not fill the last batch on every process, it repeats some, "
+        "which count twice."
+    )
+    return True
 
 
 def new_rows(loader: Any, rows: int) -> int:

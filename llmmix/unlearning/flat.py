@@ -32,6 +32,7 @@ from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.head import FusedHeadOutput
+from llmmix.padding_free_setting import padded_by_trl
 from llmmix.trainers import check_own_loss
 from llmmix.training.windows import evaluated, window
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
@@ -138,7 +139,8 @@ class FLATTrainer(SFTTrainer):
         templates = resolve_templates(args.template_file, templates)
         check_args(args, train_dataset, kwargs)
         start = own_model(model, args, processing_class)
-        super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
+        with padded_by_trl(args):
+            super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         self._prepared = prepare_trainer(
             self,
             "FLAT",

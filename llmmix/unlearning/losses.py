@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmmix.precision import at_least_fp32
+
 
 def nll_loss(token_logps: Tensor, mask: Tensor) -> Tensor:
     """Mean negative log-likelihood of each row's scored tokens.
@@ -278,11 +280,6 @@ def rmu_target(size: int, scale: float, seed: int) -> Tensor:
     """The target c u/|u|, with u uniform in [0, 1)^d and drawn from the seed: (d,) in fp32."""
     u = torch.rand(size, generator=torch.Generator().manual_seed(seed))
     return scale * u / u.norm()
-
-
-def at_least_fp32(values: Tensor) -> Tensor:
-    """The values in fp32, or in fp64 if they are in fp64."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

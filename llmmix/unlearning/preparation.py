@@ -15,6 +15,7 @@ from trl import ScriptArguments, SFTConfig, SFTTrainer
 from llmmix.checkpoints.cards import sign
 from llmmix.data import load_role, load_train_and_eval
 from llmmix.head import attach_head
+from llmmix.padding_free_setting import padding_free_field
 from llmmix.rows.answer_weights import weigh_answers
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
 from llmmix.training.finite import end_unless_finite
@@ -90,6 +91,7 @@ class ForgetConfig(SFTConfig):
             "this."
         },
     )
+    padding_free: bool = padding_free_field()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -216,7 +218,7 @@ def prepare_trainer(
     trainer.train_dataset, trainer.data_collator = forget, forget.collate
     trainer.eval_dataset = prepared(trainer.eval_dataset, "eval_dataset")
     keep_outputs_in_fp32(trainer.accelerator)
-    attach_head(model)
+    attach_head(model, padding_free=args.padding_free)
     end_unless_finite(trainer)
     tell_if_unmoved(trainer)
     sign(trainer)

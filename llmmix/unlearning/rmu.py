@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmmix.padding_free import as_padded
 from llmmix.unlearning.losses import rmu_loss, rmu_target
 from llmmix.unlearning.objective import Loss, Objective
 from llmmix.unlearning.parts import forward_parts, select
@@ -78,15 +79,18 @@ class RMU(Objective):
         """One forward over all parts, which keeps the layer's hidden states."""
         with tap(self.accelerator.unwrap_model(model), self.layer) as caught:
             step = super().forward(model, batch, reference)
-        step.hidden = dict(zip(step.parts, caught[0].chunk(len(step.parts)), strict=True))
+        hidden = _by_row(caught[0], batch["attention_mask"])
+        step.hidden = dict(zip(step.parts, hidden.chunk(len(step.parts)), strict=True))
         return step
 
     def retain(self, step: Step) -> Terms:
         """The distance of the retained rows' hidden states from those of the reference."""
+        rows = select(step.batch, self.parts, ["retain"])
         with step.before.model(step.model) as reference:
             with tap(self.accelerator.unwrap_model(reference), self.layer) as caught:
-                forward_parts(reference, select(step.batch, self.parts, ["retain"]), ["retain"])
-        found = rmu_loss(step.hidden["retain"], caught[0], step.answers("retain"))
+                forward_parts(reference, rows, ["retain"])
+        hidden = _by_row(caught[0], rows["attention_mask"])
+        found = rmu_loss(step.hidden["retain"], hidden, step.answers("retain"))
         return step.by_row(found, "retain")
 
 
@@ -118,9 +122,18 @@ def _train_up_to(model: "PreTrainedModel | PeftModel", given: int | None) -> int
     return layer
 
 
+def _by_row(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states (B, T, d), which come as (1, N, d) where the model ran without the padding."""
+    whole = hidden.shape[:2] == attention_mask.shape
+    return hidden if whole else as_padded(hidden, attention_mask)
+
+
 @contextmanager
 def tap(model: "PreTrainedModel | PeftModel", layer: int) -> Iterator[list[Tensor]]:
-    """A context with a list, to which a layer's outputs, hidden states (B, T, d), are appended."""
+    """A context with a list, to which a layer's outputs, hidden states (B, T, d), are appended.
+
+    Of a batch that runs without its padding, they are those of its tokens, (1, N, d).
+    """
     caught: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -25,6 +25,7 @@ from trl import SFTTrainer
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
 from llmmix.head import FusedHeadOutput
+from llmmix.padding_free_setting import padded_by_trl
 from llmmix.trainers import check_own_loss
 from llmmix.training.windows import evaluated, window
 from llmmix.unlearning.config import UnlearnConfig, check_needs
@@ -113,7 +114,8 @@ class UnlearnTrainer(SFTTrainer):
         self.parts = with_retained(loss.reads, retain_dataset is not None)
         templates = resolve_templates(args.template_file, templates)
         start = own_model(model, args, processing_class)
-        super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
+        with padded_by_trl(args):
+            super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         self._prepared = prepare_trainer(
             self,
             "Unlearning",

@@ -94,6 +94,21 @@ def test_every_method_on_the_same_command(method, files, checkpoint):
         assert header["weights"] == [0.5, 0.5]
 
 
+def test_a_mixture_without_padding_is_the_padded_one(files, checkpoint):
+    """Its losses in training, and those of the domains."""
+    found = []
+    for flags in ([], ["--padding_free", "true"]):
+        assert run("mixture", files, checkpoint, *flags, domains=("text", "pairs")) == 0
+        state = json.loads((files / "out" / "trainer_state.json").read_text())
+        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        final = next(e["final"] for e in read_record(files / "out")[1] if "final" in e)
+        found.append([*losses, *final])
+        facts = json.loads((files / "out" / "run.json").read_text())
+        assert facts.get("padding free", False) is bool(flags)
+        shutil.rmtree(files / "out")
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_doremi_with_adapters(files, checkpoint):
     """The reference is an adapter's folder then, on the same model."""
     flags = ["--method", "doremi", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"]

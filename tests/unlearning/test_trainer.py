@@ -43,6 +43,22 @@ def test_gradient_checkpointing_changes_nothing(plain_run, run, name):
     assert_same(plain_run(name), run(name, gradient_checkpointing=True))
 
 
+@pytest.mark.parametrize("name", [*by_path(), "npo lora", "npo-kl lora", "rmu lora"])
+def test_without_padding_nothing_changes(plain_run, run, make, name):
+    """In windows of two micro-batches too, and with gradient checkpointing."""
+    method, _, adapter = name.partition(" ")
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    peft = lora() if adapter else None
+    padded = run(method, peft=peft) if adapter else plain_run(method)
+    trainer = make(method, peft=peft, padding_free=True, gradient_checkpointing=True, **given)
+    rows = []  # of what the model reads at once
+    trainer.model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: rows.append(len(inputs[0]))
+    )
+    assert_same(padded, finish(trainer))
+    assert 1 in rows
+
+
 @pytest.mark.parametrize("name", by_path())
 def test_lora_trains_the_adapter_alone(make, name):
     trainer = make(name, peft=lora(), learning_rate=1e-2)

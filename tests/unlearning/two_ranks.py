@@ -11,6 +11,8 @@ from tests.unlearning.runs import FORGET, RETAIN, WEIGHED, lora, prepare
 # Ten rows are two micro-batches of 4 and one of 2, of which the second rank has none
 UNEVEN = {"gradient_accumulation_steps": 2, "max_grad_norm": 1e9}
 EVALUATED = {"eval_dataset": FORGET, "eval_strategy": "steps", "eval_steps": 2}
+# Without padding on two ranks, and with it on one process
+PADDING_FREE = ("flat-retain", "dpo", "npo-kl", "rmu")
 RUNS = {  # by method: settings, and whether an adapter is trained
     "npo": ({}, False),  # with log-probabilities of the reference that are known beforehand
     "flat-retain": (EVALUATED, False),
@@ -38,6 +40,7 @@ def make(name: str, checkpoint: str, folder: Path, ranks: int) -> Trainer:
         per_device_train_batch_size=4 // ranks,
         per_device_eval_batch_size=4 // ranks,
         use_cpu=True,
+        padding_free=ranks > 1 and name in PADDING_FREE,
         **UNEVEN,
         **settings,
     )
