@@ -166,7 +166,7 @@ class RPOTrainer(DPOTrainer):
     Takes the preference formats and the arguments of `DPOTrainer`. Logs, beside TRL's metrics
     (`logps/chosen` among them, the log-probability that RPO keeps from falling), `rpo/dpo_loss` and
     `rpo/sft_loss`, the two terms as they enter the loss, and `nll_per_token` (NLL of a token of the
-    chosen responses).
+    chosen responses). A `weight` of a row multiplies both terms, and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.

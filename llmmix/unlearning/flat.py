@@ -78,9 +78,10 @@ class FLATTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on the FLAT loss, from one forward over templates and answers to forget.
 
     `train_dataset` has rows of `question` and `answer`, or of `prompt` and `completion`, to forget,
-    and perhaps `template`: an answer to learn instead, or a list to draw from. Logs
-    `flat/template_prob` and `flat/forget_prob`, P_e and P_f, `flat/loss`, `nll_per_token` of the
-    answers to forget, and `retain_nll_per_token`.
+    and perhaps `template`, an answer to learn instead or a list to draw from, and `weight`, which
+    multiplies the loss of its row. Logs `flat/template_prob` and `flat/forget_prob`, P_e and P_f,
+    `flat/loss`, `nll_per_token` of the answers to forget, `retain_nll_per_token`, and with weights
+    `weight/mean` and `weight/retain_mean`.
 
     Args:
         model: A causal language model, or its name.

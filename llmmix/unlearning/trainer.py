@@ -53,10 +53,12 @@ class UnlearnTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on one of the unlearning losses.
 
     `train_dataset` has rows to forget: `question` and `answer`, `prompt` and `completion`, or
-    `text`. Logs `unlearn/forget_loss` and `unlearn/retain_loss` without their weights,
-    `unlearn/forget_prob` and `unlearn/template_prob` (mean probability of an answer's tokens),
-    `unlearn/capped` (share of tokens beyond `ascent_cap`) and `unlearn/multiplier` (of pdu), where
-    the loss has them; `nll_per_token` of the answers to forget and `retain_nll_per_token`.
+    `text`, and perhaps `weight`, which multiplies the loss of its row. Logs `unlearn/forget_loss`
+    and `unlearn/retain_loss` without `forget_weight` and `retain_weight`, `unlearn/forget_prob` and
+    `unlearn/template_prob` (mean probability of an answer's tokens), `unlearn/capped` (share of
+    tokens beyond `ascent_cap`) and `unlearn/multiplier` (of pdu), where the loss has them;
+    `nll_per_token` of the answers to forget and `retain_nll_per_token`; with weights of rows,
+    `weight/mean` and `weight/retain_mean`.
 
     Args:
         model: A causal language model, or its name.
