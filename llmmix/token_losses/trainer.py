@@ -8,7 +8,7 @@ TRL's own reduction, metrics and router loss run on it: with nll the trainer is 
 with dft it is TRL's `loss_type="dft"`, to the last digit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -180,8 +180,8 @@ class TokenLossTrainer(SFTTrainer):
         with nll_for_trl(self.args):
             result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         extra = {} if self.reference is None else self.reference.metrics(recorder.output, needs)
-        given = weights.mean(recorder.output.label_mask)
-        self._measure(recorder.output, found, {**extra, **given})
+        extra = {**extra, **weights.mean(found["taken"])}
+        self._measure(recorder.output, found, extra)
         return result
 
     def _measure(

@@ -221,7 +221,10 @@ def test_weights_change_no_draw_of_a_mixture_and_no_filter(make, rows):
 def test_dco_takes_no_part_of_a_token(make):
     with pytest.raises(ValueError, match="row 0: .* is 0.5, and DCO needs p of a whole completion"):
         make("dco", chats([0.5, 1]))
-    trainer = make("dco", chats([0, 1]), assistant_only_loss=True)
+    plain = chats([None, None])  # though they have no weights, their turns alone are scored
+    trainer = make("dco", chats([0, 1]), evaluated=plain, assistant_only_loss=True)
+    scored = [sum(x != -100 for x in row["labels"]) for row in trainer.eval_dataset]
+    assert scored == [9, 9]
     assert [sum(x != -100 for x in row["labels"]) for row in trainer.train_dataset] == [7, 9]
     with pytest.raises(ValueError, match="`train_dataset`, row 1: `weight` is nan"):
         make("dco", Dataset.from_dict({"text": ["a", "b"], "weight": [1.0, float("nan")]}))
