@@ -8,7 +8,7 @@ TRL's own reduction, metrics and router loss run on it: with nll the trainer is 
 with dft it is TRL's `loss_type="dft"`, to the last digit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
