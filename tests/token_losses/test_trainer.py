@@ -9,10 +9,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import SFTMixConfig, SFTMixTrainer, TokenLossConfig, TokenLossTrainer, attach_heads
-<<<<<<< HEAD
-=======
 from llmmix.facts import note_run, read_facts
->>>>>>> tokenlosses
 from llmmix.token_losses.objective import TokenObjective
 
 SETTINGS = {
