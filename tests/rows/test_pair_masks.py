@@ -59,7 +59,7 @@ def train(checkpoint, tmp_path):
     return train
 
 
-def scored(trainer, row, side, max_length=None):
+def scored(trainer, row, side):
     """Text of the tokens of a row that are scored, of `chosen` (0) or `rejected` (1)."""
     batch = trainer.data_collator([trainer.train_dataset[row], trainer.train_dataset[3]])
     place = 2 * side
