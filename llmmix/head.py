@@ -28,8 +28,9 @@ from llmmix.logprobs import STATISTICS, HeadStatistics
 from llmmix.padding_free import as_padded, has_padding, without_padding
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
-# the head at hand to a dict of tensors.
-HeadObjective = Callable[[Tensor, Tensor, HeadAtHand], dict[str, Tensor]]
+# the head at hand to a dict of tensors. Under "statistics" it may return a `HeadStatistics` of the
+# scored tokens, in order, which it has made on its way: the forward then makes none.
+HeadObjective = Callable[[Tensor, Tensor, HeadAtHand], dict[str, Any]]
 
 # Names of the number of experts, in models and configs
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -74,9 +75,10 @@ class FusedHeadOutput(ModelOutput):
         log_sum_sq_probs: Same shape; log of the sum of squared probabilities.
         mean_logits: Same shape; mean of the logits over the vocabulary.
         is_top1: Same shape; whether the label is the most likely token.
+        top_k_entropy: Same shape; entropy over the `top_k` most likely tokens alone, renormalised.
         label_mask: Same shape; whether the label counts.
         aux_loss: Router load-balancing loss, when the model returns router logits.
-        objective: What `head_objective` returned.
+        objective: What `head_objective` returned, without its "statistics".
     """
 
     # Three are always given, but `ModelOutput` allows no second field without a default
@@ -86,6 +88,7 @@ class FusedHeadOutput(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    top_k_entropy: Tensor | None = None
     label_mask: Tensor = None  # type: ignore[assignment]
     aux_loss: Tensor | None = None
     objective: dict[str, Tensor] | None = None
@@ -107,6 +110,7 @@ def attach_head(
     outputs: tuple[str, ...] = ("log_probs",),
     memory_budget: int | None = None,
     padding_free: bool = False,
+    top_k: int = 20,
 ) -> None:
     """Make `model(..., labels=y, fused_lm_head=True)` return a `FusedHeadOutput`.
 
@@ -126,6 +130,7 @@ def attach_head(
             `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
         padding_free: Run the backbone on the tokens of a padded batch alone, as one row in which
             each sequence sees itself. All that comes out has the shape of the padded batch.
+        top_k: The most likely tokens that `top_k_entropy` is over.
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from, or has an
@@ -162,7 +167,7 @@ def attach_head(
                 if is_spread(self) or "once" not in compared:  # on all processes, or on none
                     compare(self)
                 compared.add("forward")
-            kwargs["padding_free"] = padding_free
+            kwargs.update(padding_free=padding_free, top_k=top_k)
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
 
@@ -220,6 +225,7 @@ def _fused_forward(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     padding_free: bool = False,
+    top_k: int = 20,
     **kwargs: Any,
 ) -> FusedHeadOutput:
     """Run the backbone, then the head at the scored positions alone."""
@@ -240,12 +246,14 @@ def _fused_forward(
     states = backbone.last_hidden_state
     if unpadded:
         states = as_padded(states, padded)
-    head = HeadAtHand(model.get_output_embeddings(), head_scaling(config), memory_budget)
+    embedding, scaling = model.get_output_embeddings(), head_scaling(config)
+    head = HeadAtHand(embedding, scaling, memory_budget, outputs, top_k)
     hidden, labels = _shift(states, labels, shift_labels, head.device)
     mask = labels != -100
-    # Only scored positions reach the head
-    rows = head.statistics(hidden[mask], labels[mask], outputs)
     extra = None if objective is None else objective(hidden, labels, head)
+    rows = None if extra is None else extra.pop("statistics", None)
+    if rows is None:  # only scored positions reach the head
+        rows = head.statistics(hidden[mask], labels[mask], outputs)
     fields = _scatter(rows, mask)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -fields["log_probs"].sum() / count

@@ -25,44 +25,24 @@ again too.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmmix.fused import tiles
+from llmmix.fused.device import arithmetic, operand_dtype
+from llmmix.fused.gradients import target_gradients
 from llmmix.fused.sharding import gathered
+from llmmix.fused.statistics import STATISTICS as STATISTICS
+from llmmix.fused.statistics import HeadStatistics, check_inputs, statistics_of
 from llmmix.fused.tiles import (
     HeadScaling,
     RunningSoftmax,
     TiledLogits,
     add_product,
-    has_kernels,
-    operand_dtype,
     running_softmax,
 )
 
 MEMORY_BUDGET = 2**28  # bytes of probabilities that a trained head may keep for its backward
-
-STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-class HeadStatistics(NamedTuple):
-    """Statistics of the next-token distribution of each row; those not asked for are None.
-
-    Attributes:
-        log_probs: log p of each target, shape of `targets`; differentiable.
-        entropy: (N,) in nats; differentiable.
-        log_sum_sq_probs: (N,) log of the sum of squared probabilities; no gradient.
-        mean_logits: (N,) mean over the vocabulary of the scaled logits; no gradient.
-        is_top1: (N,) whether the (first) target is the most likely token (the first of equals).
-    """
-
-    log_probs: Tensor
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
 
 
 def linear_logprobs(
@@ -109,6 +89,7 @@ def linear_statistics(
     bias: Tensor | None = None,
     scaling: HeadScaling | None = None,
     outputs: tuple[str, ...] = ("log_probs",),
+    top_k: int = 20,
     memory_budget: int | None = None,
 ) -> HeadStatistics:
     """The log-probabilities of `linear_logprobs`, and more of `STATISTICS` from the same logits.
@@ -120,14 +101,16 @@ def linear_statistics(
         bias: (V,), or None.
         scaling: How the model scales its logits.
         outputs: Names among `STATISTICS`; `log_probs` is always computed.
+        top_k: The most likely tokens that `top_k_entropy` is over.
         memory_budget: Bytes of probabilities that this call of a trained head may keep for the
             backward, which then need not compute them again; see `keeps_probabilities`. None for
             `MEMORY_BUDGET`.
 
     Raises:
-        ValueError: The shapes do not fit, a target is outside [0, V), or an output is unknown.
+        ValueError: The shapes do not fit, a target is outside [0, V), an output is unknown, or
+            `top_k` is below 1.
     """
-    _check(hidden, weight, targets, bias, outputs)
+    check_inputs(hidden, weight, targets, bias, outputs, top_k)
     columns = targets if targets.dim() == 2 else targets.unsqueeze(1)
     gradients = torch.is_grad_enabled()
     # Both depend on autocast, which is then switched off: both passes use one precision
@@ -141,6 +124,7 @@ def linear_statistics(
             columns.long().contiguous(),
             scaling or HeadScaling(),
             tuple(outputs),
+            top_k if "top_k_entropy" in outputs else 0,
             operand,
             gradients and hidden.requires_grad,
             keep,
@@ -158,44 +142,20 @@ def keeps_probabilities(hidden: Tensor, weight: Tensor, memory_budget: int | Non
     return weight.requires_grad and size <= budget
 
 
-def _check(hidden, weight, targets, bias, outputs) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1):
-        raise ValueError(
-            f"`hidden` must be (N, H) and `weight` (V, H) with the same H, "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
-        )
-    if targets.dim() not in (1, 2) or targets.size(0) != hidden.size(0):
-        raise ValueError(
-            f"`targets` must be (N,) or (N, K) with N = {hidden.size(0)}, "
-            f"got {tuple(targets.shape)}."
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"`bias` must be ({weight.size(0)},), got {tuple(bias.shape)}.")
-    if unknown := sorted(set(outputs) - set(STATISTICS)):
-        raise ValueError(f"`outputs` has {unknown}; the names are {list(STATISTICS)}.")
-    if targets.numel():
-        low, high = targets.aminmax()
-        if low < 0 or high >= weight.size(0):
-            raise ValueError(
-                f"`targets` must lie in [0, {weight.size(0)}), got values from {low.item()} to "
-                f"{high.item()}. Remove ignored positions (label -100) before calling."
-            )
-
-
 class _TiledHead(torch.autograd.Function):
     """`linear_statistics`; the equations stand at the top of the file."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scaling, outputs, operand, need_q, keep):
+    def forward(ctx, hidden, weight, bias, targets, scaling, outputs, top_k, operand, need_q, keep):
         ctx.set_materialize_grads(False)  # most callers only log the entropy
         logits = TiledLogits(hidden, weight, operand)
         q = torch.zeros_like(logits.hidden) if need_q else None
         kept, states = [], []
         for rows in logits.row_blocks:
-            state = running_softmax(targets[rows], logits.dtype)
+            state = running_softmax(targets[rows], logits.dtype, top_k)
             for columns, w, z in logits.tiles(rows):
                 e = torch.empty_like(z, dtype=operand) if keep else logits.spare(z)
-                shrink = _arithmetic(z).fold(
+                shrink = arithmetic(z).fold(
                     state,
                     z,
                     None if bias is None else bias[columns],
@@ -215,8 +175,8 @@ class _TiledHead(torch.autograd.Function):
         state.sum.add_((logits.hidden * 0).sum(1, keepdim=True))
         if q is not None:
             q /= state.sum
-        statistics = _statistics(state, weight.size(0), outputs)
-        entropy, *others = statistics[1:]
+        statistics = statistics_of(state, weight.size(0), outputs)
+        _, entropy, *others = statistics
         ctx.mark_non_differentiable(*(x for x in others if x is not None))
         ctx.save_for_backward(
             *(hidden, weight, bias, targets),
@@ -224,7 +184,7 @@ class _TiledHead(torch.autograd.Function):
             *kept,
         )
         ctx.scaling, ctx.operand = scaling, operand
-        return statistics
+        return tuple(statistics)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -239,7 +199,7 @@ class _TiledHead(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False), gathered(weight, bias):
             logits = TiledLogits(hidden, weight, ctx.operand)
             needed = ctx.needs_input_grad
-            dh, dw, db = _target_part(needed, logits, weight, bias, targets, g * slope)
+            dh, dw, db = target_gradients(needed, logits, weight, bias, targets, g * slope)
             if dh is not None and entropy_terms is None:
                 dh.addcmul_(q, sum_g, value=-1)
             if dw is not None or db is not None or entropy_terms is not None:
@@ -254,23 +214,7 @@ class _TiledHead(torch.autograd.Function):
                     if db is not None:
                         db[columns] -= (u.T.to(r.dtype) @ r).squeeze(1)
         grads = zip((dh, dw, db), (hidden, weight, bias), strict=True)
-        return *(None if d is None else d.to(x.dtype) for d, x in grads), *(None,) * 6
-
-
-def _target_part(needed, logits, weight, bias, targets, g) -> tuple[Tensor | None, ...]:
-    """The targets' part of the gradients of hidden, weight and bias; None where not needed."""
-    dh, dw, db = (
-        torch.zeros_like(x, dtype=logits.dtype) if need else None
-        for x, need in zip((logits.hidden, weight, bias), needed, strict=False)
-    )
-    for y, g_k in zip(targets.unbind(1), g.split(1, dim=1), strict=True):
-        if dh is not None:
-            dh.addcmul_(weight[y].to(dh.dtype), g_k)
-        if dw is not None:
-            dw.index_add_(0, y, g_k * logits.hidden)
-        if db is not None:
-            db.index_add_(0, y, g_k.squeeze(1))
-    return dh, dw, db
+        return *(None if d is None else d.to(x.dtype) for d, x in grads), *(None,) * 7
 
 
 def _softmax_part(logits, bias, scaling, top, sum_g, entropy_terms, kept) -> Iterator[tuple]:
@@ -288,27 +232,5 @@ def _softmax_part(logits, bias, scaling, top, sum_g, entropy_terms, kept) -> Ite
         for columns, w, z in logits.tiles(rows):
             b = None if bias is None else bias[columns]
             out = z if w.dtype == z.dtype else logits.spare(z)
-            u = _arithmetic(z).softmax_gradient(z, b, scaling, top[rows], part, out)
+            u = arithmetic(z).softmax_gradient(z, b, scaling, top[rows], part, out)
             yield rows, columns, w, u, r
-
-
-def _arithmetic(logits: Tensor):
-    """The module that has `fold` and `softmax_gradient` for a tile: Triton where it serves."""
-    if has_kernels(logits) and logits.dtype == torch.float32:
-        from llmmix.fused import kernels
-
-        return kernels
-    return tiles
-
-
-def _statistics(state, vocabulary, outputs) -> tuple[Tensor | None, ...]:
-    """The fields of `HeadStatistics`, in order; here log_probs is always (N, K)."""
-    log_sum = state.sum.log()
-    columns = {
-        "entropy": state.max + log_sum - state.sum_ez / state.sum,
-        "log_sum_sq_probs": state.sum_ee.log() - 2 * log_sum,
-        "mean_logits": state.sum_z / vocabulary,
-        "is_top1": state.is_top1,
-    }
-    named = (x.squeeze(1) if name in outputs else None for name, x in columns.items())
-    return state.target_z - state.max - log_sum, *named

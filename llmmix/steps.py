@@ -22,7 +22,7 @@ from llmmix.rows.formats import check_rows_type, check_sft_dataset, read_shape
 from llmmix.rows.message_weights import has_message_weights
 from llmmix.rows.messages import check_asked, in_one_form, text_of
 from llmmix.rows.shapes import Cells, Shape
-from llmmix.rows.weights import ROW, as_weight, check_row_weights
+from llmmix.rows.weights import ROW, as_weight, row_weights
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def split_steps(
     check_rows_type(dataset, "dataset")
     if not isinstance(dataset, Dataset):
         raise ValueError("`dataset` must be a map-style `Dataset`, whose steps are counted.")
-    check_row_weights(dataset, "dataset")
+    if ROW in dataset.column_names:
+        row_weights(dataset, "dataset")  # an error names the row as it was given
     dataset = _in_one_form(dataset)
     split, names = _splitter(dataset, tokenizer, separator)
     found = dataset.map(

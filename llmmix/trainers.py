@@ -43,16 +43,8 @@ def default_to_cpu(args: TrainingArguments) -> None:
         args.bf16 = False
 
 
-def check_own_loss(
-    method: str, args: SFTConfig, trainer_arguments: dict, *, takes_loss_type: bool = False
-) -> None:
+def check_own_loss(method: str, args: SFTConfig, trainer_arguments: dict) -> None:
     """Refuse settings that merge examples into one row, or that ask TRL for another loss.
-
-    Args:
-        method: Whose loss it is.
-        args: The trainer's settings.
-        trainer_arguments: Its other arguments, by name.
-        takes_loss_type: Whether the method has a use of its own for `loss_type` and its settings.
 
     Raises:
         ValueError: One of `packing`, `eval_packing`, `label_smoothing_factor`, `loss_type` and
@@ -65,8 +57,8 @@ def check_own_loss(
                 f"`{name}=False`, and `padding_free=True` to compute no padding."
             )
     others = {
-        "label_smoothing_factor": args.label_smoothing_factor > 0 and not takes_loss_type,
-        "loss_type": args.loss_type != "nll" and not takes_loss_type,
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+        "loss_type": args.loss_type != "nll",
         "compute_loss_func": trainer_arguments.get("compute_loss_func") is not None,
     }
     for name, given in others.items():
@@ -228,6 +220,7 @@ def attach_heads(
     memory_budget: int | None = None,
     padding_free: bool = False,
     extra: tuple[str, ...] = (),
+    top_k: int = 20,
 ) -> None:
     """Attach the fused head to a TRL trainer's model, and to its reference model if it has one.
 
@@ -239,6 +232,7 @@ def attach_heads(
         memory_budget: See `llmmix.head.attach_head`.
         padding_free: See `llmmix.head.attach_head`.
         extra: More outputs for the trainer's own loss, beside those that TRL reads.
+        top_k: See `llmmix.head.attach_head`.
 
     Raises:
         TypeError: The trainer is another.
@@ -257,7 +251,7 @@ def attach_heads(
             f"`trainer` must be an SFTTrainer or a DPOTrainer, got {type(trainer).__name__}."
         )
     outputs += tuple(name for name in extra if name not in outputs)
-    settings: Any = {"memory_budget": memory_budget, "padding_free": padding_free}
+    settings: Any = {"memory_budget": memory_budget, "padding_free": padding_free, "top_k": top_k}
     attach_head(model, outputs=outputs, **settings)
     if reference is not None:
         reference = trainer.accelerator.unwrap_model(reference)

@@ -87,7 +87,7 @@ NUMBERS = {  # of every trainer's config, by script in turn
     "lora_r": "0",
     "lora_dropout": "1",
 }
-TRAINERS = ("dco", "dco_cot", "sftmix", "confidence", "rpo", "flat", "unlearn")
+TRAINERS = "dco dco_cot token_losses sftmix confidence rpo flat unlearn".split()
 MIXTURES = ("mixture", "aioli", "mixture_sweep")
 
 SETTINGS = [  # script, flag, value; the flag must be told
@@ -120,6 +120,10 @@ SETTINGS = [  # script, flag, value; the flag must be told
     ("sftmix", "mixup_alpha", "0"),
     ("sftmix", "mixup_weight", "-1"),
     ("sftmix", "per_device_train_batch_size", "3"),
+    ("token_losses", "loss_type", "wit"),
+    ("token_losses", "gce_q", "0.5"),
+    ("token_losses", "reference_model", "@nowhere"),
+    ("token_losses", "label_smoothing_factor", "0.1"),
     ("confidence", "num_checkpoints", "0"),
     ("rpo", "beta", "0"),
     ("rpo", "rpo_eta", "-1"),

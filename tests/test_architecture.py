@@ -33,7 +33,7 @@ LAYERS = [
         "rows",
         "steps",
     },
-    {"arguments", "padding_free_setting", "trainers"},
+    {"arguments", "frozen", "padding_free_setting", "trainers"},
     {
         "dco",
         "filtering",

@@ -27,6 +27,8 @@ from llmmix import (
     RPOTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    TokenLossConfig,
+    TokenLossTrainer,
     UnlearnConfig,
     UnlearnTrainer,
 )
@@ -35,6 +37,7 @@ from llmmix import (
 TRAINERS = {
     "dco": (DCOTrainer, DCOConfig, SFTConfig),
     "sftmix": (SFTMixTrainer, SFTMixConfig, SFTConfig),
+    "token_losses": (TokenLossTrainer, TokenLossConfig, SFTConfig),
     "rpo": (RPOTrainer, RPOConfig, DPOConfig),
     "flat": (FLATTrainer, FLATConfig, SFTConfig),
     "unlearn": (UnlearnTrainer, UnlearnConfig, SFTConfig),
@@ -199,7 +202,9 @@ def test_what_rows_to_forget_would_not_call_is_refused(checkpoint, rows, name):
 def test_models_are_tagged_as_trls_and_ours(checkpoint, rows, tmp_path, name):
     args = TRAINERS[name][1](str(tmp_path), **ONE_STEP)
     built = TRAINERS[name][0](checkpoint, args=args, train_dataset=rows(name), **others(name))
-    kin = {"rpo": {"dpo"}, "dco": {"sft"}, "sftmix": {"sft"}}.get(name, set())
+    kin = {"rpo": {"dpo"}, "dco": {"sft"}, "sftmix": {"sft"}, "token_losses": {"sft"}}.get(
+        name, set()
+    )
     assert set(built.model.model_tags) == {"trl", "llmmix", name} | kin
 
 

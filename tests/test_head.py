@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributions import Categorical
 from torch.utils._pytree import tree_map
 from transformers import (
     AutoConfig,
@@ -88,10 +89,11 @@ def build(name):
 def test_answers_as_the_models_own_logits_and_as_trls_head_do(name):
     model, inputs = build(name), batch()
     theirs = copy.deepcopy(model)
-    add_fused_lm_head(theirs, outputs=STATISTICS)
-    attach_head(model, outputs=STATISTICS)
+    shared = tuple(name for name in STATISTICS if name != "top_k_entropy")  # TRL has none
+    add_fused_lm_head(theirs, outputs=shared)
+    attach_head(model, outputs=STATISTICS, top_k=3)
     ours, theirs = model(**inputs, fused_lm_head=True), theirs(**inputs, fused_lm_head=True)
-    for field in ("loss", *STATISTICS, "label_mask", "aux_loss"):
+    for field in ("loss", *shared, "label_mask", "aux_loss"):
         a, b = getattr(ours, field), getattr(theirs, field)
         assert (a is None) == (b is None), field
         if a is not None:
@@ -101,6 +103,8 @@ def test_answers_as_the_models_own_logits_and_as_trls_head_do(name):
     expected = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     expected = expected.masked_fill(labels == -100, 0)
     torch.testing.assert_close(ours.log_probs, expected, rtol=1e-4, atol=1e-5)
+    top = Categorical(logits=logits.topk(3).values).entropy().masked_fill(labels == -100, 0)
+    torch.testing.assert_close(ours.top_k_entropy, top, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_those_of_cross_entropy():

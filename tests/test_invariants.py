@@ -18,6 +18,8 @@ from llmmix import (
     RPOTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    TokenLossConfig,
+    TokenLossTrainer,
     attach_head,
     attach_heads,
 )
@@ -41,6 +43,7 @@ METHODS = {
     "dco": (DCOTrainer, DCOConfig, {"n_samples": 16}),
     "sftmix": (SFTMixTrainer, SFTMixConfig, {"mixup_weight": 0.5}),
     "sftmix-dco": (SFTMixTrainer, SFTMixConfig, {"mixup_weight": 0.5, "dco_n_samples": 16}),
+    "token_losses": (TokenLossTrainer, TokenLossConfig, {"loss_type": "gce"}),
     "rpo": (RPOTrainer, RPOConfig, {"rpo_eta": 0.5, "beta": 0.1}),
     "rpo-mean": (RPOTrainer, RPOConfig, {"rpo_eta": 0.5, "sft_reduction": "mean"}),
 }
@@ -239,7 +242,7 @@ def test_resumed_is_never_stopped_to_the_last_digit(run, name, tmp_path):
     assert_same_run(whole, resumed)
 
 
-@pytest.mark.parametrize("name", ["dco", "sftmix", "sftmix-dco"])
+@pytest.mark.parametrize("name", ["dco", "sftmix", "sftmix-dco", "token_losses"])
 def test_padding_side_does_not_matter(checkpoint, math_rows, tmp_path, name):
     trainer_type, config_type, given = METHODS[name]
     config = config_type(str(tmp_path), **SETTINGS, **given)

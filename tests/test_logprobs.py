@@ -139,6 +139,7 @@ def test_statistics_match_their_definitions(tiling):
     torch.testing.assert_close(out.log_sum_sq_probs, (p**2).sum(-1).log())
     torch.testing.assert_close(out.mean_logits, (hidden @ weight.T + bias).mean(-1))
     assert torch.equal(out.is_top1, logp.argmax(-1) == targets)
+    torch.testing.assert_close(out.top_k_entropy, out.entropy)  # 20 of 11 tokens are all
 
 
 def test_of_equal_logits_the_first_counts_as_the_most_likely(tiling):

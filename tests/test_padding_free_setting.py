@@ -14,6 +14,8 @@ from llmmix import (
     RPOTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    TokenLossConfig,
+    TokenLossTrainer,
     attach_heads,
 )
 
@@ -36,6 +38,7 @@ SETTINGS = {
 DCO = (DCOTrainer, DCOConfig, {"n_samples": 16})
 SFTMIX = (SFTMixTrainer, SFTMixConfig, {"mixup_weight": 0.5})
 RPO = (RPOTrainer, RPOConfig, {"rpo_eta": 0.5})
+TOKENS = (TokenLossTrainer, TokenLossConfig, {"loss_type": "eaft"})
 TRL_SFT = (SFTTrainer, SFTConfig, {})
 TRL_DPO = (DPOTrainer, DPOConfig, {})
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
@@ -149,6 +152,7 @@ def assert_same(padded, free, loss=1e-5, norm=1e-4):
         pytest.param(RPO, False, {"precompute_ref_log_probs": True}, id="rpo-precomputed"),
         pytest.param(RPO, False, {}, id="rpo-copy"),
         pytest.param(RPO, True, {"sft_reduction": "mean"}, id="rpo-mean-lora"),
+        pytest.param(TOKENS, False, {}, id="eaft"),
         pytest.param(TRL_SFT, False, {}, id="trl-sft"),
         pytest.param(TRL_DPO, True, {}, id="trl-dpo-lora"),
         pytest.param(TRL_DPO, False, {}, id="trl-dpo"),

@@ -12,18 +12,23 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, Trainer
 
-from llmmix import DCOConfig, DCOTrainer, attach_weights
+from llmmix import DCOConfig, DCOTrainer, TokenLossConfig, TokenLossTrainer, attach_weights
 from llmmix.filtering import LikelihoodFilter, attach_filter
 from llmmix.grading.verify import Verifier
 from llmmix.solve_rates import SolveRates
 from tests.test_filtering import SAMPLING, chain_of_thought, has_even_length
-from tests.test_invariants import METHODS, SETTINGS
+from tests.test_invariants import LORA, METHODS, SETTINGS
 
 SIZES = {  # by the micro-batches of a step: rows of one on both ranks, and steps of a log
     1: {"rows": 8, "logging_steps": 3},  # of ten steps the last is not logged
     2: {"rows": 16, "logging_steps": 1},
 }
-RUNS = [(name, 2) for name in METHODS] + [("dco", 1), ("sftmix", 1), ("rpo", 1)]
+BESIDE = {  # losses that compare with another model
+    "asft": (TokenLossTrainer, TokenLossConfig, {"loss_type": "asft", "asft_alpha": 1.0}),
+    "psft": (TokenLossTrainer, TokenLossConfig, {"loss_type": "psft", "psft_snapshot_steps": 2}),
+    "select": (TokenLossTrainer, TokenLossConfig, {"loss_type": "select"}),
+}
+RUNS = [(name, 2) for name in [*METHODS, *BESIDE]] + [("dco", 1), ("sftmix", 1), ("rpo", 1)]
 SAMPLED = [("nco", 1), ("dco_cot", 2), ("weighted", 2)]
 SAMPLED_SETTINGS = {"n_samples": 4, "num_train_epochs": 1, "eval_strategy": "no"}
 
@@ -33,6 +38,8 @@ def make(
 ) -> Trainer:
     """The trainer of a run of two epochs, or of one with solve rates, on so many ranks."""
     size = SIZES[accumulation]
+    if name in ("weighted", "sftmix"):
+        rows = rows.add_column("weight", [0.5 + row % 4 for row in range(len(rows))])
     settings = {
         **SETTINGS,
         "max_steps": -1,
@@ -49,7 +56,8 @@ def make(
     }
     if name == "rpo" and accumulation == 1:
         rows = rows.add_column("weight", [(n % 5 + 1) / 2 for n in range(len(rows))])
-    trainer_type, config, own = METHODS.get(name, (DCOTrainer, DCOConfig, SAMPLED_SETTINGS))
+    others = (DCOTrainer, DCOConfig, SAMPLED_SETTINGS)
+    trainer_type, config, own = {**METHODS, **BESIDE}.get(name, others)
     torch.manual_seed(0)
     trainer = trainer_type(
         checkpoint,
@@ -57,6 +65,7 @@ def make(
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        peft_config=LORA if name == "asft" else None,  # switched off through the wrapper of DDP
     )
     if name == "nco":
         attach_filter(trainer, LikelihoodFilter(trainer, threshold=0.5), warmup_steps=2)

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 DATA = ("dataset_name", "retain_dataset_name", "domains", "forget", "retain", "holdout", "facts")
-MODELS = ("model_name_or_path", "adapter", "checkpoints", "original", "retain_model")
+MODELS = (
+    *("model_name_or_path", "adapter", "checkpoints", "original", "retain_model"),
+    "reference_model",
+)
 SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
 

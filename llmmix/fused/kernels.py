@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmmix.fused.tiles import HeadScaling, RunningSoftmax
+from llmmix.fused.largest import merge_largest
+from llmmix.fused.tiles import HeadScaling, RunningSoftmax, scaled
 
 BLOCK = 1024
 
@@ -188,13 +189,15 @@ def fold(
     shrink = torch.empty_like(state.max)
     if n == 0:
         return shrink
+    if "top_k_entropy" in outputs:
+        merge_largest(state.largest, scaled(logits, bias, scaling)[0], first=start == 0)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _fold_kernel[(n,)](
             logits,
             out,
             bias,
             targets,
-            *state,
+            *state[:-1],  # without the largest logits
             shrink,
             start,
             n_columns,

@@ -6,11 +6,12 @@ from the gradient. Both are plain torch here; `llmmix.fused.kernels` has a GPU k
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from llmmix.fused.largest import merge_largest
 
 TILE_ROWS = {"cpu": 1024, "gpu": 4096}
 # Logits held at once: 8 MiB in fp32 on a CPU, whose cache holds them, and 128 MiB on a GPU
@@ -35,7 +36,8 @@ class RunningSoftmax(NamedTuple):
 
     With z the scaled logits and e = exp(z - max): `sum` adds up e, `sum_ez` e z, `sum_ee` e^2 and
     `sum_z` z. Each is (n, 1). `target_z` and `target_slope`, the logits of the targets and the
-    slope of the cap there, are (n, K); `is_top1` concerns the first target.
+    slope of the cap there, are (n, K); `is_top1` concerns the first target. `largest` holds the k
+    largest z in descending order, (n, k); k is 0 where no statistic needs them.
     """
 
     max: Tensor
@@ -46,9 +48,10 @@ class RunningSoftmax(NamedTuple):
     target_z: Tensor
     target_slope: Tensor
     is_top1: Tensor
+    largest: Tensor
 
 
-def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
+def running_softmax(targets: Tensor, dtype: torch.dtype, top_k: int = 0) -> RunningSoftmax:
     """The running softmax before any tile is folded in, for `targets` (n, K)."""
     column = torch.zeros_like(targets[:, :1], dtype=dtype)
     return RunningSoftmax(
@@ -61,6 +64,7 @@ def running_softmax(targets: Tensor, dtype: torch.dtype) -> RunningSoftmax:
         target_z=targets.new_zeros(targets.shape, dtype=dtype),
         target_slope=targets.new_ones(targets.shape, dtype=dtype),
         is_top1=torch.zeros_like(targets[:, :1], dtype=torch.bool),
+        largest=column.new_full((column.size(0), top_k), torch.finfo(dtype).min),
     )
 
 
@@ -89,7 +93,9 @@ def fold(
     Returns:
         (n, 1), the factor by which sums over earlier tiles shrink, as the maximum rises.
     """
-    z, slope = _scale(logits, bias, scaling)
+    z, slope = scale_(logits, bias, scaling)
+    if "top_k_entropy" in outputs:
+        merge_largest(state.largest, z, first=start == 0)
     local = targets - start
     inside = (local >= 0) & (local < z.size(1))
     column = local.clamp(0, z.size(1) - 1)
@@ -101,7 +107,7 @@ def fold(
     highest = torch.maximum(state.max, tile_max)
     shrink = (state.max - highest).exp_()
     state.max.copy_(highest)
-    e = _exp(torch.sub(z, highest, out=out))
+    e = exp_below_zero(torch.sub(z, highest, out=out))
     state.sum.mul_(shrink).add_(e.sum(1, keepdim=True))
     if "mean_logits" in outputs:
         state.sum_z.add_(z.sum(1, keepdim=True))
@@ -149,10 +155,10 @@ def softmax_gradient(
     Returns:
         `out`.
     """
-    z, slope = _scale(logits, bias, scaling)
+    z, slope = scale_(logits, bias, scaling)
     z = torch.sub(z, max, out=out)
     if entropy_terms is None:
-        u = _exp(z)
+        u = exp_below_zero(z)
     else:
         g, s, offset = entropy_terms
         factor = (z + offset).mul_(s).add_(g)
@@ -160,7 +166,16 @@ def softmax_gradient(
     return u if slope is None else u.mul_(slope)
 
 
-def _scale(
+def scaled(
+    logits: Tensor, bias: Tensor | None, scaling: HeadScaling
+) -> tuple[Tensor, Tensor | None]:
+    """The scaled logits of raw ones, which stay as they are, and the slope of the cap if any."""
+    if bias is None and scaling == HeadScaling():
+        return logits, None
+    return scale_(logits.clone(), bias, scaling)
+
+
+def scale_(
     logits: Tensor, bias: Tensor | None, scaling: HeadScaling
 ) -> tuple[Tensor, Tensor | None]:
     """The scaled logits in place of the raw ones, and the slope of the cap where there is one."""
@@ -178,7 +193,7 @@ def _scale(
     return logits, slope
 
 
-def _exp(x: Tensor) -> Tensor:
+def exp_below_zero(x: Tensor) -> Tensor:
     """The exponential of `x` <= 0 in place, clipped below so that no result is subnormal.
 
     What is clipped is too small to change a sum. Subnormal numbers make the exponential and a
@@ -196,6 +211,7 @@ class TiledLogits:
         operand_dtype: Precision of what enters the matrix products.
 
     Attributes:
+        operand_dtype: As given.
         dtype: Precision of logits and sums.
         hidden: (N, H) in `dtype`.
         row_blocks: The rows of each tile.
@@ -204,6 +220,7 @@ class TiledLogits:
 
     def __init__(self, hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype):
         device = "cpu" if hidden.device.type == "cpu" else "gpu"
+        self.operand_dtype = operand_dtype
         self.dtype = torch.promote_types(operand_dtype, torch.float32)
         self.hidden = hidden.to(self.dtype)
         self._operand, self._weight = hidden.to(operand_dtype), weight
@@ -220,13 +237,21 @@ class TiledLogits:
 
     def tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield columns, their weights, and raw logits, which the next tile overwrites."""
+        for columns in self.column_blocks:
+            w = self.weights(columns)
+            yield columns, w, self.product(rows, w)
+
+    def weights(self, columns: slice) -> Tensor:
+        """The weights of some columns, as they enter the matrix products."""
+        return self._weight[columns].to(self._operand.dtype)
+
+    def product(self, rows: slice, w: Tensor) -> Tensor:
+        """Raw logits of some rows for the columns of `w`, which the next product overwrites."""
         hidden = self._operand[rows]
         if self._tile is None:
             self._tile = self.hidden.new_empty(self._size)
-        for columns in self.column_blocks:
-            w = self._weight[columns].to(self._operand.dtype)
-            z = self._tile[: hidden.size(0) * w.size(0)].view(hidden.size(0), w.size(0))
-            yield columns, w, add_product(z, hidden, w.T, beta=0)
+        z = self._tile[: hidden.size(0) * w.size(0)].view(hidden.size(0), w.size(0))
+        return add_product(z, hidden, w.T, beta=0)
 
     def spare(self, z: Tensor) -> Tensor:
         """A buffer in the operands' precision and the shape of the tile `z`, the same each time."""
@@ -244,24 +269,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1, alpha: in
     return total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha)
 
 
-def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The precision of what enters the matrix products; what comes out is in fp32 or better.
-
-    It is fp64 if either input is; bf16 on a GPU, if the weight or autocast is in bf16; else fp32. A
-    CPU gains nothing from bf16, and fp16 would lose the smallest probabilities.
-    """
-    if torch.float64 in (hidden.dtype, weight.dtype):
-        return torch.float64
-    device = hidden.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if has_kernels(hidden) and torch.bfloat16 in (weight.dtype, autocast):
-        return torch.bfloat16
-    return torch.float32
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether `llmmix.fused.kernels` serves the device of `x`."""
-    return x.is_cuda and find_spec("triton") is not None
+def mean_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(H,) mean of the rows of a weight (V, H), without a copy of all of it in `dtype`."""
+    height = max(1, TILE_ELEMENTS["cpu"] // max(1, weight.size(1)))
+    blocks = weight.split(height)
+    return torch.stack([block.to(dtype).sum(0) for block in blocks]).sum(0) / weight.size(0)
 
 
 def _slices(total: int, size: int) -> list[slice]:

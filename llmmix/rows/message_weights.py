@@ -125,6 +125,8 @@ def weigh(
     by_message = _has_message_weights(rows)
     fractions = _check_messages(rows, argument, scoring) if by_message else False
     if by_message or by_token:
+        name, of = (TOKENS, "it") if by_token else (ROW, "its message")
+        warn_once(f"`{argument}`: the loss of a token is multiplied by the `{name}` of {of}.")
         rows = _numbered(rows)
     rows = read(rows)
     chats = not by_token and _are_chats(rows) and (by_message or turns)

@@ -24,7 +24,7 @@ from llmmix.rows.row_types import fitted, holds_json, merged, table_of, type_of_
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 # Columns of a CSV that trainers calculate with
-NUMBERS = ("confidence", "ref_chosen_logps", "ref_rejected_logps")
+NUMBERS = ("confidence", "weight", "ref_chosen_logps", "ref_rejected_logps")
 # Keys of a JSON object that holds rows, and of one that holds them by split
 HOLDERS = ("data", "rows", "examples", "instances")
 SPLITS = {

@@ -174,7 +174,8 @@ class SFTMixTrainer(SFTTrainer):
             "processing_class": processing_class,
         }
         check_types(model, train_dataset, kwargs)
-        check_own_loss("SFTMix", args, kwargs, takes_loss_type=True)
+        with nll_for_trl(args):  # a `loss_type` is the next tokens' here
+            check_own_loss("SFTMix", args, kwargs)
         start = own_model(model, args, processing_class)
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
         if args.mixup_weight:
@@ -185,7 +186,7 @@ class SFTMixTrainer(SFTTrainer):
         check_unsharded("SFTMix", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
-        attach_heads(self, padding_free=args.padding_free, extra=self.objective.outputs)
+        attach_heads(self, padding_free=args.padding_free, **self.objective.head)
         carry_sft_weights(self)
         end_unless_finite(self)
         tell_if_unmoved(self)

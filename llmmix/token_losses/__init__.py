@@ -1,8 +1,9 @@
 """Token-weighted losses for SFT: twelve of them, on TRL's own trainer.
 
-losses.py has the arithmetic, loss_table.py what each loss needs, settings.py and config.py the
-settings, objective.py a loss with its settings on a forward, references.py the other model that
-some compare with, trainer.py the trainer. Recipe: recipes/token_losses.py.
+losses.py has the arithmetic, weights.py the weight that each loss gives a token, loss_table.py what
+each needs, settings.py and config.py the settings, objective.py a loss with its settings on a
+forward, references.py the other model that some compare with, trainer.py the trainer. Recipe:
+recipes/token_losses.py.
 """
 
 from typing import TYPE_CHECKING
@@ -24,8 +25,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which see no lazy table
     from llmmix.token_losses.losses import select_loss as select_loss
     from llmmix.token_losses.losses import select_mask as select_mask
     from llmmix.token_losses.losses import threshold_loss as threshold_loss
-    from llmmix.token_losses.losses import token_weight as token_weight
     from llmmix.token_losses.trainer import TokenLossTrainer as TokenLossTrainer
+    from llmmix.token_losses.weights import token_weight as token_weight
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -45,8 +46,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "select_loss",
             "select_mask",
             "threshold_loss",
-            "token_weight",
         ],
         "trainer": ["TokenLossTrainer"],
+        "weights": ["token_weight"],
     },
 )

@@ -55,6 +55,11 @@ class TokenLossConfig(TokenLossSettings):
                     "`psft_clip` must be two numbers, how far below and above 1 a ratio may go, "
                     f"got {self.psft_clip}."
                 )
+            if not self.psft_clip[0] < 1:
+                raise ValueError(
+                    "`psft_clip` must begin with a number below 1, how far a ratio may fall, got "
+                    f"{self.psft_clip}."
+                )
         super().__post_init__()
         if self.loss_type == "select" and (self.packing or self.eval_packing):
             raise ValueError(

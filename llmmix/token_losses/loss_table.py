@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmmix.token_losses.losses import (
@@ -55,7 +56,8 @@ def _eaft(found: Found, eaft_alpha: float, eaft_top_k: int) -> dict[str, Any]:
 
 
 def _asft(found: Found, asft_alpha: float) -> dict[str, Any]:
-    return _log_probs(found) | {"kl": found["kl"], "alpha": asft_alpha}
+    kl = found["kl"] if asft_alpha else torch.zeros_like(found["log_probs"])
+    return _log_probs(found) | {"kl": kl, "alpha": asft_alpha}
 
 
 def _psft(found: Found, psft_clip: list[float], psft_snapshot_steps: int) -> dict[str, Any]:
@@ -81,7 +83,8 @@ def _gem(found: Found, gem_beta: float) -> dict[str, Any]:
 
 def _select(found: Found, select_share: float) -> dict[str, Any]:
     scores = found["ref_log_probs"] - found["log_probs"]
-    return _log_probs(found) | {"selected": select_mask(scores, found["mask"], select_share)}
+    share = found.get("share", select_share)  # all, while the model still is its reference
+    return _log_probs(found) | {"selected": select_mask(scores, found["mask"], share)}
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,20 @@ LOSSES = {
     ),
     "deft": TokenLoss(
         deft_loss,
-        ("DEFT", "2602.11424"),
+        (
+            "Gradients Must Earn Their Influence: Unifying SFT with Generalized Entropic "
+            "Objectives",
+            "2602.11424",
+        ),
         _deft,
         outputs=("log_sum_sq_probs",),
     ),
     "eaft": TokenLoss(
         eaft_loss,
-        ("Entropy-Adaptive Fine-Tuning", "2601.02151"),
+        (
+            "Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting",
+            "2601.02151",
+        ),
         _eaft,
         {"eaft_alpha": 1.0, "eaft_top_k": 20},
     ),

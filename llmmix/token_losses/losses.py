@@ -31,15 +31,18 @@ Trainer: llmmix/token_losses/trainer.py. Recipe: recipes/token_losses.py.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmmix.precision import at_least_fp32
-
-KEEPS = ("top", "bottom")
+from llmmix.token_losses.weights import (
+    clamped,
+    on_kept_side,
+    ratio_to,
+    sum_of_squares,
+    token_weight,
+)
 
 
 def nll_loss(log_probs: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ def gce_loss(log_probs: Tensor, q: float | Tensor) -> Tensor:
     Raises:
         ValueError: The number `q` is below -1.
     """
-    lp, weight = _clamped(log_probs), token_weight("gce", log_probs, q=q)
+    lp, weight = clamped(log_probs), token_weight("gce", log_probs, q=q)
     if isinstance(q, Tensor):
         q = at_least_fp32(q.detach())
         safe = torch.where(q == 0, 1.0, q)
@@ -95,7 +98,7 @@ def threshold_loss(log_probs: Tensor, p: float, keep: str = "top", q: float = 0.
     Raises:
         ValueError: `keep` is neither, or `q` is below -1.
     """
-    return torch.where(_kept(log_probs, p, keep), gce_loss(log_probs, q), 0.0)
+    return torch.where(on_kept_side(log_probs, p, keep), gce_loss(log_probs, q), 0.0)
 
 
 def deft_loss(log_probs: Tensor, log_sum_sq_probs: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ def deft_loss(log_probs: Tensor, log_sum_sq_probs: Tensor) -> Tensor:
         log_probs: In nats, of any shape.
         log_sum_sq_probs: Log of the sum of squared probabilities, in the same shape.
     """
-    return gce_loss(log_probs, _sum_sq(log_sum_sq_probs))
+    return gce_loss(log_probs, sum_of_squares(log_sum_sq_probs))
 
 
 def eaft_loss(log_probs: Tensor, entropy: Tensor, alpha: float, top_k: int) -> Tensor:
@@ -151,7 +154,7 @@ def psft_loss(
         clip_low: e_l.
         clip_high: e_h.
     """
-    ratio = (_clamped(log_probs) - _clamped(old_log_probs)).exp()
+    ratio = ratio_to(log_probs, old_log_probs)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     weight = token_weight(
         "psft",
@@ -173,7 +176,7 @@ def focal_loss(log_probs: Tensor, gamma: float) -> Tensor:
     Raises:
         ValueError: `gamma` is negative.
     """
-    lp = _clamped(log_probs)
+    lp = clamped(log_probs)
     loss = (-torch.expm1(lp)) ** gamma * -lp
     return _with_weight(log_probs, loss, token_weight("focal", log_probs, gamma=gamma))
 
@@ -213,127 +216,29 @@ def select_loss(log_probs: Tensor, selected: Tensor) -> Tensor:
 
 
 def select_mask(scores: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The tokens whose score is among the highest of their row: at least `share` of its tokens.
+    """The tokens whose score is among the highest of their row: ceil(share * n) of its n.
 
-    A row's threshold is its own quantile, whatever else is in the batch. Tokens that tie at the
-    threshold are all kept, so that a row whose scores are all one keeps all.
+    A row's threshold is its own quantile, whatever else is in the batch. Of tokens that tie at the
+    threshold the first are kept, so that the number kept goes by a row's length alone.
 
     Args:
         scores: (B, T); higher is kept.
         mask: (B, T), true where scored.
-        share: In (0, 1]; ceil(share * n) of a row's n tokens are kept, and those that tie.
+        share: In (0, 1].
 
     Returns:
         (B, T) bool, within `mask`.
     """
     scores = at_least_fp32(scores.detach()).masked_fill(~mask, -math.inf)
-    kept = (mask.sum(1, keepdim=True) * share - 1e-6).ceil().long().clamp(min=1)
-    threshold = scores.sort(1, descending=True).values.gather(1, kept - 1)
-    return mask & (scores >= threshold)
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    place = torch.arange(scores.size(1), device=scores.device)
+    rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+    return mask & (rank < selected_counts(mask.sum(1, keepdim=True), share))
 
 
-def token_weight(loss_type: str, log_probs: Tensor, **needs: Any) -> Tensor:
-    """W = -dl/dlp of a loss by its name: what it multiplies the gradient of -lp by. Detached.
-
-    For asft and label_smoothing it is that of the term in lp alone, for gem in lp at its
-    temperature. With m = 1 - p, focal's is m^gamma - gamma m^(gamma-1) p lp.
-
-    Args:
-        loss_type: Name of a loss.
-        log_probs: In nats, of any shape.
-        **needs: The other arguments of its function; for select, `selected`.
-
-    Raises:
-        ValueError: There is no such loss.
-    """
-    if loss_type not in _WEIGHTS:
-        raise ValueError(f"`loss_type` must be one of {', '.join(_WEIGHTS)}, got {loss_type!r}.")
-    with torch.no_grad():
-        return _WEIGHTS[loss_type](log_probs.detach(), **needs)
-
-
-def _one(log_probs: Tensor, **_: Any) -> Tensor:
-    return torch.ones_like(at_least_fp32(log_probs))
-
-
-def _dft_weight(log_probs: Tensor, **_: Any) -> Tensor:
-    return _clamped(log_probs).exp()
-
-
-def _gce_weight(log_probs: Tensor, q: float | Tensor) -> Tensor:
-    if not isinstance(q, Tensor) and q < -1:
-        raise ValueError(f"`q` must be -1 or more, got {q}.")
-    return (q * _clamped(log_probs)).exp()
-
-
-def _threshold_weight(log_probs: Tensor, p: float, keep: str = "top", q: float = 0.0) -> Tensor:
-    return _gce_weight(log_probs, q) * _kept(log_probs, p, keep)
-
-
-def _deft_weight(log_probs: Tensor, log_sum_sq_probs: Tensor) -> Tensor:
-    return _gce_weight(log_probs, _sum_sq(log_sum_sq_probs))
-
-
-def _eaft_weight(log_probs: Tensor, entropy: Tensor, alpha: float, top_k: int) -> Tensor:
-    if top_k < 2:
-        raise ValueError(f"`top_k` must be at least 2, got {top_k}.")
-    return (at_least_fp32(entropy).clamp(min=0) / math.log(top_k)) ** alpha
-
-
-def _psft_weight(
-    log_probs: Tensor, old_log_probs: Tensor, clip_low: float, clip_high: float
-) -> Tensor:
-    ratio = (_clamped(log_probs) - _clamped(old_log_probs)).exp()
-    return torch.where(ratio <= 1 + clip_high, ratio, 0.0)
-
-
-def _focal_weight(log_probs: Tensor, gamma: float) -> Tensor:
-    if gamma < 0:
-        raise ValueError(f"`gamma` must be 0 or more, got {gamma}.")
-    lp = _clamped(log_probs)
-    miss = -torch.expm1(lp)
-    # -lp / (1 - p) goes to 1 as p does
-    ratio = torch.where(miss == 0, 1.0, -lp / torch.where(miss == 0, 1.0, miss))
-    return miss**gamma * (1 + gamma * lp.exp() * ratio)
-
-
-def _gem_weight(log_probs: Tensor, beta: float) -> Tensor:
-    return beta * _one(log_probs)
-
-
-def _select_weight(log_probs: Tensor, selected: Tensor) -> Tensor:
-    return _one(log_probs) * selected
-
-
-_WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    "nll": _one,
-    "dft": _dft_weight,
-    "gce": _gce_weight,
-    "threshold": _threshold_weight,
-    "deft": _deft_weight,
-    "eaft": _eaft_weight,
-    "asft": _dft_weight,
-    "psft": _psft_weight,
-    "focal": _focal_weight,
-    "label_smoothing": _one,
-    "gem": _gem_weight,
-    "select": _select_weight,
-}
-
-
-def _kept(log_probs: Tensor, p: float, keep: str) -> Tensor:
-    if keep not in KEEPS:
-        raise ValueError(f"`keep` must be 'top' or 'bottom', got {keep!r}.")
-    probs = _clamped(log_probs.detach()).exp()
-    return probs >= p if keep == "top" else probs <= p
-
-
-def _sum_sq(log_sum_sq_probs: Tensor) -> Tensor:
-    return _clamped(log_sum_sq_probs.detach()).exp()
-
-
-def _clamped(log_probs: Tensor) -> Tensor:
-    return at_least_fp32(log_probs.detach()).clamp(max=0)
+def selected_counts(lengths: Tensor, share: float) -> Tensor:
+    """How many tokens `select_mask` keeps of rows of so many, in the shape of `lengths`."""
+    return (lengths.double() * share - 1e-9).ceil().long()
 
 
 class _Weighted(torch.autograd.Function):

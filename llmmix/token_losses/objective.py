@@ -8,8 +8,8 @@ from torch import Tensor
 from llmmix.head import FusedHeadOutput, HeadObjective
 from llmmix.head_weights import HeadAtHand
 from llmmix.token_losses.loss_table import LOSSES
-from llmmix.token_losses.losses import token_weight
 from llmmix.token_losses.settings import TokenLossSettings
+from llmmix.token_losses.weights import token_weight
 
 
 class TokenObjective:
@@ -21,7 +21,7 @@ class TokenObjective:
 
     Attributes:
         loss: Its row of the table.
-        outputs: Outputs of the head that it needs, beside those that TRL reads.
+        head: What `attach_heads` is to be asked for.
         head_objective: What is to run with the head for it, if anything.
     """
 
@@ -29,8 +29,9 @@ class TokenObjective:
         self.loss_type, self.loss = args.loss_type, LOSSES[args.loss_type]
         self._settings = {name: getattr(args, name) for name in self.loss.settings}
         self._vocabulary = vocabulary
-        self.top_k: int = self._settings.get("eaft_top_k", 0)
-        self.outputs = self.loss.outputs + ("top_k_entropy",) * bool(self.top_k)
+        self.head: dict[str, Any] = {"extra": self.loss.outputs}
+        if top_k := self._settings.get("eaft_top_k"):
+            self.head = {"extra": ("top_k_entropy",), "top_k": min(top_k, vocabulary)}
         finders = {"above_mean": _above_mean, "tempered_log_probs": self._tempered}
         name = self.loss.found_by_head
         self.head_objective: HeadObjective | None = None if name is None else finders[name]
@@ -64,16 +65,16 @@ class TokenObjective:
         """Log-probabilities at gem's temperature."""
         mask, beta = labels != -100, self._settings["gem_beta"]
         found = head.statistics(hidden[mask], labels[mask], temperature=beta).log_probs
-        return {"tempered_log_probs": _scattered(found, mask)}
+        return {"tempered_log_probs": scattered(found, mask)}
 
 
 def _above_mean(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
     """How far the logit of each label is above the mean logit."""
     mask = labels != -100
-    return {"above_mean": _scattered(head.above_mean(hidden[mask], labels[mask]), mask)}
+    return {"above_mean": scattered(head.above_mean(hidden[mask], labels[mask]), mask)}
 
 
-def _scattered(found: Tensor, mask: Tensor) -> Tensor:
+def scattered(found: Tensor, mask: Tensor) -> Tensor:
     """(N,) of the scored positions to (B, T), zero elsewhere; connected where nothing is scored."""
     return found.new_zeros(mask.shape).masked_scatter(mask, found)
 

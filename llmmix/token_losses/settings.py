@@ -8,7 +8,7 @@ from typing import Any
 from trl import SFTConfig
 
 from llmmix.token_losses.loss_table import LOSSES
-from llmmix.token_losses.losses import KEEPS
+from llmmix.token_losses.weights import KEEPS
 from llmmix.trainers import default_to_cpu
 from llmmix.training.ranges import check_settings
 
@@ -35,7 +35,7 @@ class TokenLossSettings(SFTConfig):
 
     loss_type: str = field(
         default="nll",
-        metadata={"help": f"Loss of a token: one of {', '.join(LOSSES)}.", "choices": list(LOSSES)},
+        metadata={"help": "Loss of a token; nll is cross-entropy.", "choices": list(LOSSES)},
     )
     gce_q: float | None = field(
         default=None,
@@ -86,7 +86,7 @@ class TokenLossSettings(SFTConfig):
             )
         self._check_owners()
         for name, value in LOSSES[self.loss_type].settings.items():
-            if getattr(self, name) is None:
+            if getattr(self, name, value) is None:
                 setattr(self, name, list(value) if isinstance(value, tuple) else value)
         if self.label_smoothing_factor is None:
             self.label_smoothing_factor = 0.0

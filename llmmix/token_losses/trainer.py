@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
@@ -28,6 +29,7 @@ from llmmix.rows.turns import turns_found
 from llmmix.rows.weights import take_weights
 from llmmix.token_losses.config import TokenLossConfig
 from llmmix.token_losses.objective import TokenObjective, together
+from llmmix.token_losses.reference_model import check_reference_model
 from llmmix.token_losses.references import TokenReference, token_reference
 from llmmix.token_losses.settings import nll_for_trl
 from llmmix.trainers import (
@@ -101,27 +103,44 @@ class TokenLossTrainer(SFTTrainer):
         check_types(model, train_dataset, kwargs)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` is another loss: leave it out, or `loss_type`.")
+        check_reference_model(args)
         start = own_model(model, args, processing_class)
         train_dataset = check_sft_datasets(args, start, train_dataset, kwargs)
+        check_reference_model(args, kwargs["processing_class"])
         with turns_found(args, train_dataset), padded_by_trl(args), nll_for_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("A token loss", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
-        attach_heads(self, padding_free=args.padding_free, extra=self.objective.outputs)
+        attach_heads(self, padding_free=args.padding_free, **self.objective.head)
         carry_sft_weights(self)
         end_unless_finite(self)
-        tell_if_unmoved(self)
+        tell_if_unmoved(self, "nll_per_token")  # a loss of weights may rise, or stay near -1
         sign(self, f"the token loss {args.loss_type}", self.objective.loss.paper)
         keep_token_count(self)
         self.means = Means(self)
-        self.reference = token_reference(self, args)
+        self.reference = token_reference(self, kwargs.get("peft_config"))
         self._told_cold = False
         self._tell_scale()
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """TRL's training; a snapshot goes on from the checkpoint too."""
+        if resume_from_checkpoint and self.reference is not None:
+            newest = resume_from_checkpoint is True
+            found = get_last_checkpoint(self.args.output_dir) if newest else resume_from_checkpoint
+            if found is not None:  # TRL says so where there is none
+                self.reference.resume(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """TRL's saving; a checkpoint of the run holds a snapshot too."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.reference is not None:
+            self.reference.save(output_dir)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -152,6 +171,7 @@ class TokenLossTrainer(SFTTrainer):
             arguments, mask = self.objective.arguments(output, needs), output.label_mask
             found["losses"] = weights.times(self.objective.losses(arguments, mask))
             found["weights"] = self.objective.weights(arguments, mask)
+            found["taken"] = arguments.get("selected", mask)
             return found["losses"]
 
         recorder = ForwardRecorder(
@@ -159,27 +179,28 @@ class TokenLossTrainer(SFTTrainer):
         )
         with nll_for_trl(self.args):
             result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-        given = weights.mean(recorder.output.label_mask)
-        self._measure(recorder.output, found["losses"], found["weights"], given)
+        extra = {} if self.reference is None else self.reference.metrics(recorder.output, needs)
+        extra = {**extra, **weights.mean(found["taken"])}
+        self._measure(recorder.output, found, extra)
         return result
 
     def _measure(
-        self, output: FusedHeadOutput, losses: Tensor, weights: Tensor, given: Mapping[str, Sums]
+        self, output: FusedHeadOutput, found: dict[str, Tensor], extra: Mapping[str, Sums]
     ) -> None:
-        """Count what is logged of a micro-batch; `given` is said of the weights from the data."""
+        """Count what is logged of a micro-batch."""
         log_probs, mask = output.log_probs.detach(), output.label_mask
-        tokens = mask.sum()
+        losses, tokens, taken = found["losses"], mask.sum(), found["taken"].sum()
         router = torch.zeros_like(losses.sum())
         if self.aux_loss_enabled and output.aux_loss is not None:
             router = self.router_aux_loss_coef * output.aux_loss
         self.means.add(
             {
-                WEIGHT: (weights.sum(), tokens),
+                WEIGHT: (found["weights"].sum(), tokens),
                 PROB: ((log_probs.exp() * mask).sum(), tokens),
                 "nll_per_token": (-log_probs.sum(), tokens),
-                **given,
+                **extra,
             },
-            loss=[(losses.sum(), tokens), (router * tokens, tokens)],
+            loss=[(losses.sum(), taken), (router * tokens, tokens)],
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

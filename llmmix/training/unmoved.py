@@ -31,7 +31,14 @@ def has_moved(losses: list[float]) -> bool:
 
 
 class UnmovedCallback(TrainerCallback):
-    """Warns at the end of a run whose logged losses did not move; see `has_moved`."""
+    """Warns at the end of a run whose logged losses did not move; see `has_moved`.
+
+    Args:
+        metric: Name of what is compared, where the value of the loss says little.
+    """
+
+    def __init__(self, metric: str = "loss"):
+        self._metric = metric
 
     def on_train_end(
         self,
@@ -41,18 +48,24 @@ class UnmovedCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Compare the losses of the whole run, those before it was resumed included."""
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        losses = [x[self._metric] for x in state.log_history if self._metric in x]
         if has_moved(losses):
             return
         tenth = max(5, len(losses) // 10)
+        subject = "The loss" if self._metric == "loss" else f"`{self._metric}`"
         warn_once(
-            f"The loss did not move: {statistics.fmean(losses[:tenth]):.4g} in the first {tenth} "
+            f"{subject} did not move: {statistics.fmean(losses[:tenth]):.4g} in the first {tenth} "
             f"logs, {statistics.fmean(losses[-tenth:]):.4g} in the last {tenth}, which is within "
             f"its noise. Raise `learning_rate` ({args.learning_rate:g}), or train longer."
         )
 
 
-def tell_if_unmoved(trainer: Trainer) -> None:
-    """Have a trainer warn at the end of `train()` if its loss did not move, once."""
+def tell_if_unmoved(trainer: Trainer, metric: str = "loss") -> None:
+    """Have a trainer warn at the end of `train()` if its loss did not move, once.
+
+    Args:
+        trainer: Any trainer.
+        metric: See `UnmovedCallback`.
+    """
     if not any(isinstance(other, UnmovedCallback) for other in trainer.callback_handler.callbacks):
-        trainer.add_callback(UnmovedCallback())
+        trainer.add_callback(UnmovedCallback(metric))

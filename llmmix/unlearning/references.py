@@ -1,8 +1,7 @@
 """The model before unlearning: its adapter switched off, its log-probabilities kept, or a copy."""
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from llmmix.data import pad
+from llmmix.frozen import FrozenModel, frozen_copy, is_spread_out
 from llmmix.head import FusedHeadOutput
 from llmmix.precision import evaluating
 from llmmix.rows.prompts import Encoded
@@ -56,36 +56,20 @@ class Reference:
                 "run needs more: another loss's, or evaluation rows'. Use 'copy', or LoRA with "
                 "'adapter'."
             )
-        spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if kind != "adapter" and spread:
+        if kind != "adapter" and is_spread_out(trainer):
             raise ValueError(
                 f"`reference={kind!r}` needs the model whole on every process, which FSDP and "
                 "DeepSpeed do not leave it. Train an adapter (`use_peft`): it is switched off."
             )
         self.kind, self._trainer = kind, trainer
         self._logps: dict[tuple[str, int, int], float] = {}
-        self._copy: nn.Module | None = None
-        if kind == "copy":
-            model: Any = trainer.model
-            self._copy = copy.deepcopy(model).requires_grad_(False).eval()
-            trainer.accelerator.wait_for_everyone()
+        own: Any = trainer.model
+        self._frozen = FrozenModel(trainer, frozen_copy(own) if kind == "copy" else None)
+        trainer.accelerator.wait_for_everyone()
 
-    @contextmanager
-    def model(self, model: nn.Module) -> Iterator[nn.Module]:
+    def model(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The reference, to be called like the model, without gradients and without dropout."""
-        trainer = self._trainer
-        with evaluating(model if self._copy is None else self._copy, trainer):
-            if self._copy is not None:
-                yield self._copy
-                return
-            # PEFT makes every weight of the adapter trainable when it is switched on again
-            frozen = [weight for weight in model.parameters() if not weight.requires_grad]
-            try:
-                with trainer.accelerator.unwrap_model(model).disable_adapter():
-                    yield model
-            finally:
-                for weight in frozen:
-                    weight.requires_grad_(False)
+        return self._frozen.running(model)
 
     def forward(
         self,

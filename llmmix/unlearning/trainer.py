@@ -24,6 +24,7 @@ from trl import SFTTrainer
 
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
+from llmmix.frozen import switches_off
 from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl
 from llmmix.trainers import check_own_loss
@@ -271,12 +272,10 @@ def _reference(trainer: UnlearnTrainer, peft_config: "PeftConfig | None") -> Ref
     needed, of_retained = trainer.objective.loss.reference, "retain" in trainer.objective.whole
     if not needed and not of_retained:
         return None
-    # PiSSA and its like change the weights below the adapter
-    start = getattr(peft_config, "init_lora_weights", True)
     return Reference(
         trainer,
         trainer.args.reference,
-        fresh_adapter=peft_config is not None and start in (True, False, "gaussian"),
+        fresh_adapter=switches_off(peft_config),
         logps_of_training_rows_suffice=needed == "logps"
         and not of_retained
         and trainer.eval_dataset is None,

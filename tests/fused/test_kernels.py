@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from llmmix import logprobs
-from llmmix.fused import kernels, tiles
+from llmmix.fused import device, kernels, tiles
 from llmmix.fused.tiles import HeadScaling
 from llmmix.logprobs import STATISTICS, linear_statistics
 
@@ -24,7 +24,7 @@ def small_tiles(monkeypatch):
 
 
 def run(monkeypatch, arithmetic, operand, inputs, targets, scaling, budget, loss):
-    monkeypatch.setattr(logprobs, "_arithmetic", lambda logits: arithmetic)
+    monkeypatch.setattr(logprobs, "arithmetic", lambda logits: arithmetic)
     monkeypatch.setattr(logprobs, "operand_dtype", lambda *_: operand)  # bf16 is for GPUs alone
     leaves = [x.clone().requires_grad_() for x in inputs]
     hidden, weight, bias = leaves
@@ -68,10 +68,10 @@ def test_kernels_do_what_the_torch_does(scaling, budget, loss, dtype, monkeypatc
 
 def test_kernels_are_for_a_gpu_with_triton_and_fp32_sums(monkeypatch):
     logits = torch.zeros(2, 2)
-    assert logprobs._arithmetic(logits) is tiles
-    monkeypatch.setattr(logprobs, "has_kernels", lambda x: True)
-    assert logprobs._arithmetic(logits) is kernels
-    assert logprobs._arithmetic(logits.double()) is tiles
+    assert device.arithmetic(logits) is tiles
+    monkeypatch.setattr(device, "has_kernels", lambda x: True)
+    assert device.arithmetic(logits) is kernels
+    assert device.arithmetic(logits.double()) is tiles
 
 
 def test_nan_and_no_rows_and_equal_logits():
@@ -79,7 +79,7 @@ def test_nan_and_no_rows_and_equal_logits():
     hidden = torch.ones(3, 5, device=DEVICE)
     hidden[1, 0] = float("nan")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "_arithmetic", lambda logits: kernels)
+        patch.setattr(logprobs, "arithmetic", lambda logits: kernels)
         out = linear_statistics(hidden, weight, targets, outputs=("is_top1", "entropy"))
         none = linear_statistics(hidden[:0], weight, targets[:0])
     assert out.log_probs.isnan().tolist() == [False, True, False]

@@ -72,7 +72,7 @@ LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize("lora", [[], pytest.param(LORA, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["dco", "rpo", "sftmix"])
+@pytest.mark.parametrize("name", ["dco", "rpo", "sftmix", "token_losses"])
 def test_recipe_trains_and_saves(name, lora, rows, checkpoint, monkeypatch, capsys):
     monkeypatch.setenv("LLMMIX_CACHE", str(rows / "cache"))
     data = rows / ("preferences.jsonl" if name == "rpo" else "math.jsonl")

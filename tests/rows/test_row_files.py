@@ -54,8 +54,9 @@ def test_separators_quotes_and_blank_lines(name, text, read):
 
 def test_a_long_cell_and_the_columns_that_are_numbers(read):
     long = "x" * 200_000
-    rows = read("a.csv", f"text,confidence\n{long},-0.5\ny,\n")
-    assert rows == [{"text": long, "confidence": -0.5}, {"text": "y", "confidence": None}]
+    rows = read("a.csv", f"text,confidence,weight\n{long},-0.5,2\ny,,\n")
+    first, second = {"confidence": -0.5, "weight": 2.0}, {"confidence": None, "weight": None}
+    assert rows == [{"text": long, **first}, {"text": "y", **second}]
 
 
 ROWS = [{"question": "Wo?", "answer": "Köln"}, {"question": "Wann?", "answer": None}]

@@ -58,6 +58,21 @@ def test_pairs_are_cut_to_the_shorter_response_wherever_it_stands():
     assert (nll.mean() + 0.2 * out["mixup_losses"]).item() == pytest.approx(0.8595440980552608)
 
 
+def test_each_part_of_a_target_has_the_weight_of_its_token():
+    """The worked example with weights .5 and 1, and a row of weight 0, of which nothing is left."""
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    loss = mixup_loss(HC[:2], HU, W, YC[:2], YU, 0.3, weights_a=half)
+    assert loss.mean().item() == pytest.approx(0.50593146232, rel=1e-10)
+    hidden = torch.stack([HC[:2], HU]).requires_grad_()
+    labels, lam = torch.stack([YC[:2], YU]), torch.tensor([0.3], dtype=torch.float64)
+    rows = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
+    out = mix_pairs(hidden, labels, logprobs, lam=lam, weigh=lambda values: values * rows)
+    torch.testing.assert_close(out["mixup_losses"], loss.mean().unsqueeze(0))
+    out = mix_pairs(hidden, labels, logprobs, lam=lam, weigh=lambda values: values * rows.round())
+    expected = 0.7 * (0.25776397037 + 0.332662999796) / 2
+    assert out["mixup_losses"].item() == pytest.approx(expected, rel=1e-10)
+
+
 def test_each_pair_counts_alike_and_an_empty_one_adds_a_connected_zero():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(6, 5, 3, dtype=torch.float64, generator=generator, requires_grad=True)

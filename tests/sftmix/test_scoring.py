@@ -14,7 +14,8 @@ from llmmix.sftmix.scoring import add_confidence, mean_nlls
 
 def test_scores_are_the_mean_token_loss_of_the_response(checkpoint, rows, tokenizer, args):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    got = mean_nlls(rows, args, checkpoint)
+    weighted = rows.add_column("weight", [0.5 + row for row in range(len(rows))])
+    got = mean_nlls(weighted, args, checkpoint)  # weights are of the loss, not of what is measured
     for row, nll in zip(rows.select(range(6)), got, strict=False):
         chat = row["prompt"] + row["completion"]
         ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)[

@@ -302,8 +302,8 @@ def test_select_takes_each_rows_own_highest_scores():
     kept = select_mask(scores, mask, 0.6)
     assert kept.tolist() == [
         [True, False, False, True, True],
-        [True, True, True, True, False],  # three of four, and what ties with the third
-        [True] * 5,
+        [True, True, True, False, False],  # of what ties with the third, the first
+        [True, True, True, False, False],
         [True, False, False, False, False],
         [False] * 5,
     ]

@@ -17,6 +17,8 @@ from llmmix import (
     RPOTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    TokenLossConfig,
+    TokenLossTrainer,
     UnlearnConfig,
     UnlearnTrainer,
 )
@@ -38,6 +40,7 @@ RETAINED = Dataset.from_dict(
 METHODS = {
     "dco": (DCOTrainer, DCOConfig, "pairs", {}),
     "sftmix": (SFTMixTrainer, SFTMixConfig, "pairs", {"mixup_weight": 0.0}),
+    "token_losses": (TokenLossTrainer, TokenLossConfig, "pairs", {"loss_type": "gce"}),
     "rpo": (RPOTrainer, RPOConfig, "preferences", {}),
     "flat": (FLATTrainer, FLATConfig, "questions", {"retain_weight": 0.7}),
     "grad_diff": (UnlearnTrainer, UnlearnConfig, "questions", {"loss": "grad_diff"}),

@@ -39,3 +39,13 @@ def test_the_trainer_that_did_not_move_names_the_rate(caplog, tmp_path):
     (said,) = end([8.0, 8.5] * 30)
     assert said.startswith("The loss did not move: 8.25 in the first 6 logs, 8.25 in the last 6")
     assert "`learning_rate` (2e-06)" in said
+
+
+def test_another_metric_is_compared_where_the_loss_says_little(caplog, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    history = [{"loss": -1.0, "nll": value} for value in run(60, 4.0)]
+    UnmovedCallback("nll").on_train_end(args, TrainerState(log_history=history), TrainerControl())
+    assert not caplog.records
+    history = [{"loss": value, "nll": 2.0} for value in run(60, 4.0)]
+    UnmovedCallback("nll").on_train_end(args, TrainerState(log_history=history), TrainerControl())
+    assert caplog.records[0].getMessage().startswith("`nll` did not move: 2 in the first 6 logs")

@@ -1,6 +1,7 @@
 """Which rows of an epoch's last batch are new, in any loader that accelerate makes."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from llmmix.filtering import FilteredSampler
 from llmmix.sftmix.pairing import PairSampler
-from llmmix.training.windows import new_rows
+from llmmix.training.windows import evaluated, new_rows, window
 
 
 def in_order(rows):
@@ -81,3 +82,25 @@ def test_a_stream_may_repeat_rows_and_says_so_once(caplog):
         )
         assert [new_rows(loader, len(batch["n"])) for batch in loader] == [2, 2]
     assert caplog.text.count("Rows are streamed") == 1
+
+
+def test_a_packed_batch_is_scored_whole(caplog):
+    """Its rows are one, and which of them were given before cannot be told."""
+    loader = DataLoader(range(5), batch_size=2)
+    loader = prepare_data_loader(loader, num_processes=2, process_index=1)
+    state = SimpleNamespace(active_dataloader=loader, num_processes=2)
+    trainer = SimpleNamespace(
+        callback_handler=SimpleNamespace(eval_dataloader=loader),
+        accelerator=SimpleNamespace(gradient_state=state, num_processes=2),
+        state=SimpleNamespace(max_steps=0, global_step=0),
+        control=SimpleNamespace(should_training_stop=False),
+    )
+    *_, last = loader
+    assert len(last) == 2 and new_rows(loader, 2) == 0  # this process's are repeated
+    padded = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}
+    padded["labels"] = torch.ones(2, 3)
+    assert evaluated(trainer, padded)["labels"].eq(-100).all()
+    packed = {name: torch.ones(1, 6) for name in ("input_ids", "labels", "position_ids")}
+    assert evaluated(trainer, packed) is packed
+    assert [batch is packed for batch in window(trainer, iter([packed]))] == [True]
+    assert "Rows are packed: where they do not fill the last batch" in caplog.text
