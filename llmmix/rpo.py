@@ -35,7 +35,8 @@ from llmmix.checkpoints.cards import sign
 from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.precision import evaluating
 from llmmix.rows.answer_weights import carry_answer_weights
-from llmmix.rows.weights import ROW, take_weights
+from llmmix.rows.pair_masks import carry_masks, mask_answers
+from llmmix.rows.weights import ROW, Rows, take_weights
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
@@ -253,8 +254,15 @@ class RPOTrainer(DPOTrainer):
         self._precompute_model_hash = f"{self._precompute_model_hash} llmmix {how} {precision}"
         self._attached = True
 
+    def _prepare_dataset(
+        self, dataset: Rows, processing_class: Any, args: DPOConfig, dataset_name: str
+    ) -> Rows:
+        rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return mask_answers(rows, processing_class, args)
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._attach_own_heads()  # TRL computes them while it makes the trainer
+        carry_masks(self, dataset)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(

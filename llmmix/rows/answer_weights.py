@@ -2,8 +2,8 @@
 
 The loss of such a row is of whole answers: a margin between two, or the probability of one. So its
 `weight` multiplies that loss, never a probability or a margin, and no token of an answer has a
-weight of its own. `token_weights` are refused, and so is a `weight` of a message but 0 or 1 where
-it changes nothing.
+weight of its own: `token_weights` are refused. A `weight` of a message is 0 or 1. Behind a prompt
+it may be 0 in preferences alone, where it is a mask: see llmmix/rows/pair_masks.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llmmix.rows.formats import check_preference_dataset
 from llmmix.rows.messages import SPEAKERS, is_messages
+from llmmix.rows.pair_masks import PAIR, carry_masks
 from llmmix.rows.weights import (
     ROW,
     TOKENS,
@@ -26,14 +27,18 @@ from llmmix.rows.weights import (
     has_column,
 )
 
-PAIR = ("chosen", "rejected")
 ANSWERED = ("completion", "messages", "conversations")  # whose last turn is the answer
 ASKED = ("prompt", "conversations", "question", "instruction")  # beside a pair
 Row = Mapping[str, Any]
 
 
 def weigh_answers(
-    rows: Any, argument: str, read: Callable[[Any], Rows], unweighted: str = ""
+    rows: Any,
+    argument: str,
+    read: Callable[[Any], Rows],
+    unweighted: str = "",
+    *,
+    masks: bool = False,
 ) -> Rows:
     """Read rows, with their weights checked before, and those of weight 0 dropped behind.
 
@@ -42,10 +47,12 @@ def weigh_answers(
         argument: The name under which they were given, for errors.
         read: Reads rows into the columns of a trainer, and may drop some.
         unweighted: Why these rows may have no `weight`, to end a sentence; "" where they may.
+        masks: Whether a message of an answer may weigh 0. In streams and in whole answers it may
+            not.
 
     Raises:
         ValueError: A weight is refused (`as_weight`), or there may be none; there are weights of
-            tokens; a message's is no 0 or 1, or is 0 and that of an answer; or none is left.
+            tokens; a message's is no 0 or 1, or is 0 where it may not be; or none is left.
     """
     if unweighted and has_column(rows, ROW):
         raise ValueError(
@@ -56,7 +63,8 @@ def weigh_answers(
             f"`{argument}` has a column `{TOKENS}`, and this loss is of whole answers. Remove it; "
             f"`{ROW}` weighs a row."
         )
-    return drop_weightless(read(_checked(check_row_weights(rows, argument), argument)), argument)
+    rows = _checked(check_row_weights(rows, argument), argument, masks)
+    return drop_weightless(read(rows), argument)
 
 
 def read_pairs(rows: Any, argument: str, args: DPOConfig, tokenizer: Any) -> Rows:
@@ -72,7 +80,7 @@ def read_pairs(rows: Any, argument: str, args: DPOConfig, tokenizer: Any) -> Row
         ValueError: One of the two refuses the rows, or a setting goes with no weights.
     """
     read = partial(check_preference_dataset, argument=argument, processing_class=tokenizer)
-    return weigh_answers(rows, argument, read, unweighable(args))
+    return weigh_answers(rows, argument, read, unweighable(args), masks=True)
 
 
 def unweighable(args: DPOConfig) -> str:
@@ -90,25 +98,30 @@ def unweighable(args: DPOConfig) -> str:
 
 
 def carry_answer_weights(trainer: DPOTrainer) -> None:
-    """`carry_weights`, and `weigh_answers` for rows that are given to `evaluate`.
+    """`carry_weights` and `carry_masks`, and `weigh_answers` for rows given to `evaluate`.
 
     Args:
         trainer: The trainer, before `train()`.
     """
+    carry_masks(trainer, trainer.train_dataset)
+    carry_masks(trainer, trainer.eval_dataset)
     carry_weights(trainer)
     prepare = trainer._prepare_dataset
 
     def prepared(dataset: Rows, processing_class: Any, args: DPOConfig, dataset_name: str) -> Rows:
-        dataset = weigh_answers(dataset, "eval_dataset", lambda rows: rows, unweighable(args))
+        why = unweighable(args)
+        dataset = weigh_answers(dataset, "eval_dataset", lambda rows: rows, why, masks=True)
+        dataset = prepare(dataset, processing_class, args, dataset_name)
+        carry_masks(trainer, dataset)
         carry_weights(trainer, dataset)
-        return prepare(dataset, processing_class, args, dataset_name)
+        return dataset
 
     trainer._prepare_dataset = prepared  # type: ignore[method-assign]  # on this trainer alone
 
 
-def _checked(rows: Any, argument: str) -> Any:
+def _checked(rows: Any, argument: str, masks: bool) -> Any:
     """Rows whose messages' weights are checked, those of a stream as they pass."""
-    check = partial(_check_messages, argument=argument)
+    check = partial(_check_messages, argument=argument, masks=masks and isinstance(rows, Dataset))
     if isinstance(rows, IterableDataset):
         chats = any(map(is_messages, next(iter(rows), {}).values()))
         return rows.filter(check, with_indices=True) if chats else rows
@@ -124,7 +137,7 @@ def _checked(rows: Any, argument: str) -> Any:
     return rows
 
 
-def _check_messages(row: Row, number: int, argument: str) -> bool:
+def _check_messages(row: Row, number: int, argument: str, masks: bool) -> bool:
     """True, so that a filter keeps the row.
 
     Raises:
@@ -137,7 +150,9 @@ def _check_messages(row: Row, number: int, argument: str) -> bool:
             raise ValueError(
                 f"{what} is {weight:g}, and the loss is of whole answers. Give the row a `{ROW}`."
             )
-        if weight == 0 and place in _answered(row, column):
+        answered = _answered(row, column)
+        some = any(_messages(row, column)[n].get(ROW) != 0 for n in answered)
+        if weight == 0 and place in answered and not (masks and some):
             raise ValueError(
                 f"{what} is 0, and it is part of an answer, which the loss takes whole. Give the "
                 f"row a `{ROW}` of 0, or move the message to the prompt."

@@ -54,7 +54,7 @@ def as_weight(value: Any, what: str) -> float:
     if weight < 0:
         raise ValueError(
             f"{what} is {weight:g}: a loss of negative weight has no lower bound. Give 0 to leave "
-            "it out; to unlearn rows, train with `UnlearnTrainer`."
+            "it out; rows to unlearn are rows to forget of `UnlearnTrainer`."
         )
     return weight
 

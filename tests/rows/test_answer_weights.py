@@ -74,6 +74,16 @@ def test_weights_that_would_split_an_answer_are_refused(name):
         weigh([row, row])
 
 
+def test_a_message_of_an_answer_may_be_masked_where_others_are_left():
+    row = REFUSED["answer"][0]
+    assert len(weigh(row, masks=True)) == 1
+    with pytest.raises(ValueError, match="message 0 of `rejected` is 0, and it is part"):
+        weigh(REFUSED["rejected"][0], masks=True)
+    rows = Dataset.from_list([row]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="message 1 of `chosen` is 0, and it is part"):
+        list(weigh_answers(rows, "rows", lambda found: found, masks=True))
+
+
 def test_messages_of_a_stream_are_checked_as_they_pass():
     rows = Dataset.from_list([REFUSED["half"][0]] * 2).to_iterable_dataset()
     with pytest.raises(ValueError, match="`rows`, row 0: `weight` of message 0 of `chosen`"):
