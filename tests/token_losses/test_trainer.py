@@ -9,7 +9,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import SFTMixConfig, SFTMixTrainer, TokenLossConfig, TokenLossTrainer, attach_heads
-from llmmix.processes import say_once
 from llmmix.token_losses.objective import TokenObjective
 
 SETTINGS = {
