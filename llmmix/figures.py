@@ -253,3 +253,39 @@ def draw_scatter(
     axis.set_ylabel(ylabel)
     write_whole(path, png(figure))
     return Path(path)
+
+
+@drawing()
+def draw_ranges(
+    path: str | Path,
+    panels: dict[str, dict[str, "np.ndarray"]],
+    *,
+    marks: dict[str, float] | None = None,
+    across: int = 3,
+) -> Path:
+    """A PNG of panels, a line a name: the mean over repeats, and a bar over their range.
+
+    Args:
+        path: Path of the PNG.
+        panels: For each title, repeats by name; every panel has the same names.
+        marks: A value to compare with by title, drawn as a dashed line.
+        across: The most panels that stand side by side.
+
+    Returns:
+        The path.
+    """
+    lines = max(len(names) for names in panels.values())
+    figure, axes = grid(len(panels), across, size=(3.2, 0.8 + 0.2 * lines))
+    for place, (axis, (title, names)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for line, values in enumerate(names.values()):
+            axis.plot([values.min(), values.max()], [line, line], color=COLOURS[0], linewidth=2)
+            axis.plot(values.mean(), line, marker="o", markersize=5, color=COLOURS[0])
+        if marks and title in marks:
+            axis.axvline(marks[title], color="black", linestyle="--", linewidth=0.8)
+        shown = map(label, names) if place % across == 0 else [""] * len(names)
+        axis.set_yticks(range(len(names)), list(shown), fontsize=8)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_xlim(left=0)
+        axis.set_title(label(title), fontsize=9)
+    write_whole(path, png(figure))
+    return Path(path)

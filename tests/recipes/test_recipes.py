@@ -146,6 +146,45 @@ def test_dco_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys):
     assert "cross-entropy" in capsys.readouterr().out
 
 
+def test_token_losses_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys):
+    """On its own losses and sets, in this process; the wrong answers are a share of the rows."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    study = importlib.import_module("llmmix.recipes.token_losses_study")
+    monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tiny-1").symlink_to(checkpoint)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    args = study.StudyArguments(
+        str(tmp_path / "out"),
+        losses=["gce 0.3"],
+        sets=["wrong"],
+        seeds=[0, 1],
+        teach_rows=990,
+        teach_steps=2,
+        steps=2,
+        batch_size=2,
+        test_rows=3,
+        num_samples=2,
+        few_rows=4,
+    )
+    study.main(args)
+    found = json.loads((tmp_path / "out" / "token_losses_study.json").read_text())
+    assert set(found) == {"before"} | {f"{s}, {n}" for s in args.sets for n in args.losses}
+    assert all(len(found[name]) == 2 for name in found if name != "before")
+    assert (tmp_path / "out" / "token_losses_study.png").read_bytes().startswith(b"\x89PNG")
+    assert "wrong: mean and range" in capsys.readouterr().out
+    sets = study.prepare(args, seed=0)
+    assert len(sets["few"]) == 4 and len(sets["taught"]) == 990
+    slips = [
+        row["answer"] not in row["completion"][0]["content"].rpartition("=")[2]
+        for row in study.prepare(study.StudyArguments(wrong_share=0.5))["wrong"]
+    ]
+    assert 0.3 < sum(slips) / len(slips) < 0.7
+    with pytest.raises(ValueError, match="`losses`"):
+        study.main(study.StudyArguments(losses=["nle"]))
+
+
 def test_report_to_tensorboard(rows, checkpoint):
     argv = ["run", "dco", "--model_name_or_path", checkpoint, "--output_dir", str(rows / "out")]
     argv += ["--dataset_name", str(rows / "math.jsonl"), "--report_to", "tensorboard", *SMALL]

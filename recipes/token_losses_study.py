@@ -1,0 +1,237 @@
+"""Study: which token loss pays where: on clean rows, among wrong answers, and with few rows.
+
+    llmmix run token_losses_study
+
+Teaches builtin:tiny one-step problems until it solves some of those it has not seen, then goes on
+with each loss and seed on other problems: as they are, with a share of wrong answers, and with few
+of them. Measures held-out problems, prints a table of each set, and writes
+OUTPUT_DIR/token_losses_study.json and token_losses_study.png. The taught model is kept there. No
+network; under 15 minutes on two cores.
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+from llmmix import TokenLossConfig, TokenLossTrainer
+from llmmix.cli import parse_args
+from llmmix.command_line.launching import end_with_caller
+from llmmix.data import load_splits
+from llmmix.figures import draw_ranges, never_fatal
+from llmmix.files import claim, read_json, write_whole
+from llmmix.grading import Verifier, judge, pass_at_n
+from llmmix.models import resolve_checkpoint
+from llmmix.sampling import sample
+from llmmix.terminal import number, print_table
+from llmmix.token_losses.loss_table import LOSSES
+
+OWN: dict[str, dict] = {  # by name, where it is not that of a loss at its defaults
+    "gce 0.3": {"loss_type": "gce", "gce_q": 0.3},
+    "gce 0.7": {"loss_type": "gce", "gce_q": 0.7},
+    "gce -0.3": {"loss_type": "gce", "gce_q": -0.3},
+}
+CONTENDERS = ["nll", "dft", *OWN, *(name for name in LOSSES if name not in ("nll", "dft", "gce"))]
+SETS = ("clean", "wrong", "few")
+SHOWN = {"greedy": "greedy", "pass@1": "pass@1", "pass@N": "pass@N", "nll": "NLL a token"}
+DRAWN = ("pass@1", "pass@N")
+
+
+@dataclass
+class StudyArguments:
+    """The size of the study."""
+
+    output_dir: str = field(default="runs/token_losses_study", metadata={"help": "Output folder."})
+    losses: list[str] = field(
+        default_factory=lambda: list(CONTENDERS),
+        metadata={"help": f"Losses to compare, among {', '.join(CONTENDERS)}."},
+    )
+    sets: list[str] = field(
+        default_factory=lambda: list(SETS),
+        metadata={"help": f"Sets to train on, among {', '.join(SETS)}."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds."})
+    teach_rows: int = field(default=800, metadata={"help": "Problems to teach first."})
+    teach_steps: int = field(default=600, metadata={"help": "Steps of teaching."})
+    few_rows: int = field(default=24, metadata={"help": "Problems of the set with few rows."})
+    wrong_share: float = field(
+        default=0.4, metadata={"help": "Share of wrong answers in the set that has some."}
+    )
+    steps: int = field(default=100, metadata={"help": "Steps that follow, with each loss."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of these steps."})
+    batch_size: int = field(default=32, metadata={"help": "Problems of a step."})
+    test_rows: int = field(default=125, metadata={"help": "Held-out problems to sample."})
+    num_samples: int = field(default=8, metadata={"help": "Samples of each: the N of pass@N."})
+    processes: int = field(
+        default_factory=lambda: min(os.cpu_count() or 1, 8), metadata={"help": "Parallel runs."}
+    )
+
+
+def main(args: StudyArguments) -> None:
+    """Teach a model, go on with each loss on each set, and show the results."""
+    for name, known in {"losses": CONTENDERS, "sets": SETS}.items():
+        if unknown := [given for given in getattr(args, name) if given not in known]:
+            raise ValueError(f"`{name}`: no {unknown[0]!r}; there are {', '.join(known)}.")
+    folder, results = claim(args.output_dir), dict[str, list[dict]]()
+    resolve_checkpoint("builtin:tiny")
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), end_with_caller) as pool:
+        print("Teaching the model to begin with", flush=True)
+        results["before"] = [pool.submit(teach, args).result()]
+        print(f"  before: {brief(results['before'][0])}", flush=True)
+        jobs = product(args.sets, args.losses, args.seeds)
+        running = {pool.submit(fine_tune, args, *job): job for job in jobs}
+        for count, done in enumerate(as_completed(running), 1):
+            rows, loss, seed = running[done]
+            results.setdefault(f"{rows}, {loss}", []).append(done.result())
+            shown = f"{rows}, {loss}, seed {seed}: {brief(done.result())}"
+            print(f"  {count} of {len(running)}: {shown}", flush=True)
+            write_whole(folder / "token_losses_study.json", json.dumps(results, indent=1))
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    show(args, results)
+
+
+def teach(args: StudyArguments) -> dict[str, float]:
+    """Train on the first problems by cross-entropy, unless that is done, and measure."""
+    problems, taught = prepare(args), Path(args.output_dir) / "taught"
+    settings = [args.teach_rows, args.teach_steps, args.batch_size]
+    done = taught / "taught.json"  # the settings it was taught with
+    checkpoint = str(taught)
+    if read_json(done) != settings:
+        done.unlink(missing_ok=True)  # not to be believed if this is killed halfway
+        checkpoint = resolve_checkpoint("builtin:tiny")
+        steps = {"max_steps": args.teach_steps, "learning_rate": 2e-3}
+        trainer = made(args, checkpoint, problems["taught"], lr_scheduler_type="cosine", **steps)
+        trainer.train()
+        trainer.save_model(checkpoint := str(taught))
+        write_whole(done, json.dumps(settings))
+    return measure(args, made(args, checkpoint, problems["taught"]), problems["test"])
+
+
+def fine_tune(args: StudyArguments, rows: str, loss: str, seed: int) -> dict[str, float]:
+    """One run: go on from the taught model, and measure."""
+    problems = prepare(args, seed)
+    settings = {
+        "loss_type": loss,
+        **OWN.get(loss, {}),
+        "max_steps": args.steps,
+        "learning_rate": args.learning_rate,
+        "seed": seed,
+    }
+    trainer = made(args, str(Path(args.output_dir) / "taught"), problems[rows], **settings)
+    trainer.train()
+    return measure(args, trainer, problems["test"])
+
+
+def prepare(args: StudyArguments, seed: int = 0) -> dict[str, Dataset]:
+    """Set this process to one core and no progress bars, and return the rows of each set."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    splits = load_splits("builtin:math", "1")
+    # The same problems, in the same order, each with a plausible wrong solution
+    pairs = load_splits("builtin:preferences", "1")["train"]
+    right = splits["train"].add_column("rejected", pairs["rejected"][:]).shuffle(seed=0)
+    rest = right.select(range(args.teach_rows, len(right)))
+    slips = np.random.default_rng(seed).random(len(rest)) < args.wrong_share
+    wrong = [
+        {**row, "completion": row["rejected"]} if slip else row
+        for row, slip in zip(rest, slips, strict=True)
+    ]
+    return {
+        "taught": right.take(args.teach_rows),
+        "clean": rest,
+        "wrong": Dataset.from_list(wrong),
+        "few": rest.shuffle(seed=seed).take(args.few_rows),
+        "test": splits["test"].take(args.test_rows),
+    }
+
+
+def made(args: StudyArguments, checkpoint: str, rows: Dataset, **settings: Any) -> TokenLossTrainer:
+    """A trainer that says nothing."""
+    config = TokenLossConfig(
+        str(Path(args.output_dir) / "training" / str(os.getpid())),
+        **{"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, **settings},
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = TokenLossTrainer(
+        checkpoint, config, train_dataset=rows.select_columns(["prompt", "completion"])
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def measure(args: StudyArguments, trainer: TokenLossTrainer, test: Dataset) -> dict[str, float]:
+    """Held-out problems: solved by the most likely answer, by one sample, by any; and the NLL."""
+    solved = {}
+    for name, samples, temperature in (("greedy", 1, 0.0), ("pass@1", args.num_samples, 1.0)):
+        draws = sample(
+            trainer.model,
+            trainer.processing_class,
+            test["prompt"],
+            samples,
+            max_new_tokens=16,
+            temperature=temperature,
+            token_budget=65536,
+        )
+        correct = np.zeros(len(test), dtype=int)
+        with Verifier("exact") as verifier:
+            for completion, verdict in judge(draws, dict(enumerate(test["answer"])), verifier):
+                correct[completion.prompt] += verdict == "right"
+        solved[name] = float(pass_at_n(samples, correct, 1).mean())
+    solved["pass@N"] = float(pass_at_n(args.num_samples, correct, args.num_samples).mean())
+    rows = test.select_columns(["prompt", "completion"])
+    return {**solved, "nll": trainer.evaluate(rows)["eval_nll_per_token"]}
+
+
+def brief(measured: dict[str, float]) -> str:
+    """The metrics in one line."""
+    return ", ".join(f"{name} {measured[key]:.3f}" for key, name in SHOWN.items())
+
+
+def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
+    """Mean and range over the seeds, printed a set a table, and drawn."""
+    (before,) = results["before"]
+    names = {**SHOWN, "pass@N": f"pass@{args.num_samples}"}
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for key, rows, loss in product(SHOWN, args.sets, args.losses):
+        found = np.array([run[key] for run in results[f"{rows}, {loss}"]])
+        panels.setdefault(f"{names[key]}, {rows}", {})[loss] = found
+    for rows in args.sets:
+        cells = [["before", *(number(before[key]) for key in SHOWN)]]
+        for loss in args.losses:
+            found = [panels[f"{name}, {rows}"][loss] for name in names.values()]
+            ends = (f"{number(v.min(), 2)} to {number(v.max(), 2)}" for v in found)
+            means = (number(v.mean()) for v in found)
+            cells.append([loss, *("\n".join(pair) for pair in zip(means, ends, strict=True))])
+        title = f"{rows}: mean and range over {len(args.seeds)} seeds"
+        print_table(title, ["", *names.values()], cells)
+    drawn = {f"{names[key]}, {rows}": before[key] for key in DRAWN for rows in args.sets}
+    path = Path(args.output_dir) / "token_losses_study.png"
+    with never_fatal("figure"):
+        chosen = {title: panels[title] for title in drawn}
+        print(f"Figure: {draw_ranges(path, chosen, marks=drawn, across=len(args.sets))}")
+
+
+if __name__ == "__main__":
+    main(*parse_args((StudyArguments,), __file__))
