@@ -104,13 +104,13 @@ class PaddingFree:
 
     def __init__(self, model: nn.Module):
         check_padding_free(model)
-        self._ways: dict[str, str] = {}  # by the name of the model's attention
+        self._ways: dict[tuple[str, torch.dtype | None], str] = {}
         self._trying: str | None = None
 
     def settle(
         self, model: PreTrainedModel, fused_forward: Callable[..., Any], attaching: bool
     ) -> None:
-        """Find the way for the model's attention, once. The weights are there.
+        """Find the way for the model's attention, once for each precision. The weights are there.
 
         Args:
             model: The model.
@@ -122,9 +122,10 @@ class PaddingFree:
         Raises:
             ValueError: The model does not answer alike without padding, or cannot be asked.
         """
-        name = _attention(model)
-        if name in self._ways:
+        setting = _setting(model)
+        if setting in self._ways:
             return
+        name = setting[0]
         batch = _padded_batch(model)
         try:
             expected = probe(model, batch, fused_forward)
@@ -136,7 +137,7 @@ class PaddingFree:
         for way in _ways(name):
             failure = self._try(way, model, batch, expected, fused_forward)
             if failure is None:
-                self._ways[name] = way
+                self._ways[setting] = way
                 if way in (POSITIONS, MASKS):
                     _say_dense(model, failures[0] if name == NAME else f"it is {name!r}")
                 return
@@ -180,7 +181,7 @@ class PaddingFree:
             return None
         else:
             tokens = Tokens.kept_by(mask)
-        way = self._trying or self._ways[_attention(model)]
+        way = self._trying or self._ways[_setting(model)]
         return None if tokens is None else TokenRow(model, tokens, way, inputs)
 
 
@@ -293,8 +294,11 @@ def embedded(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "input_ids": None, "inputs_embeds": embeddings(inputs["input_ids"])}
 
 
-def _attention(model: PreTrainedModel) -> str:
-    return model.config.get_text_config()._attn_implementation or "eager"
+def _setting(model: PreTrainedModel) -> tuple[str, torch.dtype | None]:
+    """The name of the model's attention, and the dtype of autocast: kernels differ by both."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return model.config.get_text_config()._attn_implementation or "eager", dtype
 
 
 def _ways(name: str) -> tuple[str, ...]:
