@@ -33,7 +33,7 @@ def test_numbers_and_bools_are_weights_and_nothing_is_one(given, expected):
 BAD = [
     ([1.0, math.nan], "row 1: `weight` is nan. Give a finite number"),
     ([math.inf, 1.0], "row 0: `weight` is inf"),
-    ([1.0, 1.0, -0.5], "row 2: `weight` is -0.5.*train with `UnlearnTrainer`"),
+    ([1.0, 1.0, -0.5], "row 2: `weight` is -0.5.*rows to forget of `UnlearnTrainer`"),
     (["0", "1"], "row 0: `weight` is '0', of type str"),
     ([[1.0], [1.0]], "row 0: `weight` is .1.0., of type list"),
     ([0, 0.0, False], "`weight` is 0 in all of its 3 rows"),
