@@ -135,7 +135,7 @@ def widths(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_is_the_padded_batch(name, widths, caplog):
     model = build(name, torch.float32 if name in IN_FP32 else torch.float64)
-    padding_free.say_once.cache_clear()
+    padding_free.log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         free = trained(model, batch(), True)
     rtol = 1e-5 if name in IN_FP32 else 1e-9
