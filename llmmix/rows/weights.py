@@ -272,7 +272,7 @@ class Weights(NamedTuple):
 
         Where a model has put virtual tokens before a row, T' is larger, and they weigh 1.
         """
-        weights = self.of_rows(values[:, 0]).unsqueeze(1).expand_as(values)
+        weights = self.of_rows(values.new_ones(len(values))).unsqueeze(1).expand_as(values)
         if self.tokens is None:
             return weights
         tokens = self.tokens[:, 1:].to(values)

@@ -125,3 +125,4 @@ def test_weights_of_rows_and_tokens_are_one_product():
     # Two virtual tokens of an adapter stand before the row
     assert weights.of_tokens(torch.ones(2, 4))[:, 2:].tolist() == [[0.5, 1.0], [1.0, 0.0]]
     assert weights.times(torch.ones(2)).tolist() == [0.5, 2.0]  # of rows
+    assert Weights(weights.rows, tokens[:, :1]).times(torch.ones(2, 0)).shape == (2, 0)
