@@ -156,6 +156,8 @@ SETTINGS = [  # script, flag, value; the flag must be told
     ("mixing_study", "test_rows", "0"),
     ("unlearning_study", "losses", "x"),
     ("unlearning_study", "processes", "0"),
+    ("token_losses_study", "losses", "x"),
+    ("token_losses_study", "few_rows", "0"),
     ("pass_at_n", "num_samples", "0"),
     ("pass_at_n", "n", "0"),
     ("pass_at_n", "temperature", "-1"),

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 from llmmix.eval.speed import _print_table as print_speed
-from llmmix.recipes import dco_study, mixing_study, unlearning_study
+from llmmix.recipes import dco_study, mixing_study, token_losses_study, unlearning_study
 from rich.cells import cell_len
 
 from llmmix.grading.printing import print_tables
@@ -171,6 +171,13 @@ def test_studies(capsys, width, tmp_path, monkeypatch):
     names = ("original", "retrained", "npo 0.0001")
     unlearning_study.show(args, {name: [{"metrics": metrics}] * 2 for name in names})
     cells = ["0.500\n0.50 to 0.50", "0.000\n0.0 to 0.0", "quality, log10 of p", *names]
+    assert_whole(capsys.readouterr().out.partition("Figure")[0], cells, width)
+
+    monkeypatch.setattr(token_losses_study, "draw_ranges", lambda *_, **__: "figure")
+    args = token_losses_study.StudyArguments(losses=["label_smoothing"], sets=["few"])
+    run = dict.fromkeys(token_losses_study.SHOWN, 0.125)
+    token_losses_study.show(args, {"before": [run], "few, label_smoothing": [run] * 3})
+    cells = ["0.125\n0.12 to 0.12", "label_smoothing", "before", "pass@8", "NLL a token"]
     assert_whole(capsys.readouterr().out.partition("Figure")[0], cells, width)
 
     args = dco_study.StudyArguments(str(tmp_path), steps=[80 * i for i in range(1, 10)], seeds=[0])

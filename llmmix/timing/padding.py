@@ -17,6 +17,7 @@ from llmmix.timing.steps import made_trainer, stepping
 METHODS = {"nll": "nll", "DCO": "dco", "SFTMix": "sftmix", "RPO": "rpo"}  # by name in the table
 PAIRED = ("RPO",)
 ROWS = 1000  # of a dataset, to draw batches from
+BATCHES = 200  # drawn in as many epochs as it takes, to find a typical one that is short
 
 
 def padding_cases(
@@ -127,8 +128,8 @@ def read_of(lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
 def typical_batch(lengths: Sequence[Sequence[int]], size: int) -> tuple[list[int], float]:
     """A batch that is padded as the batches of an epoch are together.
 
-    Of the tenth of the batches whose share of padding is nearest to that of all together, it is the
-    one of the fewest tokens, so that a step is short.
+    Of the tenth of 200 or more batches whose share of padding is nearest to that of all together,
+    it is the one of the fewest tokens, so that a step is short.
 
     Args:
         lengths: Tokens of each sequence of each row.
@@ -137,8 +138,10 @@ def typical_batch(lengths: Sequence[Sequence[int]], size: int) -> tuple[list[int
     Returns:
         The numbers of its rows, and the share of padding of all batches.
     """
-    order = np.random.default_rng(0).permutation(len(lengths))
-    batches = [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)]
+    rng, batches = np.random.default_rng(0), list[list[int]]()
+    while len(batches) < BATCHES:
+        order = rng.permutation(len(lengths)).tolist()
+        batches += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     tokens, read = np.array([read_of([lengths[row] for row in batch]) for batch in batches]).T
     overall = 1 - tokens.sum() / read.sum()
     distance = abs(1 - tokens / read - overall)
