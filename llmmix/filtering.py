@@ -52,7 +52,7 @@ class LikelihoodFilter:
     def __init__(
         self, trainer: SFTTrainer, *, n_samples: int | None = None, threshold: float = 0.1
     ):
-        if trainer.padding_free:
+        if getattr(trainer, "padding_free", False):
             raise ValueError(
                 "TRL's `padding_free` and `packing` join a batch into one row, and a filter needs "
                 "rows apart. Leave them off; `attach_heads(trainer, padding_free=True)` computes "

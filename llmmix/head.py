@@ -25,7 +25,7 @@ from llmmix.fused.sharding import is_spread
 from llmmix.head_check import check_answers, has_weights
 from llmmix.head_weights import HeadAtHand, head_scaling
 from llmmix.logprobs import STATISTICS, HeadStatistics
-from llmmix.padding_free import as_padded, has_padding, without_padding
+from llmmix.padding_free import PaddingFree, backbone_of
 
 # Maps hidden states (B, T, H), the labels of the token after each (B, T; -100 where ignored), and
 # the head at hand to a dict of tensors. Under "statistics" it may return a `HeadStatistics` of the
@@ -129,23 +129,21 @@ def attach_head(
             forward and backward, which saves the backward a matrix product; 0 for none,
             `llmmix.logprobs.MEMORY_BUDGET` by default. The choice is logged at level INFO.
         padding_free: Run the backbone on the tokens of a padded batch alone, as one row in which
-            each sequence sees itself. All that comes out has the shape of the padded batch.
+            each sequence sees itself. All that comes out has the shape of the padded batch. How the
+            model can do so is found as the answer is compared: see `llmmix.padding_free`.
         top_k: The most likely tokens that `top_k_entropy` is over.
 
     Raises:
         TypeError: The model has no output embeddings to take log-probabilities from, or has an
             encoder.
-        ValueError: `outputs` has an unknown name; or the model's own log-probabilities or router
-            loss are others than the head's.
+        ValueError: `outputs` has an unknown name; the model's own log-probabilities or router
+            loss are others than the head's; or it cannot run without padding.
     """
-    if unknown := set(outputs) - set(STATISTICS):
-        raise ValueError(
-            f"`outputs` must be names among {', '.join(STATISTICS)}, got "
-            f"{', '.join(map(repr, sorted(unknown)))}."
-        )
+    _check_outputs(outputs)
     base = causal_lm(model)
     own_forward = _own_forward(base)
     compared = getattr(base.forward, "compared", set[str]())
+    unpadding = PaddingFree(model) if padding_free else None
 
     def compare(model: PreTrainedModel) -> None:
         fused = functools.partial(_fused_forward, model)
@@ -167,15 +165,31 @@ def attach_head(
                 if is_spread(self) or "once" not in compared:  # on all processes, or on none
                     compare(self)
                 compared.add("forward")
-            kwargs.update(padding_free=padding_free, top_k=top_k)
+            _settle(unpadding, self, attaching=False)
+            kwargs.update(padding_free=unpadding, top_k=top_k)
             return _fused_forward(self, outputs, memory_budget, head_objective, *args, **kwargs)
         return own_forward(self, *args, **kwargs)
 
     forward.own_forward = own_forward  # type: ignore[attr-defined]  # found by `_own_forward`
     forward.compared = compared  # type: ignore[attr-defined]
-    if "once" not in compared and has_weights(base) and not is_spread(base):
-        compare(base)
+    if has_weights(base) and not is_spread(base):
+        if "once" not in compared:
+            compare(base)
+        _settle(unpadding, base, attaching=True)
     base.forward = types.MethodType(forward, base)
+
+
+def _check_outputs(outputs: tuple[str, ...]) -> None:
+    if unknown := set(outputs) - set(STATISTICS):
+        raise ValueError(
+            f"`outputs` must be names among {', '.join(STATISTICS)}, got "
+            f"{', '.join(map(repr, sorted(unknown)))}."
+        )
+
+
+def _settle(unpadding: PaddingFree | None, model: PreTrainedModel, attaching: bool) -> None:
+    if unpadding is not None:
+        unpadding.settle(model, functools.partial(_fused_forward, model), attaching)
 
 
 def causal_lm(model: Any, argument: str = "model") -> PreTrainedModel:
@@ -224,7 +238,7 @@ def _fused_forward(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    padding_free: bool = False,
+    padding_free: PaddingFree | None = None,
     top_k: int = 20,
     **kwargs: Any,
 ) -> FusedHeadOutput:
@@ -235,20 +249,13 @@ def _fused_forward(
     kwargs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    base: Any = model.base_model
-    if base is model:  # its name is that of another class's, as in the text models of some others
-        base = getattr(model, "model", model)
-    padded: Any = kwargs.get("attention_mask")
-    unpadded = padding_free and has_padding(padded)
-    if unpadded:
-        kwargs = without_padding(kwargs)
-    backbone = base(*args, **kwargs)
-    states = backbone.last_hidden_state
-    if unpadded:
-        states = as_padded(states, padded)
+    row = None if padding_free is None else padding_free.row(model, args, kwargs)
+    backbone = backbone_of(model)(*args, **(kwargs if row is None else row.inputs))
+    states = backbone.last_hidden_state if row is None else row.padded(backbone.last_hidden_state)
     embedding, scaling = model.get_output_embeddings(), head_scaling(config)
     head = HeadAtHand(embedding, scaling, memory_budget, outputs, top_k)
     hidden, labels = _shift(states, labels, shift_labels, head.device)
+    labels = labels if row is None else row.predicted(labels)
     mask = labels != -100
     extra = None if objective is None else objective(hidden, labels, head)
     rows = None if extra is None else extra.pop("statistics", None)
@@ -259,7 +266,8 @@ def _fused_forward(
     loss = -fields["log_probs"].sum() / count
     aux_loss: Any = None  # typed upstream as if it could be an int
     if kwargs.get("output_router_logits"):
-        aux_loss = _router_loss(model, backbone, kwargs.get("attention_mask"))
+        kept = None if row is not None else kwargs.get("attention_mask")
+        aux_loss = _router_loss(model, backbone, kept)
         coefficient = _first(model, ("router_aux_loss_coef", "aux_loss_coef"))
         loss = loss + (coefficient or 0.0) * aux_loss
     return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, objective=extra, **fields)

@@ -1,7 +1,8 @@
 """Is the fused head's answer the model's own? Compared once, at a few random positions.
 
 A model may do more to its hidden states or logits than its config says, and no config is asked for
-all that models do. The fused head would then train another model in silence.
+all that models do. The fused head would then train another model in silence. So would a model that
+is run without padding and lets sequences see each other.
 """
 
 import logging
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmmix.fused.sharding import is_spread
+
 logger = logging.getLogger(__name__)
 
 POSITIONS = 8
 # Log-probabilities may differ by this share of the spread of the logits, in fp32
 CLOSE = 1e-3
+# Errors of rounding that hidden states have gathered, beside that of one
+GATHERED = 10
 
 
 def has_weights(model: PreTrainedModel) -> bool:
@@ -73,6 +78,48 @@ def check_answers(
                 f"The fused head's router loss differs by {off:.2g} from that of {name}, which has "
                 "one of its own. Set `output_router_logits=False` in the model's config."
             )
+
+
+def probe(
+    model: PreTrainedModel, inputs: dict[str, Tensor], fused_forward: Callable[..., Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states (n, H) at the labels of a batch, and the router loss of an MoE model.
+
+    The model runs in evaluation mode and without gradients.
+
+    Args:
+        model: A causal language model, whose weights are there.
+        inputs: Tokens, mask and labels of the batch.
+        fused_forward: As for `check_answers`.
+    """
+
+    def take(hidden: Tensor, labels: Tensor, _: Any) -> dict[str, Tensor]:
+        return {"hidden": hidden[labels != -100].float()}
+
+    inputs = {name: x.to(_device(model)) for name, x in inputs.items()}
+    with _probing(model):
+        output = fused_forward((), None, take, **inputs)
+    return output.objective["hidden"], output.aux_loss
+
+
+def difference(
+    model: PreTrainedModel,
+    expected: tuple[Tensor, Tensor | None],
+    found: tuple[Tensor, Tensor | None],
+) -> str | None:
+    """How two answers of `probe` differ, in words; None within rounding, or where one is NaN."""
+    hidden, aux_loss = expected
+    if not hidden.isfinite().all():
+        return None
+    off = ((found[0] - hidden).norm(dim=-1) / hidden.norm(dim=-1)).max().item()
+    coarse = torch.bfloat16 if is_spread(model) else model.dtype  # FSDP may round to bf16
+    if not off <= CLOSE + GATHERED * _rounding(model, coarse):
+        return f"its hidden states differ by {off:.2g} of their size"
+    if aux_loss is not None and found[1] is not None:
+        off = (aux_loss - found[1]).abs().item()
+        if not off <= 10 * CLOSE * max(1.0, aux_loss.abs().item()):
+            return f"its router loss differs by {off:.2g}"
+    return None
 
 
 def _check_logps(

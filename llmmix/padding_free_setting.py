@@ -12,7 +12,6 @@ from typing import Any
 
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
-from llmmix.processes import warn_once
 from llmmix.trainers import attach_heads
 
 
@@ -72,9 +71,3 @@ def _check(args: SFTConfig | DPOConfig) -> None:
                 f"`padding_free=True` computes padded rows without their padding, and `{name}=True`"
                 " leaves none: set one of them to False."
             )
-    if args.neftune_noise_alpha is not None:
-        warn_once(
-            "`padding_free` makes the noise of `neftune_noise_alpha` smaller: it falls with the "
-            "square root of a row's length, and the model reads a batch as one row. For 8 rows "
-            "that are half padding, alpha must be twice as large."
-        )

@@ -22,7 +22,8 @@ from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.processes import warn_once
 from llmmix.rows.answer_weights import read_pairs
 from llmmix.rows.formats import check_sft_dataset
-from llmmix.rows.message_weights import has_message_weights, weigh
+from llmmix.rows.message_checks import has_message_weights
+from llmmix.rows.message_weights import check_formatted, weigh
 from llmmix.rows.turns import WHOLE_CHATS, log_scored, tokenize_turns
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -108,7 +109,8 @@ def check_sft_datasets(
             evaluation rows.
     """
     if trainer_arguments.get("formatting_func") is not None:
-        return train_dataset  # the function makes the text, from columns of any name
+        # The function makes the text, from columns of any name
+        return check_formatted(train_dataset, "train_dataset")
     if _leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
         return train_dataset  # the collator makes the batch, from columns of any name
     tokenizer = _processing_class(args, model, trainer_arguments)

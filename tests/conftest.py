@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llmmix import builtin, files
+from llmmix.padding_free import LENGTHS
 from tests.checkpoint import save_random_checkpoint
 from tests.ranks import run_on_two_ranks
 
@@ -100,6 +101,23 @@ def _with_confidence(rows):
 @pytest.fixture
 def text_rows():
     return Dataset.from_dict({"text": ["2+2=4", "3+4=7", "10-3=7", "6*7=42"]})
+
+
+@pytest.fixture
+def batches_read(monkeypatch):
+    """Rows and columns of what each forward of a model reads.
+
+    What a model is compared with itself on is left out.
+    """
+    read, forward = [], torch.nn.Embedding.forward
+    compared = len(LENGTHS), max(LENGTHS)
+
+    def noted(self, ids):
+        read.extend({tuple(ids.shape)} - {compared})
+        return forward(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", noted)
+    return read
 
 
 @pytest.fixture(scope="session")

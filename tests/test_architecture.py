@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from trl import DPOTrainer, SFTTrainer
 
 from tests import house as rules
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high: a module imports its own layer and those below
 LAYERS = [
     {"cli", "command_line", "files", "fused", "logprobs", "processes", "terminal", "training"},
-    {"head", "head_check", "head_weights", "padding_free"},
+    {"head", "head_check", "head_weights", "padding_free", "segment_attention"},
     {
         "builtin",
         "checkpoints",
@@ -60,6 +60,8 @@ FOREIGN = {
     "llmmix.head": {"torch", "transformers", "peft"},
     "llmmix.head_check": {"torch", "transformers"},
     "llmmix.head_weights": {"torch", "transformers", "peft"},
+    "llmmix.padding_free": {"torch", "transformers", "peft"},
+    "llmmix.segment_attention": {"torch", "transformers"},
     "llmmix.laws.": LAWS,
     "llmmix.laws.figures": {*LAWS, "matplotlib"},
     "llmmix.majority": {"torch"},
@@ -82,6 +84,7 @@ PRIVATE = {
     "_get_grad_norm": Trainer,
     "_get_help_string": argparse.HelpFormatter,
     "_get_train_sampler": Trainer,
+    "_is_stateful": PreTrainedModel,
     "_metrics": SFTTrainer,
     "_name": SFTTrainer,
     "_original_forward": Accelerator,

@@ -3,6 +3,7 @@
 `clock.py`      contenders in turns, medians, ratios, and the peak memory of each
 `head.py`       the fused head alone
 `steps.py`      whole training steps
+`padding.py`    training steps on uneven rows, without their padding and with it
 `sampling.py`   completions of prompts
 `draws.py`      the draws of a mixture
 

@@ -19,7 +19,13 @@ from llmmix.command_line.launching import end_with_caller
 from llmmix.models import free_memory
 
 # Imported before a call is measured, so that it is no part of what the call adds in memory
-PRELOADED = ["trl.trainer.dpo_trainer", "llmmix.sftmix", "llmmix.timing.steps", "peft"]
+PRELOADED = [
+    "trl.trainer.dpo_trainer",
+    "llmmix.sftmix",
+    "llmmix.token_losses.trainer",
+    "llmmix.timing.padding",
+    "peft",
+]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """Training steps: ours against TRL's trainers on the same rows, FLAT against its authors' form."""
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from llmmix.timing.clock import Case
 from llmmix.timing.head import OUTPUTS
@@ -16,12 +16,13 @@ from llmmix.unlearning.flat import FLATConfig, FLATTrainer, flat_loss
 
 
 class Step(NamedTuple):
-    """A trainer of ours and its peer, by the names of `_trainer` and those of the table."""
+    """A trainer of ours and its peer, by the names of `made_trainer` and those of the table."""
 
     method: str
     name: str
     peer: str
     peer_name: str
+    checkpointing: bool = False
 
 
 STEPS = (
@@ -30,7 +31,13 @@ STEPS = (
     Step("sftmix", "SFTMix", "sft_completion", "SFTTrainer"),
     Step("rpo", "RPO", "dpo", "DPOTrainer"),
     Step("flat", "FLAT", "flat_published", "two forwards, softmax"),
+    Step("dft", "dft", "sft_dft", "SFTTrainer, dft"),
+    Step("eaft", "eaft", "sft_dft", "SFTTrainer, dft"),
+    Step("asft", "asft", "nll", "nll", checkpointing=True),
 )
+TUNING = ("full", "LoRA")
+# Rows without a prompt: every position is scored
+WHOLE_TEXTS = ("sft", "sft_our_head", "sft_dft", "nll", "dft", "eaft", "asft")
 
 
 def step_cases(
@@ -40,25 +47,30 @@ def step_cases(
     device: str,
     batch_size: int,
     max_length: int,
+    tuning: Collection[str] = TUNING,
 ) -> list[list[Case]]:
-    """Rows of whole training steps: ours first, then TRL's trainer on the same rows.
+    """Rows of whole training steps: ours first, then its peer, most often TRL's, on the same rows.
 
     Args:
-        models: Hub ids, folders, `.gguf` files or built-ins, each trained in full and with LoRA.
+        models: Hub ids, folders, `.gguf` files or built-ins.
         methods: Names of `STEPS`.
         device: "cpu" or "cuda".
         batch_size: Rows of a step, even.
         max_length: Tokens of a row.
+        tuning: What each model is trained with, of `TUNING`.
     """
     sizes = {"device": device, "batch_size": batch_size, "max_length": max_length}
     groups = []
     for model in models:
-        for lora in (False, True):
-            shared = {"model": model, "lora": lora, **sizes}
-            for step in STEPS:
-                if step.name not in methods:
-                    continue
-                row = f"{step.name}, {Path(model).name}, {'LoRA' if lora else 'full'}"
+        for how in (how for how in TUNING if how in tuning):
+            for step in (step for step in STEPS if step.name in methods):
+                row = f"{step.name}, {Path(model).name}, {how}"
+                shared = {
+                    "model": model,
+                    "lora": how == "LoRA",
+                    "checkpointing": step.checkpointing,
+                    **sizes,
+                }
                 groups.append(
                     [
                         Case(row, "llmmix", step_call, {**shared, "method": step.method}),
@@ -69,62 +81,88 @@ def step_cases(
 
 
 def step_call(
-    *, model: str, device: str, batch_size: int, max_length: int, method: str, lora: bool
+    *,
+    model: str,
+    device: str,
+    batch_size: int,
+    max_length: int,
+    method: str,
+    lora: bool,
+    checkpointing: bool = False,
 ) -> Callable[[], None]:
-    """One optimizer step of a trainer at its default settings, AdamW included."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """One optimizer step of a trainer, AdamW included, its other settings left as they are.
 
-    from llmmix.models import resolve_checkpoint
-
-    checkpoint = resolve_checkpoint(model)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    trainer = _trainer(
+    Gradient checkpointing is off unless asked for; `train` would switch it on.
+    """
+    trainer = made_trainer(
         method,
-        AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", use_safetensors=True),
-        _rows(tokenizer, method, batch_size, max_length),
-        tokenizer,
-        lora,
-        {
-            "output_dir": tempfile.mkdtemp(),
-            "per_device_train_batch_size": batch_size,
-            "max_length": max_length,
-            "use_cpu": device == "cpu",
-            "bf16": device != "cpu",
-            "report_to": "none",
-            "disable_tqdm": True,
-        },
+        model,
+        lambda tokenizer: _rows(tokenizer, method, batch_size, max_length),
+        {"per_device_train_batch_size": batch_size, "max_length": max_length},
+        device=device,
+        lora=lora,
     )
-    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
     loader = trainer.get_train_dataloader()
-    wrapped = trainer.accelerator.prepare(trainer.model)
+    step = stepping(trainer, checkpointing)
+    return lambda: step(iter(loader))
+
+
+def stepping(trainer: Trainer, checkpointing: bool) -> Callable[[Iterator[dict]], None]:
+    """A function that makes one optimizer step on the next batch.
+
+    Args:
+        trainer: The trainer, before `train`.
+        checkpointing: Whether activations are computed again in the backward pass.
+    """
+    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
+    model: Any = trainer.model
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = trainer.accelerator.prepare(model)
     optimizer = trainer.accelerator.prepare(trainer.create_optimizer())
 
-    def call() -> None:
-        batches, count = trainer.get_batch_samples(iter(loader), 1, trainer.args.device)
-        trainer.training_step(wrapped, batches[0], count)
+    def step(batches: Iterator[dict]) -> None:
+        drawn, count = trainer.get_batch_samples(batches, 1, trainer.args.device)
+        trainer.training_step(wrapped, drawn[0], count)
         optimizer.step()
         optimizer.zero_grad()
 
-    return call
+    return step
 
 
-def _trainer(
+def made_trainer(
     method: str,
-    model: PreTrainedModel,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    lora: bool,
-    options: dict[str, Any],
+    model: str,
+    rows: Callable[[PreTrainedTokenizerBase], Dataset],
+    settings: dict[str, Any],
+    *,
+    device: str,
+    lora: bool = False,
 ) -> Trainer:
+    """A trainer of a model in fp32, ready to make steps.
+
+    Args:
+        method: Names a trainer, a config and settings of its own.
+        model: Hub id, folder, `.gguf` file or built-in.
+        rows: The training rows, from the tokenizer.
+        settings: Settings of the config.
+        device: "cpu" or "cuda".
+        lora: Whether to train an adapter in place of the model.
+    """
     from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     import llmmix
+    from llmmix.models import resolve_checkpoint
 
-    trainers: dict[str, tuple[Any, Any]] = {
+    token_loss = (llmmix.TokenLossTrainer, llmmix.TokenLossConfig)
+    trainers: dict[str, tuple[Any, ...]] = {
         "sft": (SFTTrainer, SFTConfig),
         "sft_our_head": (SFTTrainer, SFTConfig),
+        "sft_dft": (SFTTrainer, SFTConfig, {"loss_type": "dft"}),
         "sft_completion": (SFTTrainer, SFTConfig),
+        **{name: (*token_loss, {"loss_type": name}) for name in ("nll", "dft", "eaft", "asft")},
         "dco": (llmmix.DCOTrainer, llmmix.DCOConfig),
         "sftmix": (llmmix.SFTMixTrainer, llmmix.SFTMixConfig),
         "dpo": (DPOTrainer, DPOConfig),
@@ -132,11 +170,24 @@ def _trainer(
         "flat": (FLATTrainer, FLATConfig),
         "flat_published": (PublishedFLAT, FLATConfig),
     }
-    trainer, config = trainers[method]
+    trainer, config, *own = trainers[method]
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": device == "cpu",
+        "bf16": device != "cpu",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings,
+        **(own[0] if own else {}),
+    }
+    checkpoint = resolve_checkpoint(model)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     built = trainer(
-        model=model,
-        args=config(**options),
-        train_dataset=rows,
+        model=AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype="float32", use_safetensors=True
+        ),
+        args=config(**settings),
+        train_dataset=rows(tokenizer),
         processing_class=tokenizer,
         # What `trl sft --use_peft` makes
         peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05) if lora else None,
@@ -191,7 +242,7 @@ def _rows(
     def column(tokens: int) -> list[str]:
         return [text(tokens) for _ in range(batch_size)]
 
-    if method in ("sft", "sft_our_head"):
+    if method in WHOLE_TEXTS:
         return Dataset.from_dict({"text": column(2 * max_length)})
     columns: dict[str, list] = {"prompt": column(max_length // 4)}
     if method in ("flat", "flat_published"):

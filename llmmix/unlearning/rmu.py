@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmmix.padding_free import as_padded
 from llmmix.unlearning.losses import rmu_loss, rmu_target
 from llmmix.unlearning.objective import Loss, Objective
 from llmmix.unlearning.parts import forward_parts, select
@@ -124,8 +123,10 @@ def _train_up_to(model: "PreTrainedModel | PeftModel", given: int | None) -> int
 
 def _by_row(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states (B, T, d), which come as (1, N, d) where the model ran without the padding."""
-    whole = hidden.shape[:2] == attention_mask.shape
-    return hidden if whole else as_padded(hidden, attention_mask)
+    if hidden.shape[:2] == attention_mask.shape:
+        return hidden
+    kept = (attention_mask != 0).unsqueeze(-1).to(hidden.device)
+    return hidden.new_zeros(*attention_mask.shape, hidden.size(-1)).masked_scatter(kept, hidden)
 
 
 @contextmanager

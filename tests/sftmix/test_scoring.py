@@ -53,6 +53,25 @@ def test_confidence_column(checkpoint, rows, args, caplog):
     assert f"Dropped {len(rows) - len(short)} of {len(rows)} rows that have no" in caplog.text
 
 
+def test_confidence_without_padding_is_that_with_it(
+    checkpoint, rows, args, tmp_path, monkeypatch, batches_read
+):
+    """The reference is trained, and rows are scored, on their tokens alone."""
+    uneven = rows.map(
+        lambda row, i: {"completion": row["completion"] * (1 + i % 4)}, with_indices=True
+    )
+    found, read = [], []
+    for padding_free in (False, True):
+        monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / f"cache-{padding_free}"))
+        args.output_dir, args.padding_free = str(tmp_path / f"run-{padding_free}"), padding_free
+        found.append(add_confidence(uneven, args, model=checkpoint)["confidence"][:])
+        read.append({batch[0] for batch in batches_read})
+        batches_read.clear()
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    assert max(read[0]) > 1 and read[1] == {1}
+    assert len({path.name for path in tmp_path.glob("run-*/reference-*")}) == 1  # one name for both
+
+
 def test_another_models_checkpoint_scores_with_its_own_tokenizer(checkpoint, rows, args):
     plain = Dataset.from_list(
         [{"prompt": r["prompt"][0]["content"], "completion": r["answer"]} for r in rows]
