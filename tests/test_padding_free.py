@@ -372,7 +372,7 @@ def test_flash_attention_gets_the_bounds_and_no_mask(monkeypatch):
     assert_alike(padded, free, rtol=1e-9)
 
 
-TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1}
+TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2}
 REFUSED = {
     "BloomForCausalLM takes no `position_ids`": BloomConfig(
         vocab_size=61, hidden_size=16, n_layer=1, n_head=2
