@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 SEGMENTS, FLASH, POSITIONS, MASKS = "segments", "flash", "positions", "masks"
 # What a batch may bring that says where its tokens stand: it is run as it came
 PLACED = ("position_ids", "cache_position", "past_key_values")
-# Kinds of layers that carry a state from token to token
-STATEFUL = ("linear", "conv", "mamba", "recurrent", "hybrid", "ssm", "rwkv", "lstm")
+# Kinds of layers that see other tokens through a mask alone, or see none
+PLAIN = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp"}
 # Lengths of the rows, padded on the right, on which the ways are compared with a padded batch
 LENGTHS = (9, 4, 6)
 
@@ -56,8 +56,8 @@ def check_padding_free(model: Any) -> None:
         model: A causal language model, or a `PeftModel` around one.
 
     Raises:
-        ValueError: The model takes no position ids, carries a state from token to token, reads more
-            than tokens, is split over tensor-parallel ranks, or has a prompt that PEFT learns.
+        ValueError: The model takes no position ids, has layers that are not plain attention, reads
+            more than tokens, is split over tensor-parallel ranks, or has a prompt that PEFT learns.
     """
     base = model
     if is_peft_available():
@@ -68,11 +68,13 @@ def check_padding_free(model: Any) -> None:
             if any(config.is_prompt_learning for config in model.peft_config.values()):
                 _refuse(model, "puts the virtual tokens of an adapter before each row")
     text = base.config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ()
-    if getattr(base, "_is_stateful", False) or any(
-        part in str(kind) for kind in kinds for part in STATEFUL
-    ):
-        _refuse(base, "carries a state from token to token, from one row to the next too")
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if odd := kinds - PLAIN or ({"state"} if base._is_stateful and not kinds else set()):
+        _refuse(
+            base,
+            f"has layers that are not plain attention ({', '.join(sorted(odd))}) and go on from "
+            "one row to the next",
+        )
     if text is not base.config:
         _refuse(base, "reads more than tokens, whose places are those of a padded batch")
     if "position_ids" not in inspect.signature(type(backbone_of(base)).forward).parameters:

@@ -23,6 +23,7 @@ from transformers import (
     OPTConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    RwkvConfig,
     SiglipVisionConfig,
 )
 from transformers.integrations.neftune import activate_neftune
@@ -371,12 +372,16 @@ def test_flash_attention_gets_the_bounds_and_no_mask(monkeypatch):
     assert_alike(padded, free, rtol=1e-9)
 
 
+TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2}
 REFUSED = {
-    "takes no `position_ids`": BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2),
-    "MambaForCausalLM carries a state": MambaConfig(
-        vocab_size=61, hidden_size=16, num_hidden_layers=1
+    "BloomForCausalLM takes no `position_ids`": BloomConfig(
+        vocab_size=61, hidden_size=16, n_layer=1, n_head=2
     ),
-    "Lfm2ForCausalLM carries a state": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "MambaForCausalLM .* not plain attention .linear_attention.": MambaConfig(**TINY),
+    "RwkvForCausalLM .* not plain attention .state.": RwkvConfig(**TINY),
+    "Lfm2ForCausalLM .* not plain attention .conv.": Lfm2Config(
+        **SMALL, layer_types=["conv", "full_attention"]
+    ),
 }
 
 
