@@ -2,9 +2,9 @@
 
     llmmix run token_losses_study
 
-Teaches builtin:tiny one-step problems until it solves some of those it has not seen, then goes on
-with each loss and seed on other problems: as they are, with a share of wrong answers, and with few
-of them. Measures held-out problems, prints a table of each set, and writes
+Teaches builtin:tiny one-step problems outside of builtin:math, then goes on with each loss and seed
+on problems of builtin:math: as they are, with a share of wrong answers, and with few of them.
+Measures held-out problems, prints a table of each set, and writes
 OUTPUT_DIR/token_losses_study.json and token_losses_study.png. The taught model is kept there. No
 network; under 15 minutes on two cores.
 """
@@ -27,6 +27,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from llmmix import TokenLossConfig, TokenLossTrainer
+from llmmix.builtin.problems import Problem, facts
 from llmmix.cli import parse_args
 from llmmix.command_line.launching import end_with_caller
 from llmmix.data import load_splits
@@ -39,13 +40,11 @@ from llmmix.terminal import number, print_table
 from llmmix.token_losses.loss_table import LOSSES
 
 OWN: dict[str, dict] = {  # by name, where it is not that of a loss at its defaults
-    "gce 0.3": {"loss_type": "gce", "gce_q": 0.3},
-    "gce 0.7": {"loss_type": "gce", "gce_q": 0.7},
-    "gce -0.3": {"loss_type": "gce", "gce_q": -0.3},
+    f"gce {q}": {"loss_type": "gce", "gce_q": q} for q in (-0.3, 0.3, 0.7)
 }
 CONTENDERS = ["nll", "dft", *OWN, *(name for name in LOSSES if name not in ("nll", "dft", "gce"))]
 SETS = ("clean", "wrong", "few")
-SHOWN = {"greedy": "greedy", "pass@1": "pass@1", "pass@N": "pass@N", "nll": "NLL a token"}
+SHOWN = ("greedy", "pass@1", "pass@N", "NLL")  # of a held-out problem; the NLL, of its tokens
 DRAWN = ("pass@1", "pass@N")
 
 
@@ -58,14 +57,10 @@ class StudyArguments:
         default_factory=lambda: list(CONTENDERS),
         metadata={"help": f"Losses to compare, among {', '.join(CONTENDERS)}."},
     )
-    sets: list[str] = field(
-        default_factory=lambda: list(SETS),
-        metadata={"help": f"Sets to train on, among {', '.join(SETS)}."},
-    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds."})
-    teach_rows: int = field(default=800, metadata={"help": "Problems to teach first."})
-    teach_steps: int = field(default=600, metadata={"help": "Steps of teaching."})
-    few_rows: int = field(default=24, metadata={"help": "Problems of the set with few rows."})
+    teach_steps: int = field(default=700, metadata={"help": "Steps of teaching."})
+    rows: int = field(default=400, metadata={"help": "Problems to go on with."})
+    few_rows: int = field(default=32, metadata={"help": "Problems of the set with few rows."})
     wrong_share: float = field(
         default=0.4, metadata={"help": "Share of wrong answers in the set that has some."}
     )
@@ -81,16 +76,15 @@ class StudyArguments:
 
 def main(args: StudyArguments) -> None:
     """Teach a model, go on with each loss on each set, and show the results."""
-    for name, known in {"losses": CONTENDERS, "sets": SETS}.items():
-        if unknown := [given for given in getattr(args, name) if given not in known]:
-            raise ValueError(f"`{name}`: no {unknown[0]!r}; there are {', '.join(known)}.")
+    if unknown := [loss for loss in args.losses if loss not in CONTENDERS]:
+        raise ValueError(f"`losses`: no {unknown[0]!r}; there are {', '.join(CONTENDERS)}.")
     folder, results = claim(args.output_dir), dict[str, list[dict]]()
     resolve_checkpoint("builtin:tiny")
     with ProcessPoolExecutor(args.processes, get_context("spawn"), end_with_caller) as pool:
         print("Teaching the model to begin with", flush=True)
         results["before"] = [pool.submit(teach, args).result()]
         print(f"  before: {brief(results['before'][0])}", flush=True)
-        jobs = product(args.sets, args.losses, args.seeds)
+        jobs = product(SETS, args.losses, args.seeds)
         running = {pool.submit(fine_tune, args, *job): job for job in jobs}
         for count, done in enumerate(as_completed(running), 1):
             rows, loss, seed = running[done]
@@ -105,18 +99,16 @@ def main(args: StudyArguments) -> None:
 def teach(args: StudyArguments) -> dict[str, float]:
     """Train on the first problems by cross-entropy, unless that is done, and measure."""
     problems, taught = prepare(args), Path(args.output_dir) / "taught"
-    settings = [args.teach_rows, args.teach_steps, args.batch_size]
+    settings = {"max_steps": args.teach_steps, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
     done = taught / "taught.json"  # the settings it was taught with
-    checkpoint = str(taught)
     if read_json(done) != settings:
         done.unlink(missing_ok=True)  # not to be believed if this is killed halfway
-        checkpoint = resolve_checkpoint("builtin:tiny")
-        steps = {"max_steps": args.teach_steps, "learning_rate": 2e-3}
-        trainer = made(args, checkpoint, problems["taught"], lr_scheduler_type="cosine", **steps)
+        start = resolve_checkpoint("builtin:tiny")
+        trainer = made(start, problems["taught"], taught, args.batch_size, settings)
         trainer.train()
-        trainer.save_model(checkpoint := str(taught))
+        trainer.save_model(str(taught))
         write_whole(done, json.dumps(settings))
-    return measure(args, made(args, checkpoint, problems["taught"]), problems["test"])
+    return measure(args, made(str(taught), problems["taught"], taught, 1, {}), problems["test"])
 
 
 def fine_tune(args: StudyArguments, rows: str, loss: str, seed: int) -> dict[str, float]:
@@ -127,9 +119,11 @@ def fine_tune(args: StudyArguments, rows: str, loss: str, seed: int) -> dict[str
         **OWN.get(loss, {}),
         "max_steps": args.steps,
         "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
         "seed": seed,
     }
-    trainer = made(args, str(Path(args.output_dir) / "taught"), problems[rows], **settings)
+    taught, folder = (Path(args.output_dir) / name for name in ("taught", "training"))
+    trainer = made(str(taught), problems[rows], folder, args.batch_size, settings)
     trainer.train()
     return measure(args, trainer, problems["test"])
 
@@ -141,31 +135,40 @@ def prepare(args: StudyArguments, seed: int = 0) -> dict[str, Dataset]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     splits = load_splits("builtin:math", "1")
-    # The same problems, in the same order, each with a plausible wrong solution
-    pairs = load_splits("builtin:preferences", "1")["train"]
-    right = splits["train"].add_column("rejected", pairs["rejected"][:]).shuffle(seed=0)
-    rest = right.select(range(args.teach_rows, len(right)))
-    slips = np.random.default_rng(seed).random(len(rest)) < args.wrong_share
-    wrong = [
-        {**row, "completion": row["rejected"]} if slip else row
-        for row, slip in zip(rest, slips, strict=True)
-    ]
+    known = {row["prompt"][0]["content"] for rows in splits.values() for row in rows}
+    taught = [conversation(problem) for problem in facts() if problem.question not in known]
+    # The same problems in the same order, each with a plausible wrong solution
+    slips = load_splits("builtin:preferences", "1")["train"]["rejected"][:]
+    right = splits["train"].add_column("slip", slips).shuffle(seed=0).take(args.rows)
+    wrong = np.random.default_rng(seed).random(len(right)) < args.wrong_share
+    mixed = right.map(
+        lambda row, n: {"completion": row["slip"]} if wrong[n] else {}, with_indices=True
+    )
     return {
-        "taught": right.take(args.teach_rows),
-        "clean": rest,
-        "wrong": Dataset.from_list(wrong),
-        "few": rest.shuffle(seed=seed).take(args.few_rows),
+        "taught": Dataset.from_list(taught),
+        "clean": right,
+        "wrong": mixed,
+        "few": right.shuffle(seed=seed).take(args.few_rows),
         "test": splits["test"].take(args.test_rows),
     }
 
 
-def made(args: StudyArguments, checkpoint: str, rows: Dataset, **settings: Any) -> TokenLossTrainer:
+def conversation(problem: Problem) -> dict[str, list[dict[str, str]]]:
+    """A problem and its solution, as a row of builtin:math has them."""
+    return {
+        "prompt": [{"role": "user", "content": problem.question}],
+        "completion": [{"role": "assistant", "content": problem.solution()[0]}],
+    }
+
+
+def made(
+    checkpoint: str, rows: Dataset, folder: Path, batch_size: int, settings: dict[str, Any]
+) -> TokenLossTrainer:
     """A trainer that says nothing."""
     config = TokenLossConfig(
-        str(Path(args.output_dir) / "training" / str(os.getpid())),
-        **{"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, **settings},
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
+        str(folder),
+        warmup_steps=20,
+        per_device_train_batch_size=batch_size,
         bf16=False,
         use_cpu=True,
         activation_checkpointing=False,
@@ -173,10 +176,10 @@ def made(args: StudyArguments, checkpoint: str, rows: Dataset, **settings: Any) 
         report_to="none",
         logging_strategy="no",
         disable_tqdm=True,
+        **settings,
     )
-    trainer = TokenLossTrainer(
-        checkpoint, config, train_dataset=rows.select_columns(["prompt", "completion"])
-    )
+    rows = rows.select_columns(["prompt", "completion"])
+    trainer = TokenLossTrainer(checkpoint, config, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -201,23 +204,23 @@ def measure(args: StudyArguments, trainer: TokenLossTrainer, test: Dataset) -> d
         solved[name] = float(pass_at_n(samples, correct, 1).mean())
     solved["pass@N"] = float(pass_at_n(args.num_samples, correct, args.num_samples).mean())
     rows = test.select_columns(["prompt", "completion"])
-    return {**solved, "nll": trainer.evaluate(rows)["eval_nll_per_token"]}
+    return {**solved, "NLL": trainer.evaluate(rows)["eval_nll_per_token"]}
 
 
 def brief(measured: dict[str, float]) -> str:
     """The metrics in one line."""
-    return ", ".join(f"{name} {measured[key]:.3f}" for key, name in SHOWN.items())
+    return ", ".join(f"{name} {measured[name]:.3f}" for name in SHOWN)
 
 
 def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
     """Mean and range over the seeds, printed a set a table, and drawn."""
     (before,) = results["before"]
-    names = {**SHOWN, "pass@N": f"pass@{args.num_samples}"}
+    names = {name: name.replace("@N", f"@{args.num_samples}") for name in SHOWN}
     panels: dict[str, dict[str, np.ndarray]] = {}
-    for key, rows, loss in product(SHOWN, args.sets, args.losses):
+    for key, rows, loss in product(SHOWN, SETS, args.losses):
         found = np.array([run[key] for run in results[f"{rows}, {loss}"]])
         panels.setdefault(f"{names[key]}, {rows}", {})[loss] = found
-    for rows in args.sets:
+    for rows in SETS:
         cells = [["before", *(number(before[key]) for key in SHOWN)]]
         for loss in args.losses:
             found = [panels[f"{name}, {rows}"][loss] for name in names.values()]
@@ -226,11 +229,11 @@ def show(args: StudyArguments, results: dict[str, list[dict]]) -> None:
             cells.append([loss, *("\n".join(pair) for pair in zip(means, ends, strict=True))])
         title = f"{rows}: mean and range over {len(args.seeds)} seeds"
         print_table(title, ["", *names.values()], cells)
-    drawn = {f"{names[key]}, {rows}": before[key] for key in DRAWN for rows in args.sets}
+    drawn = {f"{names[key]}, {rows}": before[key] for key in DRAWN for rows in SETS}
     path = Path(args.output_dir) / "token_losses_study.png"
     with never_fatal("figure"):
         chosen = {title: panels[title] for title in drawn}
-        print(f"Figure: {draw_ranges(path, chosen, marks=drawn, across=len(args.sets))}")
+        print(f"Figure: {draw_ranges(path, chosen, marks=drawn, across=len(SETS))}")
 
 
 if __name__ == "__main__":

@@ -174,10 +174,11 @@ def test_studies(capsys, width, tmp_path, monkeypatch):
     assert_whole(capsys.readouterr().out.partition("Figure")[0], cells, width)
 
     monkeypatch.setattr(token_losses_study, "draw_ranges", lambda *_, **__: "figure")
-    args = token_losses_study.StudyArguments(losses=["label_smoothing"], sets=["few"])
+    args = token_losses_study.StudyArguments(losses=["label_smoothing"])
     run = dict.fromkeys(token_losses_study.SHOWN, 0.125)
-    token_losses_study.show(args, {"before": [run], "few, label_smoothing": [run] * 3})
-    cells = ["0.125\n0.12 to 0.12", "label_smoothing", "before", "pass@8", "NLL a token"]
+    found = {f"{rows}, label_smoothing": [run] * 3 for rows in token_losses_study.SETS}
+    token_losses_study.show(args, {"before": [run], **found})
+    cells = ["0.125\n0.12 to 0.12", "label_smoothing", "before", "pass@8", "greedy"]
     assert_whole(capsys.readouterr().out.partition("Figure")[0], cells, width)
 
     args = dco_study.StudyArguments(str(tmp_path), steps=[80 * i for i in range(1, 10)], seeds=[0])

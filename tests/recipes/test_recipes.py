@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,42 +148,31 @@ def test_dco_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_token_losses_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys):
-    """On its own losses and sets, in this process; the wrong answers are a share of the rows."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """In this process."""
     study = importlib.import_module("llmmix.recipes.token_losses_study")
     monkeypatch.setenv("LLMMIX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tiny-1").symlink_to(checkpoint)
     monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    sizes = {"rows": 8, "few_rows": 2, "batch_size": 2, "test_rows": 2, "num_samples": 2}
+    steps = {"teach_steps": 1, "steps": 1, "wrong_share": 0.5}
     args = study.StudyArguments(
-        str(tmp_path / "out"),
-        losses=["gce 0.3"],
-        sets=["wrong"],
-        seeds=[0, 1],
-        teach_rows=990,
-        teach_steps=2,
-        steps=2,
-        batch_size=2,
-        test_rows=3,
-        num_samples=2,
-        few_rows=4,
+        str(tmp_path / "out"), losses=["gce 0.3"], seeds=[5], **sizes, **steps
     )
     study.main(args)
     found = json.loads((tmp_path / "out" / "token_losses_study.json").read_text())
-    assert set(found) == {"before"} | {f"{s}, {n}" for s in args.sets for n in args.losses}
-    assert all(len(found[name]) == 2 for name in found if name != "before")
+    assert set(found) == {"before", "clean, gce 0.3", "wrong, gce 0.3", "few, gce 0.3"}
     assert (tmp_path / "out" / "token_losses_study.png").read_bytes().startswith(b"\x89PNG")
     assert "wrong: mean and range" in capsys.readouterr().out
-    sets = study.prepare(args, seed=0)
-    assert len(sets["few"]) == 4 and len(sets["taught"]) == 990
-    slips = [
-        row["answer"] not in row["completion"][0]["content"].rpartition("=")[2]
-        for row in study.prepare(study.StudyArguments(wrong_share=0.5))["wrong"]
+    sets = study.prepare(args, seed=5)
+    known = set(map(str, sets["clean"]["prompt"])) | set(map(str, sets["test"]["prompt"]))
+    assert not known & set(map(str, sets["taught"]["prompt"]))
+    assert len(sets["few"]) == 2 and sets["wrong"]["prompt"] == sets["clean"]["prompt"]
+    right = [
+        [f"{{{row['answer']}}}" in row["completion"][0]["content"] for row in sets[name]]
+        for name in ("clean", "wrong")
     ]
-    assert 0.3 < sum(slips) / len(slips) < 0.7
-    with pytest.raises(ValueError, match="`losses`"):
-        study.main(study.StudyArguments(losses=["nle"]))
+    assert all(right[0]) and 0 < sum(right[1]) < 8
 
 
 def test_report_to_tensorboard(rows, checkpoint):
