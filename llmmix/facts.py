@@ -20,7 +20,7 @@ def note_run(trainer: Trainer) -> None:
     loaded = getattr(trainer.accelerator.unwrap_model(trainer.model), "name_or_path", None)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts: dict[str, Any] = {
-        "method": type(trainer).__name__.removesuffix("Trainer"),
+        "method": _method(trainer),
         "model": loaded and origin_of(loaded),
         "training rows": _length(trainer.train_dataset),
         "evaluation rows": _length(trainer.eval_dataset),
@@ -44,6 +44,13 @@ def read_facts(folder: Path) -> dict[str, str]:
     if state.exists():
         facts["ended"] = f"{datetime.fromtimestamp(state.stat().st_mtime):%Y-%m-%d %H:%M}"
     return facts
+
+
+def _method(trainer: Trainer) -> str:
+    """The method by its trainer, and its loss of a token where that is not cross-entropy."""
+    name = type(trainer).__name__.removesuffix("Trainer")
+    loss = getattr(trainer.args, "loss_type", None)
+    return f"{name} ({loss})" if isinstance(loss, str) and loss != "nll" else name
 
 
 def _length(rows: Any) -> int | None:

@@ -17,11 +17,13 @@ Ways through the backbone, the first that answers as a padded batch does:
     positions  the model builds its mask (N, N) from the positions
     masks      it is given that mask, if it does not look at the positions
 
-The last two are right, and no faster than a padded batch.
+The last two are right and no faster than a padded batch, flex attention excepted, whose mask is of
+blocks.
 """
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -32,14 +34,15 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_peft_available
 
 from llmmix.head_check import difference, probe
-from llmmix.processes import say_once
 from llmmix.segment_attention import NAME, Segments, no_mask, serve_segments
+
+logger = logging.getLogger(__name__)
 
 SEGMENTS, FLASH, POSITIONS, MASKS = "segments", "flash", "positions", "masks"
 # What a batch may bring that says where its tokens stand: it is run as it came
 PLACED = ("position_ids", "cache_position", "past_key_values")
-# Kinds of layers that carry a state from token to token
-STATEFUL = ("linear", "conv", "mamba", "recurrent", "hybrid", "ssm", "rwkv", "lstm")
+# Kinds of layers that see other tokens through a mask alone, or see none
+PLAIN = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp"}
 # Lengths of the rows, padded on the right, on which the ways are compared with a padded batch
 LENGTHS = (9, 4, 6)
 
@@ -53,8 +56,8 @@ def check_padding_free(model: Any) -> None:
         model: A causal language model, or a `PeftModel` around one.
 
     Raises:
-        ValueError: The model takes no position ids, carries a state from token to token, reads more
-            than tokens, is split over tensor-parallel ranks, or has a prompt that PEFT learns.
+        ValueError: The model takes no position ids, has layers that are not plain attention, reads
+            more than tokens, is split over tensor-parallel ranks, or has a prompt that PEFT learns.
     """
     base = model
     if is_peft_available():
@@ -65,11 +68,13 @@ def check_padding_free(model: Any) -> None:
             if any(config.is_prompt_learning for config in model.peft_config.values()):
                 _refuse(model, "puts the virtual tokens of an adapter before each row")
     text = base.config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ()
-    if getattr(base, "_is_stateful", False) or any(
-        part in str(kind) for kind in kinds for part in STATEFUL
-    ):
-        _refuse(base, "carries a state from token to token, from one row to the next too")
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if odd := kinds - PLAIN or ({"state"} if base._is_stateful and not kinds else set()):
+        _refuse(
+            base,
+            f"has layers that are not plain attention ({', '.join(sorted(odd))}) and go on from "
+            "one row to the next",
+        )
     if text is not base.config:
         _refuse(base, "reads more than tokens, whose places are those of a padded batch")
     if "position_ids" not in inspect.signature(type(backbone_of(base)).forward).parameters:
@@ -138,7 +143,7 @@ class PaddingFree:
             failure = self._try(way, model, batch, expected, fused_forward)
             if failure is None:
                 self._ways[setting] = way
-                if way in (POSITIONS, MASKS):
+                if way in (POSITIONS, MASKS) and name != "flex_attention":
                     _say_dense(model, failures[0] if name == NAME else f"it is {name!r}")
                 return
             failures.append(failure)
@@ -166,8 +171,9 @@ class PaddingFree:
         """The tokens of a batch as one row; None for a batch that is to run as it came.
 
         It runs as it came without padding, without a token, with a cache or positions of its own,
-        or with padding between its tokens. A row that packs sequences, with positions and without a
-        mask, is one already. The device is waited for once.
+        with padding between its tokens, or if it is given by place and not by name. A row that
+        packs sequences, with positions and without a mask, is one already. The device is waited for
+        once.
         """
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if args:
@@ -177,7 +183,7 @@ class PaddingFree:
         elif not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
         elif placed := [name for name in PLACED if inputs.get(name) is not None]:
-            say_once(f"`padding_free`: batches with `{placed[0]}` keep their padding.")
+            log_once(f"`padding_free`: batches with `{placed[0]}` keep their padding.")
             return None
         else:
             tokens = Tokens.kept_by(mask)
@@ -308,8 +314,14 @@ def _ways(name: str) -> tuple[str, ...]:
     return ((SEGMENTS,) if name == NAME else ()) + (POSITIONS, MASKS)
 
 
+@functools.cache
+def log_once(message: str) -> None:
+    """Log a warning, once a process: asking which process is the main one would settle how many."""
+    logger.warning(message)
+
+
 def _say_dense(model: PreTrainedModel, why: str) -> None:
-    say_once(
+    log_once(
         f"`padding_free`: the attention of {type(model).__name__} does not run by segments "
         f"({why}). It runs under a dense mask, which is right and hardly faster than a padded "
         "batch."

@@ -34,6 +34,9 @@ from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
 from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.precision import evaluating
+from llmmix.rows.answer_weights import carry_answer_weights
+from llmmix.rows.pair_masks import carry_masks, mask_answers
+from llmmix.rows.weights import ROW, Rows, take_weights
 from llmmix.trainers import (
     ForwardRecorder,
     attach_heads,
@@ -43,7 +46,8 @@ from llmmix.trainers import (
     log_dropped,
 )
 from llmmix.training.finite import end_unless_finite
-from llmmix.training.means import Means, log_metric, log_of
+from llmmix.training.means import Means
+from llmmix.training.pairs import count_scored_pairs, scored_pairs
 from llmmix.training.ranges import check_settings
 from llmmix.training.resuming import keep_token_count
 from llmmix.training.unmoved import tell_if_unmoved
@@ -163,7 +167,7 @@ class RPOTrainer(DPOTrainer):
     Takes the preference formats and the arguments of `DPOTrainer`. Logs, beside TRL's metrics
     (`logps/chosen` among them, the log-probability that RPO keeps from falling), `rpo/dpo_loss` and
     `rpo/sft_loss`, the two terms as they enter the loss, and `nll_per_token` (NLL of a token of the
-    chosen responses).
+    chosen responses). A `weight` of a row multiplies both terms, and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -220,6 +224,7 @@ class RPOTrainer(DPOTrainer):
         with padded_by_trl(args):
             super().__init__(start, ref_model, args=args, train_dataset=train_dataset, **kwargs)
         log_dropped(train_dataset, self.train_dataset, args.max_length)
+        carry_answer_weights(self)
         self._attach_own_heads()
         end_unless_finite(self)
         tell_if_unmoved(self)
@@ -249,8 +254,15 @@ class RPOTrainer(DPOTrainer):
         self._precompute_model_hash = f"{self._precompute_model_hash} llmmix {how} {precision}"
         self._attached = True
 
+    def _prepare_dataset(
+        self, dataset: Rows, processing_class: Any, args: DPOConfig, dataset_name: str
+    ) -> Rows:
+        rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return mask_answers(rows, processing_class, args)
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._attach_own_heads()  # TRL computes them while it makes the trainer
+        carry_masks(self, dataset)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(
@@ -258,15 +270,15 @@ class RPOTrainer(DPOTrainer):
     ) -> tuple[Tensor, Tensor]:
         """TRL's log-probabilities of the chosen and rejected responses, without dropout."""
         with evaluating(model, self):
-            return super().compute_ref_log_probs(model, inputs)
+            return super().compute_ref_log_probs(model, take_weights(inputs)[0])
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Count rows over the accumulation window of every rank."""
         batches, _ = super().get_batch_samples(window(self, epoch_iterator, 2), num_batches, device)
-        masks = (batch["completion_mask"][:, 1:] for batch in batches)
-        rows = torch.tensor(sum(int(_scored_rows(mask).sum()) for mask in masks), device=device)
+        scored = [scored_pairs(b["completion_mask"][:, 1:], b.get(ROW)) for b in batches]
+        rows = torch.tensor(sum(int(pairs.sum()) for pairs in scored), device=device)
         return batches, self.accelerator.gather(rows).sum().clamp(min=1)
 
     def compute_loss(
@@ -277,7 +289,7 @@ class RPOTrainer(DPOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """TRL's DPO loss plus the SFT term, from one policy forward."""
-        inputs = evaluated(self, inputs, 2)
+        inputs, weights = take_weights(evaluated(self, inputs, 2))
         recorder = ForwardRecorder(model)
         given = self.precompute_ref_logps
         if not given:
@@ -292,54 +304,40 @@ class RPOTrainer(DPOTrainer):
             self.precompute_ref_logps = given
         loss, outputs = result if return_outputs else (result, None)
         output = recorder.output
-        scored = _scored_rows(output.label_mask)
+        scored = scored_pairs(output.label_mask, weights.rows)
         router = torch.zeros_like(loss)
         if self.aux_loss_enabled and output.aux_loss is not None:
             router = self.router_aux_loss_coef * output.aux_loss
-        # TRL's is a mean over rows, where one without a token has a margin of 0
-        dpo = len(scored) * (loss - router) - math.log(2) * (~scored).sum()
-        # The batch is [chosen, rejected]
-        chosen, lengths = (
-            each.sum(1).chunk(2)[0] for each in (output.log_probs, output.label_mask)
-        )
+        chosen, rejected = output.log_probs.sum(1).chunk(2)
+        lengths = output.label_mask.sum(1).chunk(2)[0]
+        if weights.given:  # each pair by itself, as TRL has it with the settings that go with them
+            before = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            pairs = rpo_loss(chosen, rejected, *before, beta=self.args.beta, eta=0.0)
+            dpo = (weights.times(pairs) * scored).sum()
+        else:  # TRL's is a mean over rows, where one without a token has a margin of 0
+            dpo = len(scored) * (loss - router) - math.log(2) * (~scored).sum()
         sft = sft_term(
             chosen,
             beta=self.args.beta,
             eta=self.args.rpo_eta,
             sft_reduction=self.args.sft_reduction,
             chosen_lengths=lengths,
-        ).sum()
-        rows = scored.sum()
+        )
+        sft, rows = weights.times(sft).sum(), scored.sum()
         found = self.means.add(
             {
                 "rpo/dpo_loss": (dpo, rows),
                 "rpo/sft_loss": (sft, rows),
                 "nll_per_token": (-chosen.sum(), lengths.sum()),
+                **weights.mean(scored),
             },
             loss=[(dpo + sft, rows), (router * rows, rows)],
         )
-        self._weigh_trls(output.label_mask, found["rpo/dpo_loss"][1])
+        count = found["rpo/dpo_loss"][1]
+        count_scored_pairs(self, output.label_mask, count, training=self.means.training)
         if num_items_in_batch is None:
             loss = (dpo + sft) / scored.sum().clamp(min=1) + router
         else:  # DDP averages gradients over ranks
             loss = (dpo + sft) / num_items_in_batch * self.accelerator.num_processes
             loss = loss + router / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
-
-    def _weigh_trls(self, mask: Tensor, count: float) -> None:
-        """Turn TRL's means over the rows of a micro-batch into means over those with a token.
-
-        Args:
-            mask: (2B, T), of which B rows enter TRL's means on this process.
-            count: Rows of all processes with a token.
-        """
-        training = self.means.training
-        rows = len(mask) // 2 * self.accelerator.num_processes
-        metrics = log_of(self, training=training)
-        for name in [name for name in metrics if name.startswith(("rewards/", "logps/"))]:
-            log_metric(self, name, metrics[name].pop() * rows, count, training=training)
-
-
-def _scored_rows(mask: Tensor) -> Tensor:
-    """(B,) bool: which rows have a token to score, from a mask (2B, T) of [chosen, rejected]."""
-    return mask.bool().any(1).view(2, -1).any(0)

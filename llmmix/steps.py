@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.rows.formats import check_rows_type, check_sft_dataset, read_shape
-from llmmix.rows.message_weights import has_message_weights
+from llmmix.rows.message_checks import has_message_weights
 from llmmix.rows.messages import check_asked, in_one_form, text_of
 from llmmix.rows.shapes import Cells, Shape
 from llmmix.rows.weights import ROW, as_weight, row_weights

@@ -20,8 +20,10 @@ from trl.trainer.utils import get_config_model_id
 
 from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.processes import warn_once
-from llmmix.rows.formats import check_preference_dataset, check_sft_dataset
-from llmmix.rows.message_weights import has_message_weights, weigh
+from llmmix.rows.answer_weights import read_pairs
+from llmmix.rows.formats import check_sft_dataset
+from llmmix.rows.message_checks import has_message_weights
+from llmmix.rows.message_weights import check_formatted, weigh
 from llmmix.rows.turns import WHOLE_CHATS, log_scored, tokenize_turns
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -107,11 +109,11 @@ def check_sft_datasets(
             evaluation rows.
     """
     if trainer_arguments.get("formatting_func") is not None:
-        return train_dataset  # the function makes the text, from columns of any name
+        # The function makes the text, from columns of any name
+        return check_formatted(train_dataset, "train_dataset")
     if _leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
         return train_dataset  # the collator makes the batch, from columns of any name
     tokenizer = _processing_class(args, model, trainer_arguments)
-
     given = (train_dataset, trainer_arguments.get("eval_dataset"))
     turns = args.assistant_only_loss and has_message_weights(*given)
 
@@ -133,15 +135,12 @@ def check_sft_datasets(
 def check_preference_datasets(
     args: DPOConfig, model: Any, train_dataset: Rows | None, trainer_arguments: dict[str, Any]
 ) -> Rows:
-    """`check_preference_dataset` on the training and the evaluation rows of a trainer.
+    """`read_pairs` on the training and the evaluation rows of a trainer.
 
     Arguments, result and errors are those of `check_sft_datasets`.
     """
     tokenizer = _processing_class(args, model, trainer_arguments)
-
-    def check(rows: Rows | None, argument: str) -> Rows:
-        return check_preference_dataset(rows, argument, tokenizer)
-
+    check = partial(read_pairs, args=args, tokenizer=tokenizer)
     _check_evaluated(trainer_arguments, check)
     return check(train_dataset, "train_dataset")
 

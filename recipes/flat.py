@@ -18,7 +18,7 @@ from llmmix.models import load_tokenizer, prepare_model_args
 from llmmix.report import print_report
 from llmmix.training.lines import log_lines
 from llmmix.training.resuming import checkpoint_to_resume
-from llmmix.unlearning.flat import check_retain
+from llmmix.unlearning.flat_config import check_retain
 from llmmix.unlearning.preparation import RetainArguments, load_forget_and_retain
 
 

@@ -23,6 +23,7 @@ from transformers import (
     OPTConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    RwkvConfig,
     SiglipVisionConfig,
 )
 from transformers.integrations.neftune import activate_neftune
@@ -135,7 +136,7 @@ def widths(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_is_the_padded_batch(name, widths, caplog):
     model = build(name, torch.float32 if name in IN_FP32 else torch.float64)
-    padding_free.say_once.cache_clear()
+    padding_free.log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         free = trained(model, batch(), True)
     rtol = 1e-5 if name in IN_FP32 else 1e-9
@@ -371,12 +372,16 @@ def test_flash_attention_gets_the_bounds_and_no_mask(monkeypatch):
     assert_alike(padded, free, rtol=1e-9)
 
 
+TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2}
 REFUSED = {
-    "takes no `position_ids`": BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2),
-    "MambaForCausalLM carries a state": MambaConfig(
-        vocab_size=61, hidden_size=16, num_hidden_layers=1
+    "BloomForCausalLM takes no `position_ids`": BloomConfig(
+        vocab_size=61, hidden_size=16, n_layer=1, n_head=2
     ),
-    "Lfm2ForCausalLM carries a state": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "MambaForCausalLM .* not plain attention .linear_attention.": MambaConfig(**TINY),
+    "RwkvForCausalLM .* not plain attention .state.": RwkvConfig(**TINY),
+    "Lfm2ForCausalLM .* not plain attention .conv.": Lfm2Config(
+        **SMALL, layer_types=["conv", "full_attention"]
+    ),
 }
 
 
@@ -432,7 +437,7 @@ def test_weights_that_come_later_are_compared_at_the_first_forward(widths):
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "dpo-lora"])
+@pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_trls_trainers_take_the_same_steps(method, checkpoint, math_rows, preference_rows, widths):
     kind, config, rows = (
         (SFTTrainer, SFTConfig, math_rows)
@@ -453,7 +458,7 @@ def test_trls_trainers_take_the_same_steps(method, checkpoint, math_rows, prefer
             bf16=False,
             dataloader_pin_memory=False,
         )
-        lora = LoraConfig(init_lora_weights=False) if method == "dpo-lora" else None
+        lora = LoraConfig(init_lora_weights=False) if method == "dpo" else None
         torch.manual_seed(0)
         trainer = kind(checkpoint, args=args, train_dataset=rows, peft_config=lora)
         attach_heads(trainer, padding_free=free)

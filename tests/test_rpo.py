@@ -180,3 +180,136 @@ def test_a_model_without_a_name_is_its_own_reference(checkpoint, preference_rows
     )
     assert trainer.ref_model is not trainer.model
     assert first_step(trainer)["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def weighed(rows, weights):
+    return rows.add_column("weight", [float(w) for w in weights])
+
+
+WEIGHTS = [1, 2.5, 0.5, 4, 1, 0.25, 3, 1] * 2
+
+
+@pytest.mark.parametrize(("reduction", "precompute"), [("sum", False), ("mean", True)])
+def test_both_terms_of_a_pair_are_multiplied_by_its_weight(
+    checkpoint, preference_rows, tmp_path, reduction, precompute
+):
+    """Over the number of pairs; the margin and TRL's metrics stay as they are."""
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    args = {"rpo_eta": 0.5, "beta": 0.5, "sft_reduction": reduction, "bf16": False}
+    args |= {"precompute_ref_log_probs": precompute, "eval_strategy": "epoch"}
+    logged = []
+    for rows in (preference_rows, weighed(preference_rows, WEIGHTS)):
+        trainer = RPOTrainer(
+            checkpoint,
+            copy.deepcopy(reference),
+            RPOConfig(str(tmp_path), **ONE_STEP, per_device_eval_batch_size=5, **args),
+            train_dataset=rows,
+            eval_dataset=rows,
+        )
+        logged.append(first_step(trainer) | trainer.state.log_history[1])
+    plain, found = logged
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels, mask = batch["input_ids"][:, 1:, None], batch["completion_mask"][:, 1:]
+    logps = []
+    for model in (trainer.model.eval(), reference):
+        with torch.no_grad():
+            found_logps = model(**given).logits[:, :-1].log_softmax(-1).gather(-1, labels)[..., 0]
+        logps += (found_logps * mask).sum(1).chunk(2)
+    settings = {"beta": 0.5, "sft_reduction": reduction, "chosen_lengths": mask.sum(1)[:16]}
+    losses, dpo = (rpo_loss(*logps, eta=eta, **settings) for eta in (0.5, 0.0))
+    weights = torch.tensor(WEIGHTS)
+    assert plain["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert found["loss"] == pytest.approx((weights * losses).mean().item(), rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(found["loss"], rel=1e-5)
+    assert found["rpo/dpo_loss"] == pytest.approx((weights * dpo).mean().item(), rel=1e-5)
+    assert found["weight/mean"] == found["eval_weight/mean"] == pytest.approx(sum(WEIGHTS) / 16)
+    for name in ("rewards/margins", "logps/chosen", "nll_per_token", "eval_rewards/margins"):
+        assert found[name] == pytest.approx(plain[name], rel=1e-6), name
+    assert "weight/mean" not in plain
+
+
+@pytest.fixture
+def steps(checkpoint, preference_rows, tmp_path):
+    """Losses and weights of two steps of plain gradient descent on rows with weights."""
+
+    def steps(rows, rate=0.1, size=4, accumulation=1):
+        torch.manual_seed(0)
+        settings = {**ONE_STEP, "max_steps": 2, "learning_rate": rate, "optim": "sgd"}
+        settings |= {"max_grad_norm": 0.0, "bf16": False, "beta": 0.5, "rpo_eta": 0.5}
+        settings |= {"per_device_train_batch_size": size}
+        args = RPOConfig(str(tmp_path), gradient_accumulation_steps=accumulation, **settings)
+        trainer = RPOTrainer(checkpoint, args=args, train_dataset=rows)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        return torch.tensor(losses), weights.cpu()
+
+    return steps
+
+
+def test_weights_scale_the_gradient_and_one_changes_nothing(steps, preference_rows):
+    plain = steps(preference_rows)
+    ones = steps(weighed(preference_rows, [1] * 16))
+    threes = steps(weighed(preference_rows, [3] * 16), rate=0.1 / 3)
+    for (losses, weights), factor in ((ones, 1), (threes, 3)):
+        torch.testing.assert_close(losses, factor * plain[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(weights, plain[1], rtol=1e-5, atol=1e-6)
+    assert (steps(weighed(preference_rows, WEIGHTS))[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_a_pair_of_weight_zero_is_absent_and_micro_batches_are_one(steps, preference_rows, caplog):
+    """Though null is 1."""
+    rows = preference_rows.add_column("weight", [None, 0.0, 2.0, 1.0] * 4)
+    whole = steps(rows, size=4)
+    assert "Dropped 4 of 16 rows of `train_dataset`" in caplog.text
+    kept = rows.select([n for n in range(16) if n % 4 != 1])
+    absent = steps(kept, size=4)
+    assert torch.equal(whole[0], absent[0]) and torch.equal(whole[1], absent[1])
+    parts = steps(kept, size=1, accumulation=4)
+    torch.testing.assert_close(parts[1], whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_evaluated_alone_have_weights(checkpoint, preference_rows, tmp_path):
+    """Given to the trainer, streamed, or to `evaluate`; and a zero in a batch counts as absent."""
+    args = RPOConfig(str(tmp_path), **ONE_STEP, bf16=False)
+    rows = weighed(preference_rows, WEIGHTS)
+    given = RPOTrainer(
+        checkpoint, args=args, train_dataset=preference_rows, eval_dataset=rows
+    ).evaluate()
+    trainer = RPOTrainer(checkpoint, args=args, train_dataset=preference_rows)
+    plain = trainer.evaluate(preference_rows)
+    assert "eval_weight/mean" not in plain
+    for found in (given, trainer.evaluate(rows), trainer.evaluate(rows.to_iterable_dataset())):
+        assert found["eval_weight/mean"] == pytest.approx(sum(WEIGHTS) / 16)
+        assert found["eval_loss"] == pytest.approx(given["eval_loss"], rel=1e-5)
+    assert abs(given["eval_loss"] - plain["eval_loss"]) > 1e-3
+    batch = trainer.data_collator(
+        [trainer.train_dataset[row] | {"weight": row % 2} for row in (0, 1)]
+    )
+    assert trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[1] == 1
+    with torch.no_grad():
+        alone = trainer.data_collator([trainer.train_dataset[1]])
+        losses = [trainer.compute_loss(trainer.model, b).item() for b in (batch, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ld_alpha", 0.5),
+        ("use_weighting", True),
+        ("f_divergence_type", "js_divergence"),
+        ("loss_weights", [2.0]),
+    ],
+)
+def test_what_changes_dpos_loss_goes_with_no_weights(
+    checkpoint, preference_rows, tmp_path, name, value
+):
+    args = RPOConfig(str(tmp_path), **ONE_STEP, **{name: value})
+    with pytest.raises(ValueError, match=f"`train_dataset` has a column `weight`, and `{name}"):
+        RPOTrainer(checkpoint, args=args, train_dataset=weighed(preference_rows, WEIGHTS))

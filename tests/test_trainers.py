@@ -41,14 +41,19 @@ def test_packing_is_refused(checkpoint, math_rows, trainer, option):
     ("option", "value"), [("label_smoothing_factor", 0.1), ("loss_type", "dft")]
 )
 def test_another_loss_beside_ours_is_refused(checkpoint, math_rows, option, value):
-    for trainer, config in ((DCOTrainer, DCOConfig), (SFTMixTrainer, SFTMixConfig)):
-        args = config("out", **QUIET, **{option: value})
-        with pytest.raises(ValueError, match=f"is a loss of its own: leave `{option}`"):
-            trainer(checkpoint, args=args, train_dataset=math_rows)
+    args = DCOConfig("out", **QUIET, **{option: value})
+    with pytest.raises(ValueError, match=f"is a loss of its own: leave `{option}`"):
+        DCOTrainer(checkpoint, args=args, train_dataset=math_rows)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config"), [(DCOTrainer, DCOConfig), (SFTMixTrainer, SFTMixConfig)]
+)
+def test_a_loss_function_beside_ours_is_refused(checkpoint, math_rows, trainer, config):
     with pytest.raises(ValueError, match="leave `compute_loss_func`"):
-        DCOTrainer(
+        trainer(
             checkpoint,
-            args=DCOConfig("out", **QUIET),
+            args=config("out", **QUIET),
             train_dataset=math_rows,
             compute_loss_func=lambda *_, **__: None,
         )

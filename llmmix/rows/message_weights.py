@@ -10,10 +10,10 @@ Weights change what a token counts, never which tokens a trainer scores, but for
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +21,16 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import common_prefix_length
 
 from llmmix.processes import warn_once
+from llmmix.rows.message_checks import (
+    Row,
+    Scoring,
+    check_mask,
+    check_messages,
+    check_row,
+    has_message_weights,
+    without_message_weights,
+)
 from llmmix.rows.message_spans import assistant_parts, written_parts
-from llmmix.rows.messages import ASKING, SPEAKERS, is_messages
 from llmmix.rows.prompts import encode, template_options
 from llmmix.rows.weights import (
     ROW,
@@ -36,54 +44,7 @@ from llmmix.rows.weights import (
     row_weights,
 )
 
-CHATS = ("messages", "conversations", "prompt", "completion")
 NUMBER = "row as it was given"
-Row = dict[str, Any]
-
-
-class Scoring(NamedTuple):
-    """Which messages a trainer scores, and what it can do with their weights.
-
-    Attributes:
-        assistant_only: Whether the assistant's turns alone are scored.
-        whole: Whether a `prompt` is scored too.
-        masks_only: Why weights of messages and tokens must be 0 or 1; "" where they need not.
-    """
-
-    assistant_only: bool
-    whole: bool
-    masks_only: str = ""
-
-    @classmethod
-    def of(cls, args: SFTConfig, packing: bool, masks_only: str = "") -> "Scoring":
-        """As a trainer's settings say."""
-        if packing:
-            masks_only = "`packing=True` keeps labels alone"
-        return cls(args.assistant_only_loss, args.completion_only_loss is False, masks_only)
-
-    def takes(self, role: str, in_prompt: bool) -> bool:
-        """Whether a message is scored, and so may have a weight."""
-        return (self.whole or not in_prompt) and not (self.assistant_only and role in ASKING)
-
-
-def has_message_weights(*given: Any) -> bool:
-    """Whether a message of some rows has a weight; the first row of a stream says so for all.
-
-    Args:
-        *given: Rows, or rows by name, or None.
-    """
-    parts = [p for some in given for p in (some.values() if isinstance(some, dict) else [some])]
-    return any(map(_has_message_weights, parts))
-
-
-def _has_message_weights(rows: Any) -> bool:
-    if not isinstance(rows, Dataset | IterableDataset) or has_column(rows, "input_ids"):
-        return False
-    if isinstance(rows, IterableDataset):
-        return any(True for _ in _said(next(iter(rows), {})))
-    if rows.format["type"] == "custom":
-        return False
-    return any(True for row in _chats(rows) for _ in _said(row))
 
 
 def weigh(
@@ -122,9 +83,13 @@ def weigh(
     by_token = has_column(rows, TOKENS)
     if by_token and not has_column(rows, "input_ids"):
         raise ValueError(f"`{argument}` has `{TOKENS}` and no `input_ids`: give both, or neither.")
-    by_message = _has_message_weights(rows)
-    fractions = _check_messages(rows, argument, scoring) if by_message else False
+    by_message = has_message_weights(rows)
+    fractions = check_messages(rows, argument, scoring) if by_message else False
+    if isinstance(rows, IterableDataset) and not (by_message or has_column(rows, "input_ids")):
+        rows = without_message_weights(rows, argument)
     if by_message or by_token:
+        by = f"its entry of `{TOKENS}`" if by_token else f"the `{ROW}` of its message"
+        warn_once(f"`{argument}`: the loss of a token is multiplied by {by}.")
         rows = _numbered(rows)
     rows = read(rows)
     chats = not by_token and _are_chats(rows) and (by_message or turns)
@@ -141,6 +106,18 @@ def weigh(
         if by_token and not keep:
             rows = rows.remove_columns(TOKENS)
     return drop_weightless(rows, argument, weighed=by_token or chats)
+
+
+def check_formatted(rows: Any, argument: str) -> Any:
+    """Check rows whose text a function makes: their own weights count, those of messages cannot.
+
+    Arguments, result and errors are those of `check_row_weights`.
+    """
+    if has_message_weights(rows):
+        warn_once(
+            f"`{argument}`: `formatting_func` makes text, and no `{ROW}` of a message counts."
+        )
+    return check_row_weights(rows, argument)
 
 
 def tell_unread(rows: Any, argument: str, trainer: str, ways: str) -> None:
@@ -181,65 +158,6 @@ def _check_unpacked(rows: Rows, argument: str) -> None:
         f"`packing=True` keeps no `{ROW}` of a row, and `{argument}` has some that are not 0 or 1. "
         "Set `packing=False`; `padding_free=True` computes no padding either."
     )
-
-
-# The rows as they were given
-
-
-def _chats(rows: Dataset) -> Iterator[Row]:
-    """The columns of rows that may hold messages with weights."""
-    features = {c: str(rows.features[c]) for c in CHATS if c in rows.column_names}
-    columns = [c for c, told in features.items() if f"'{ROW}'" in told or "Json(" in told]
-    yield from rows.with_format(None).select_columns(columns) if columns else ()
-
-
-def _said(row: Mapping[str, Any]) -> Iterator[tuple[str, int, str, Any]]:
-    """(column, number, role, weight) of the messages of a row that have a weight."""
-    for column in CHATS:
-        cell = row.get(column)
-        messages = [cell] if isinstance(cell, dict) else cell
-        if not messages or not is_messages(cell):
-            continue
-        for number, message in enumerate(messages):
-            if message.get(ROW) is not None:
-                role = message.get("role") or message.get("from")
-                yield column, number, SPEAKERS.get(role, role), message[ROW]
-
-
-def _check_messages(rows: Rows, argument: str, scoring: Scoring) -> bool:
-    """Refuse weights that cannot be; whether some are no 0 and no 1, which a stream may have."""
-    if isinstance(rows, IterableDataset):
-        return True  # checked as they pass
-    found = [_checked(row, n, argument, scoring) for n, row in enumerate(_chats(rows))]
-    weights = [weight for row in found for weight in row]
-    return any(weight not in (0, 1) for weight in weights)
-
-
-def _checked(row: Mapping[str, Any], number: int, argument: str, scoring: Scoring) -> list[float]:
-    """The weights of a row's messages.
-
-    Raises:
-        ValueError: One of them is refused.
-    """
-    found = []
-    for column, place, role, given in _said(row):
-        what = f"`{argument}`, row {number}: `{ROW}` of message {place} of `{column}`"
-        found.append(as_weight(given, what))
-        if not scoring.takes(role, column == "prompt"):
-            raise ValueError(
-                f"{what}, which {role!r} says, weighs what is not scored. Take it away, or score "
-                "all: `assistant_only_loss=False`, and `completion_only_loss=False` for a prompt."
-            )
-        _check_mask(found[-1], what, scoring)
-    return found
-
-
-def _check_mask(weight: float, what: str, scoring: Scoring) -> None:
-    if scoring.masks_only and weight not in (0, 1):
-        raise ValueError(
-            f"{what} is {weight:g}, and {scoring.masks_only}: give 0 or 1 there, or a `{ROW}` of "
-            "the row."
-        )
 
 
 def _numbered(rows: Rows) -> Rows:
@@ -296,7 +214,7 @@ def _of_tokens(row: Row, argument: str, tokenizer: Any, scoring: Scoring, keep: 
         raise ValueError(f"{where} has {len(given)} entries, and `input_ids` has {len(ids)}.")
     weights = [as_weight(weight, f"{where} at {place}") for place, weight in enumerate(given)]
     for place, weight in enumerate(weights):
-        _check_mask(weight, f"{where} at {place}", scoring)
+        check_mask(weight, f"{where} at {place}", scoring)
     labels = row.get("labels")
     if labels is None:
         named = ["completion_mask"] * (not scoring.whole) + ["assistant_masks"]
@@ -311,7 +229,7 @@ def _of_messages(row: Row, argument: str, tokenizer: Any, scoring: Scoring, keep
     """Tokens, labels and weights of a chat."""
     number = row.get(NUMBER)
     if number is not None:  # of a stream's row they are not checked yet
-        _checked(row, number, argument, scoring)
+        check_row(row, number, argument, scoring)
     options = template_options(row)
     chat = "messages" in row
     messages = row["messages"] if chat else row["prompt"] + row["completion"]

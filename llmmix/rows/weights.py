@@ -54,7 +54,7 @@ def as_weight(value: Any, what: str) -> float:
     if weight < 0:
         raise ValueError(
             f"{what} is {weight:g}: a loss of negative weight has no lower bound. Give 0 to leave "
-            "it out; to unlearn rows, train with `UnlearnTrainer`."
+            "it out; rows to unlearn are rows to forget of `UnlearnTrainer`."
         )
     return weight
 
@@ -272,7 +272,7 @@ class Weights(NamedTuple):
 
         Where a model has put virtual tokens before a row, T' is larger, and they weigh 1.
         """
-        weights = self.of_rows(values[:, 0]).unsqueeze(1).expand_as(values)
+        weights = self.of_rows(values.new_ones(len(values))).unsqueeze(1).expand_as(values)
         if self.tokens is None:
             return weights
         tokens = self.tokens[:, 1:].to(values)

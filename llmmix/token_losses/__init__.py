@@ -2,8 +2,8 @@
 
 losses.py has the arithmetic, weights.py the weight that each loss gives a token, loss_table.py what
 each needs, settings.py and config.py the settings, objective.py a loss with its settings on a
-forward, references.py the other model that some compare with, trainer.py the trainer. Recipe:
-recipes/token_losses.py.
+forward, references.py the other model that some compare with, reference_model.py the one that is
+named, snapshot.py that of psft, trainer.py the trainer. Recipe: recipes/token_losses.py.
 """
 
 from typing import TYPE_CHECKING

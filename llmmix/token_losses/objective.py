@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmmix.head import FusedHeadOutput, HeadObjective
@@ -61,11 +62,14 @@ class TokenObjective:
         """(B, T) the weight w of each token, detached, zero where nothing is scored."""
         return token_weight(self.loss_type, **arguments) * mask
 
-    def _tempered(self, hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
-        """Log-probabilities at gem's temperature."""
+    def _tempered(self, hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Any]:
+        """Log-probabilities at gem's temperature; those that are logged need no gradient."""
         mask, beta = labels != -100, self._settings["gem_beta"]
-        found = head.statistics(hidden[mask], labels[mask], temperature=beta).log_probs
-        return {"tempered_log_probs": scattered(found, mask)}
+        states, targets = hidden[mask], labels[mask]
+        with torch.no_grad():
+            statistics = head.statistics(states, targets, head.outputs)
+        found = head.statistics(states, targets, temperature=beta).log_probs
+        return {"statistics": statistics, "tempered_log_probs": scattered(found, mask)}
 
 
 def _above_mean(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
@@ -85,7 +89,7 @@ def together(*objectives: HeadObjective | None) -> HeadObjective | None:
     if len(given) < 2:
         return given[0] if given else None
 
-    def objective(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
+    def objective(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Any]:
         return {k: v for each in given for k, v in each(hidden, labels, head).items()}
 
     return objective

@@ -21,6 +21,7 @@ from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.head_weights import HeadAtHand
 from llmmix.precision import evaluating
 from llmmix.processes import warn_once
+from llmmix.rows.weights import take_weights
 from llmmix.token_losses.losses import selected_counts
 from llmmix.token_losses.objective import scattered
 from llmmix.token_losses.reference_model import check_reference_model, load_reference_model
@@ -28,7 +29,6 @@ from llmmix.token_losses.snapshot import Snapshot
 from llmmix.training.means import Sums
 
 LABELS = ("labels", "shift_labels")
-WEIGHTS = ("weight", "token_weights")  # of a batch, for its loss and not for the model
 
 
 class TokenReference:
@@ -243,7 +243,7 @@ class SelectReference(TokenReference):
         if self._apart:
             return
         trainer = self._trainer
-        inputs = {name: x for name, x in inputs.items() if name not in WEIGHTS}
+        inputs, _ = take_weights(inputs)
         with evaluating(model, trainer):
             own = model(**inputs, fused_lm_head=True).log_probs
         differs = (own != _token_logps(self._frozen, model, inputs)).any()

@@ -74,7 +74,9 @@ class TokenLossTrainer(SFTTrainer):
     Raises:
         TypeError: `args`, `model`, the collator or the rows are of a type that it does not take.
         ValueError: Context or sequence parallelism is on; `packing` is set beside `padding_free`,
-            or with select; or `compute_loss_func` is given.
+            or with select; `compute_loss_func` is given; or the model that the loss compares with
+            cannot serve (`token_reference`).
+        FileNotFoundError: There is no such `reference_model`.
     """
 
     args: TokenLossConfig  # these two are narrower than in TRL
@@ -180,8 +182,8 @@ class TokenLossTrainer(SFTTrainer):
         with nll_for_trl(self.args):
             result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         extra = {} if self.reference is None else self.reference.metrics(recorder.output, needs)
-        given = weights.mean(recorder.output.label_mask)
-        self._measure(recorder.output, found, {**extra, **given})
+        extra = {**extra, **weights.mean(found["taken"])}
+        self._measure(recorder.output, found, extra)
         return result
 
     def _measure(

@@ -20,7 +20,6 @@ tests/unlearning/test_flat.py.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +34,9 @@ from llmmix.arguments import check_types, own_config, own_model
 from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl
 from llmmix.trainers import check_own_loss
-from llmmix.training.ranges import check_settings
 from llmmix.training.windows import evaluated, window
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
+from llmmix.unlearning.flat_config import FLATConfig, check_retain
 from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.losses import at_least_fp32, nll_loss, sequence_probs
 from llmmix.unlearning.parts import (
@@ -45,15 +44,11 @@ from llmmix.unlearning.parts import (
     forward_parts,
     over_processes,
     predicted,
+    row_weights,
+    weight_means,
     with_retained,
 )
-from llmmix.unlearning.preparation import (
-    ForgetConfig,
-    check_args,
-    check_not_negative,
-    epoch_sampler,
-    prepare_trainer,
-)
+from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_trainer
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
 from llmmix.unlearning.templates import Templates, resolve_templates
 
@@ -79,111 +74,14 @@ def flat_loss(template_probs: Tensor, forget_probs: Tensor, divergence: str = "j
     return DIVERGENCES[check_divergence(divergence)](*probs)
 
 
-@dataclass
-class FLATConfig(ForgetConfig):
-    """TRL's `SFTConfig` with the fields of FLAT, beside those of `ForgetConfig`.
-
-    Args:
-        divergence: Which f-divergence between template and forget answers is maximized.
-        mean: Mean of an answer's token probabilities: `"arithmetic"` (the paper) or `"geometric"`.
-        prob_reduction: `"token_mean"` over the answer's tokens; `"all_positions"` over
-            `max_length - 1`, as the released code.
-        batch_reduction: `"per_sequence"`: the mean of the losses; `"batch_scalar"`: the loss of the
-            mean probabilities of a micro-batch, as the released code. The latter depends on how a
-            batch is split.
-        template_sft_steps: Optimizer steps of plain cross-entropy on the templates at the start,
-            for a model that finds them all but impossible: P_e has no gradient there.
-        retain_weight: Weight of the cross-entropy on retained rows, where such are given. 0 is
-            FLAT.
-    """
-
-    divergence: str = field(
-        default="js",
-        metadata={
-            "help": f"f-divergence to maximize: one of {', '.join(DIVERGENCES)}, or its name in "
-            "the released code."
-        },
-    )
-    mean: str = field(
-        default="arithmetic",
-        metadata={
-            "help": "Mean of an answer's token probabilities: 'arithmetic' (the paper) or "
-            "'geometric'."
-        },
-    )
-    prob_reduction: str = field(
-        default="token_mean",
-        metadata={
-            "help": "What an answer's probability is divided by: 'token_mean', its tokens, or "
-            "'all_positions', max_length - 1, as the released code."
-        },
-    )
-    batch_reduction: str = field(
-        default="per_sequence",
-        metadata={
-            "help": "'per_sequence': the mean of the losses; 'batch_scalar': the loss of the mean "
-            "probabilities, as the released code."
-        },
-    )
-    template_sft_steps: int = field(
-        default=0,
-        metadata={"help": "Steps of cross-entropy on the template answers at the start."},
-    )
-    retain_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy on retained rows; 0 is FLAT."}
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        self.divergence = check_divergence(self.divergence)
-        for name, choices in (
-            ("mean", ("arithmetic", "geometric")),
-            ("prob_reduction", ("token_mean", "all_positions")),
-            ("batch_reduction", ("per_sequence", "batch_scalar")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}."
-                )
-        if self.prob_reduction == "all_positions" and (
-            self.max_length is None or self.mean == "geometric"
-        ):
-            raise ValueError(
-                "`prob_reduction='all_positions'` divides by `max_length - 1`: set `max_length`, "
-                "and leave `mean` at 'arithmetic'."
-            )
-        check_not_negative(self, ("template_sft_steps", "retain_weight"))
-        if self.min_forget_prob is not None and self.prob_reduction == "all_positions":
-            raise ValueError(
-                "`min_forget_prob` watches the mean over an answer's tokens, and "
-                "`prob_reduction='all_positions'` dilutes it by the padding: leave one out."
-            )
-        super().__post_init__()
-
-
-def check_retain(args: FLATConfig, retain: bool) -> None:
-    """Refuse rows to retain without a weight, and a weight without rows.
-
-    It needs no model, so that a mistake shows before one is loaded.
-
-    Raises:
-        ValueError: There is a weight and there are no rows, or rows and no weight.
-    """
-    if (args.retain_weight > 0) != retain:
-        raise ValueError(
-            "`retain_weight` and rows to retain (`retain_dataset_name`, `retain_dataset`) go "
-            "together: give both, or neither for FLAT on forget data alone. Got retain_weight="
-            f"{args.retain_weight:g} and {'rows' if retain else 'no rows'}."
-        )
-
-
 class FLATTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on the FLAT loss, from one forward over templates and answers to forget.
 
     `train_dataset` has rows of `question` and `answer`, or of `prompt` and `completion`, to forget,
-    and perhaps `template`: an answer to learn instead, or a list to draw from. Logs
-    `flat/template_prob` and `flat/forget_prob`, P_e and P_f, `flat/loss`, `nll_per_token` of the
-    answers to forget, and `retain_nll_per_token`.
+    and perhaps `template`, an answer to learn instead or a list to draw from, and `weight`, which
+    multiplies the loss of its row. Logs `flat/template_prob` and `flat/forget_prob`, P_e and P_f,
+    `flat/loss`, `nll_per_token` of the answers to forget, `retain_nll_per_token`, and with weights
+    `weight/mean` and `weight/retain_mean`.
 
     Args:
         model: A causal language model, or its name.
@@ -245,7 +143,13 @@ class FLATTrainer(SFTTrainer):
         with padded_by_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
         self._prepared = prepare_trainer(
-            self, "FLAT", args, self.parts, retain_dataset=retain_dataset, templates=templates
+            self,
+            "FLAT",
+            args,
+            self.parts,
+            retain_dataset=retain_dataset,
+            templates=templates,
+            unweighted=args.unweighted,
         )
         self.guard = UnlearningGuard(self, min_forget_prob=args.min_forget_prob)
         self.add_callback(self.guard)
@@ -320,16 +224,17 @@ class FLATTrainer(SFTTrainer):
             sequence_probs(logps, mask, mean=args.mean, positions=positions)[scored]
             for logps, mask in (parts["template"], parts["forget"])
         )
-        rows = scored.sum()
+        rows, weights = scored.sum(), row_weights(inputs, self.parts)
+        of_row = weights["forget"][scored]
         window = self._window if training else self._count([inputs], rows.device)
         if training and self.state.global_step < args.template_sft_steps:
-            total = nll_loss(*parts["template"]).sum()
+            total = (weights["template"] * nll_loss(*parts["template"])).sum()
         elif args.batch_reduction == "batch_scalar":
             count = rows.clamp(min=1)
             of_means = flat_loss(template.sum() / count, forget.sum() / count, args.divergence)
             total = rows * of_means
         else:
-            total = flat_loss(template, forget, args.divergence).sum()
+            total = (of_row * flat_loss(template, forget, args.divergence)).sum()
         loss, terms = total / window["forget"][0], [(total, rows)]
         values = {
             "loss": (total, rows),
@@ -338,9 +243,10 @@ class FLATTrainer(SFTTrainer):
         }
         if "retain" in parts:
             logps, mask = parts["retain"]
-            loss = loss - args.retain_weight * logps.sum() / window["retain"][1]
-            terms.append((-args.retain_weight * logps.sum(), mask.sum()))
-            values["retain_loss"] = (-logps.sum(), mask.sum())
-        self.guard.add("flat", values, terms, parts)
+            retained = -(weights["retain"] * logps.sum(1)).sum()
+            loss = loss + args.retain_weight * retained / window["retain"][1]
+            terms.append((args.retain_weight * retained, mask.sum()))
+            values["retain_loss"] = (retained, mask.sum())
+        self.guard.add("flat", values, terms, parts, weight_means(inputs, parts))
         loss = over_processes(self.accelerator, loss, training=training)
         return (loss, output) if return_outputs else loss

@@ -6,7 +6,7 @@ Unlearning losses have no bottom that is worth reaching: past some point they on
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +52,12 @@ class UnlearningGuard(ResumedCallback):
         self._recent: deque[dict[str, float]] = deque(maxlen=STEPS_AVERAGED)
 
     def add(
-        self, prefix: str, values: dict[str, Terms], loss: Sequence[Terms], parts: dict[str, Terms]
+        self,
+        prefix: str,
+        values: dict[str, Terms],
+        loss: Sequence[Terms],
+        parts: dict[str, Terms],
+        others: Mapping[str, Terms] | None = None,
     ) -> None:
         """Log a micro-batch's (sum, count) of each value, summed over the processes.
 
@@ -63,8 +68,10 @@ class UnlearningGuard(ResumedCallback):
             values: (sum, count) of each value.
             loss: (sum, count) of each term of the loss, which an evaluation reports.
             parts: Token log-probabilities and masks (B, T) of each part, whose NLL is logged.
+            others: (sum, count) of what is logged without the prefix.
         """
         sums: dict[str, Sums] = {f"{prefix}/{name}": terms for name, terms in values.items()}
+        sums |= others or {}
         for part, name in (("forget", "nll_per_token"), ("retain", "retain_nll_per_token")):
             if part in parts:
                 token_logps, mask = parts[part]

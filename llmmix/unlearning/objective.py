@@ -5,7 +5,7 @@ total = forget_weight * forget term + retain_weight * retain term
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Objective:
     """
 
     retains_by_row = False  # else the retain term is a mean over tokens
+    # Rows that may have no `weight`, "forget" or "retain", and why
+    unweighted: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -74,11 +76,11 @@ class Objective:
         return Step(model, batch, parts, output, reference)
 
     def forget(self, step: Step) -> Terms:
-        """The forget term: values, and the weight that each has in the mean."""
+        """The forget term: values, and what each counts in the mean."""
         return self.loss.forget(step, **self.settings)
 
     def retain(self, step: Step) -> Terms:
-        """The retain term: values, and the weight that each has in the mean."""
+        """The retain term: values, and what each counts in the mean."""
         if self.retain_loss == "kl":
             return step.over_vocabulary(kl_loss, "retain", ref_logits=step.ref_logits("retain"))
         return step.by_token(nll_loss(*step.parts["retain"]), "retain")
@@ -109,7 +111,8 @@ class Loss:
     """A row of the table of losses: what a loss reads, needs and takes, and its default settings.
 
     Attributes:
-        forget: (step, **settings) -> its values on a micro-batch, and the weight of each.
+        forget: (step, **settings) -> its values on a micro-batch, and what each counts; from
+            `Step.by_row`, `by_token` or `over_vocabulary`, which multiply by the rows' weights.
         paper: Title and arXiv id of its paper.
         reads: Parts of a batch that the forget term reads. The last is the one that it is a mean
             over.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from llmmix.head import FusedHeadOutput, HeadAtHand, HeadObjective
+from llmmix.rows.weights import ROW
 
 PARTS = ("template", "forget", "retain")  # in this order in a batch
 
@@ -30,6 +31,34 @@ def select(batch: dict[str, Tensor], parts: Sequence[str], wanted: Sequence[str]
     places = [in_order(parts).index(part) for part in in_order(wanted)]
     names = ("input_ids", "attention_mask", "labels")
     return {name: torch.cat([batch[name].chunk(len(parts))[p] for p in places]) for name in names}
+
+
+def row_weights(batch: dict[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
+    """The weights (B,) of the rows of each part: 1 where the data has none."""
+    given = batch.get(ROW)
+    if given is None:
+        given = torch.ones(len(batch["labels"]), device=batch["labels"].device)
+    return dict(zip(in_order(parts), given.chunk(len(parts)), strict=True))
+
+
+def weight_means(
+    batch: dict[str, Tensor], parts: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sum and count of the weights of the rows to forget and to retain that have a token to score.
+
+    Args:
+        batch: A batch; nothing is counted where it has no weights.
+        parts: Token log-probabilities and masks (B, T) of each part, of which the last that is not
+            "retain" has the rows to forget.
+    """
+    if ROW not in batch:
+        return {}
+    found = {}
+    for part, weights in row_weights(batch, tuple(parts)).items():
+        scored = parts[part][1].any(1)
+        name = "weight/retain_mean" if part == "retain" else "weight/mean"
+        found[name] = ((weights * scored).sum(), scored.sum())
+    return found
 
 
 def forward_parts(

@@ -7,7 +7,7 @@ Arithmetic: `pdu_loss` and `pdu_multiplier` of llmmix/unlearning/losses.py.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +44,10 @@ class PDU(Objective):
         **options: What else `Objective` takes; `retain_weight` is the first value of the
             multiplier.
     """
+
+    unweighted: ClassVar[Mapping[str, str]] = {
+        "retain": "the budget `epsilon` of pdu is an NLL a token, which they would change"
+    }
 
     def __init__(
         self,

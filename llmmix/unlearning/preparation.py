@@ -4,8 +4,9 @@ Rows to forget are read as they are, drawn anew each epoch and never packed, so 
 preparation is left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +16,7 @@ from llmmix.checkpoints.cards import sign
 from llmmix.data import load_role, load_train_and_eval
 from llmmix.head import attach_head
 from llmmix.padding_free_setting import padding_free_field
+from llmmix.rows.answer_weights import weigh_answers
 from llmmix.trainers import check_unsharded, default_to_cpu, keep_outputs_in_fp32
 from llmmix.training.finite import end_unless_finite
 from llmmix.training.ranges import check_settings
@@ -152,6 +154,7 @@ def prepare_trainer(
     retain_dataset: Dataset | None,
     templates: Templates,
     skip_tokens: int = 0,
+    unweighted: Mapping[str, str] | None = None,
 ) -> Callable[[Any, str], Any]:
     """Give a trainer `ForgetRows` in the place of its rows, their collator, and the fused head.
 
@@ -163,14 +166,16 @@ def prepare_trainer(
         retain_dataset: Rows to retain, where `parts` has them.
         templates: See `ForgetRows`.
         skip_tokens: See `ForgetRows`.
+        unweighted: Rows that may have no `weight`, "forget" or "retain", and why.
 
     Returns:
         A function (rows, argument) that prepares other rows alike; it returns None and names as
         they are.
 
     Raises:
-        ValueError: Context or sequence parallelism is on, `ForgetRows` refuses the rows, or
-            `include_for_metrics` asks for the inputs, of which there are several a row.
+        ValueError: Context or sequence parallelism is on; `ForgetRows` or `weigh_answers` refuses
+            the rows; or `include_for_metrics` asks for the inputs, of which there are several a
+            row.
     """
     check_unsharded(method, trainer.accelerator)
     if len(parts) > 1 and "inputs" in args.include_for_metrics:
@@ -181,9 +186,15 @@ def prepare_trainer(
         )
     tokenizer: Any = trainer.processing_class
     model: Any = trainer.model
+
+    def read(rows: Any, argument: str, part: str) -> Dataset:
+        why = (unweighted or {}).get(part, "")
+        reading = partial(read_rows, argument=argument, tokenizer=tokenizer)
+        return weigh_answers(rows, argument, reading, why)
+
     retain = retain_dataset
     if "retain" in parts:
-        retain = read_rows(retain_dataset, "retain_dataset", tokenizer)
+        retain = read(retain_dataset, "retain_dataset", "retain")
 
     def prepared(rows: Any, argument: str) -> Any:
         if rows is None or isinstance(rows, str | ForgetRows):
@@ -191,7 +202,7 @@ def prepare_trainer(
         if isinstance(rows, dict):
             return {name: prepared(part, name) for name, part in rows.items()}
         return ForgetRows(
-            read_rows(rows, argument, tokenizer),
+            read(rows, argument, "forget"),
             tokenizer,
             parts=parts,
             retain=retain,

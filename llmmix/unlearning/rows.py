@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llmmix.data import pad
 from llmmix.processes import warn_once
 from llmmix.rows.prompts import Encoded, Options, Prompt, encode_answer, options_of
+from llmmix.rows.weights import ROW, has_column, row_weights
 from llmmix.unlearning import qa
 from llmmix.unlearning.parts import PARTS, in_order
 from llmmix.unlearning.templates import REFUSALS, Templates, check_templates, templates_of
@@ -29,7 +30,7 @@ class ForgetRows(torch.utils.data.Dataset):
 
     Args:
         rows: Rows to forget: `prompt` and `answer` as `qa.read_rows` gives them, and perhaps
-            `template`, a text or a list of texts.
+            `template`, a text or a list of texts, and `weight`, which a batch passes on.
         tokenizer: The model's tokenizer.
         parts: Which of `PARTS` an item has.
         retain: Rows to retain, where `parts` has them; one is drawn for each forgotten row, with
@@ -71,7 +72,7 @@ class ForgetRows(torch.utils.data.Dataset):
         if retain is not None and "retain" in parts:
             pairs = zip(prompts, answers, strict=True)
             _check_overlap([prompt or answer for prompt, answer in pairs], retain)
-        encoded = self._encode_all(prompts, answers, options, max_length)
+        encoded, whence = self._encode_all(prompts, answers, options, max_length)
         if len(encoded) > len(prompts):  # text alone is cut into rows
             prompts, own = [""] * len(encoded), [[]] * len(encoded)
             options = [{}] * len(encoded)
@@ -83,6 +84,8 @@ class ForgetRows(torch.utils.data.Dataset):
         self.prompts = [prompts[row] for row in kept]
         self.options = [options[row] for row in kept]
         self.templates = [own[row] for row in kept]
+        self.weighed = has_column(rows, ROW)
+        self.weights = _weights_of(rows, [whence[row] for row in kept], "rows to forget")
         # `attach_mixture` reads `domain`, unless a row was cut into several, and `pass_length`
         whole = "domain" in rows.column_names and len(prompts) == len(rows)
         self.domain = [rows["domain"][row] for row in kept] if whole else None
@@ -92,11 +95,15 @@ class ForgetRows(torch.utils.data.Dataset):
             for ids, start in (encoded[row] for row in kept)
         ]
         self.retain: list[Encoded] = []
+        self.retain_weights: list[float] = []
         if retain is not None and "retain" in parts:
             asked = options_of(retain)
-            found = self._encode_all(retain["prompt"], retain["answer"], asked, max_length)
+            found, whence = self._encode_all(retain["prompt"], retain["answer"], asked, max_length)
             kept = _usable(found, [len(e.ids) for e in found], max_length, "rows to retain")
             self.retain = [found[row] for row in kept]
+            self.weighed |= has_column(retain, ROW)
+            whence = [whence[row] for row in kept]
+            self.retain_weights = _weights_of(retain, whence, "rows to retain")
 
     def _encode_all(
         self,
@@ -104,12 +111,18 @@ class ForgetRows(torch.utils.data.Dataset):
         answers: Sequence[str],
         options: Sequence[Options],
         max_length: int | None,
-    ) -> list[Encoded]:
-        """A sequence for each row; text without a prompt that is too long is cut into pieces."""
+    ) -> tuple[list[Encoded], list[int]]:
+        """A sequence for each row, and the row of each sequence.
+
+        Text without a prompt that is too long is cut into pieces.
+        """
         found = [self._encode(*row) for row in zip(prompts, answers, options, strict=True)]
         if max_length is None or any(prompts):
-            return found
-        return [piece for encoded in found for piece in qa.cut(encoded, max_length)]
+            return found, list(range(len(found)))
+        pieces = [
+            (piece, row) for row, each in enumerate(found) for piece in qa.cut(each, max_length)
+        ]
+        return [piece for piece, _ in pieces], [row for _, row in pieces]
 
     def _encode(self, prompt: Prompt, answer: str, options: Options) -> Encoded:
         return encode_answer(
@@ -131,20 +144,31 @@ class ForgetRows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, row = divmod(index, len(self))
         item: dict[str, Any] = {"row": row, "forget": self.forget[row]}
+        if self.weighed:
+            item[ROW] = self.weights[row]
         if "template" in self.parts:
             item["template_number"] = number = self.template_of(row, epoch)
             item["template"] = self.template(row, number)
         if "retain" in self.parts:
             stream = random.Random(f"retain {self.seed} {epoch} {row}")
-            item["retain"] = self.retain[stream.randrange(len(self.retain))]
+            drawn = stream.randrange(len(self.retain))
+            item["retain"] = self.retain[drawn]
+            if self.weighed:
+                item["retain_weight"] = self.retain_weights[drawn]
         return item
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """One padded batch of all parts, [template; forget; retain], of equally many rows each."""
+        """One padded batch of all parts, [template; forget; retain], of equally many rows each.
+
+        Where rows have weights, `weight` has one for each row of each part.
+        """
         sequences = [item[part] for part in in_order(self.parts) for item in items]
         batch = pad(sequences, self.tokenizer.pad_token_id)
         batch["row"] = torch.tensor([item["row"] for item in items])
         batch["template_number"] = torch.tensor([item.get("template_number", 0) for item in items])
+        if ROW in items[0]:  # of rows to evaluate, which may have weights where ours have none
+            names = ["retain_weight" if part == "retain" else ROW for part in in_order(self.parts)]
+            batch[ROW] = torch.tensor([item[name] for name in names for item in items])
         return batch
 
 
@@ -169,6 +193,14 @@ class EpochSampler(Sampler[int]):
         epoch = self._epoch()
         order = np.random.default_rng([self._seed, epoch]).permutation(self._size)
         yield from (epoch * self._size + order).tolist()
+
+
+def _weights_of(rows: Dataset, kept: list[int], argument: str) -> list[float]:
+    """The weights of the rows that are kept, 1 where rows have none."""
+    if not has_column(rows, ROW):
+        return [1.0] * len(kept)
+    weights = row_weights(rows, argument)
+    return [weights[row] for row in kept]
 
 
 def _longest(templates: list[str]) -> list[str]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from llmmix.head import FusedHeadOutput
-from llmmix.unlearning.parts import logits_of
+from llmmix.unlearning.parts import logits_of, row_weights
 from llmmix.unlearning.references import Reference
 
-Terms = tuple[Tensor, Tensor]  # losses, and the weight that each has in their mean
+Terms = tuple[Tensor, Tensor]  # losses, and what each counts in their mean
 
 
 @dataclass
@@ -73,25 +73,33 @@ class Step:
         """(B, T), true at the tokens of the answers."""
         return self.labels(part) != -100
 
+    def row_weights(self, part: str) -> Tensor:
+        """(B,) what the loss of each row of a part is multiplied by, as the data says; else 1.
+
+        The three below do so. What they count stays as it is.
+        """
+        return row_weights(self.batch, tuple(self.parts))[part]
+
     def by_row(self, losses: Tensor, part: str = "forget") -> Terms:
-        """Losses with a weight of one for each row that has something to score."""
-        return losses, self.parts[part][1].any(1).float()
+        """Losses of rows, each counted once if it has something to score."""
+        return losses * self.row_weights(part), self.parts[part][1].any(1).float()
 
     def by_token(self, losses: Tensor, part: str = "forget") -> Terms:
-        """Losses, each a mean over its row's tokens, weighted by their number."""
-        return losses, self.lengths(part)
+        """Losses, each a mean over its row's tokens, counted by their number."""
+        return losses * self.row_weights(part), self.lengths(part)
 
     def over_vocabulary(self, loss: Callable[..., Tensor], part: str, **others: Any) -> Terms:
-        """A loss of (1, N, V) logits at the N scored positions of a part, weighted by N.
+        """A loss at each of the N scored positions of a part, each counted once.
 
         Args:
-            loss: A function of `logits`, `labels` and the others.
+            loss: A function of `logits` (N, 1, V), `labels` (N, 1) and the others (N, 1, ...).
             part: A part whose logits the forward kept.
             **others: Tensors of (N, ...), and values.
         """
         labels = self.labels(part)[:, 1:]
         labels = labels[labels != -100]
         logits = (self.output.objective or {})[part]
-        others = {n: x.unsqueeze(0) if isinstance(x, Tensor) else x for n, x in others.items()}
-        found = loss(logits.unsqueeze(0), labels=labels.unsqueeze(0), **others)
-        return found, torch.full_like(found, len(labels))
+        others = {n: x.unsqueeze(1) if isinstance(x, Tensor) else x for n, x in others.items()}
+        found = loss(logits.unsqueeze(1), labels=labels.unsqueeze(1), **others)
+        weights = self.row_weights(part).repeat_interleave(self.lengths(part))
+        return found * weights.to(found), torch.ones_like(found)

@@ -34,7 +34,13 @@ from llmmix.unlearning.guards import UnlearningGuard
 from llmmix.unlearning.loss_table import LOSSES
 from llmmix.unlearning.losses import sequence_probs
 from llmmix.unlearning.objective import Objective
-from llmmix.unlearning.parts import count_window, over_processes, predicted, with_retained
+from llmmix.unlearning.parts import (
+    count_window,
+    over_processes,
+    predicted,
+    weight_means,
+    with_retained,
+)
 from llmmix.unlearning.preparation import check_args, epoch_sampler, prepare_trainer
 from llmmix.unlearning.references import Reference
 from llmmix.unlearning.rows import EpochSampler, ForgetRows
@@ -48,10 +54,12 @@ class UnlearnTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on one of the unlearning losses.
 
     `train_dataset` has rows to forget: `question` and `answer`, `prompt` and `completion`, or
-    `text`. Logs `unlearn/forget_loss` and `unlearn/retain_loss` without their weights,
-    `unlearn/forget_prob` and `unlearn/template_prob` (mean probability of an answer's tokens),
-    `unlearn/capped` (share of tokens beyond `ascent_cap`) and `unlearn/multiplier` (of pdu), where
-    the loss has them; `nll_per_token` of the answers to forget and `retain_nll_per_token`.
+    `text`, and perhaps `weight`, which multiplies the loss of its row. Logs `unlearn/forget_loss`
+    and `unlearn/retain_loss` without `forget_weight` and `retain_weight`, `unlearn/forget_prob` and
+    `unlearn/template_prob` (mean probability of an answer's tokens), `unlearn/capped` (share of
+    tokens beyond `ascent_cap`) and `unlearn/multiplier` (of pdu), where the loss has them;
+    `nll_per_token` of the answers to forget and `retain_nll_per_token`; with weights of rows,
+    `weight/mean` and `weight/retain_mean`.
 
     Args:
         model: A causal language model, or its name.
@@ -119,6 +127,7 @@ class UnlearnTrainer(SFTTrainer):
             retain_dataset=retain_dataset,
             templates=templates,
             skip_tokens=args.skip_tokens if loss.skips_tokens else 0,
+            unweighted=loss.objective.unweighted,
         )
         sign(self, f"the unlearning loss {args.loss}", loss.paper)
         self.objective = _objective(self)
@@ -231,7 +240,8 @@ class UnlearnTrainer(SFTTrainer):
         for part in objective.loss.reads:
             scored = step.parts[part][1].any(1)
             values[f"{part}_prob"] = (sequence_probs(*step.parts[part]).sum(), scored.sum())
-        self.guard.add("unlearn", values | objective.metrics(step), terms, step.parts)
+        values |= objective.metrics(step)
+        self.guard.add("unlearn", values, terms, step.parts, weight_means(inputs, step.parts))
         loss = over_processes(self.accelerator, loss, training=training)
         return (loss, step.output) if return_outputs else loss
 

@@ -8,7 +8,8 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from llmmix.rows.formats import check_sft_dataset
-from llmmix.rows.message_weights import has_message_weights, tell_unread, weigh
+from llmmix.rows.message_checks import has_message_weights
+from llmmix.rows.message_weights import check_formatted, tell_unread, weigh
 from llmmix.steps import split_steps
 from tests.rows.test_turns import UNMARKED
 
@@ -181,7 +182,15 @@ def test_a_step_has_the_weight_of_its_message_and_of_its_row(tokenizer):
     assert split_steps(rows, tokenizer)["weight"][:] == [3, 3]
 
 
+def test_a_stream_whose_first_row_has_no_weights_must_have_none(tokenizer):
+    rows = [{"messages": chat(None, None)}, {"messages": chat(None, 0.5)}]
+    with pytest.raises(ValueError, match="row 1: .* the first row of a stream"):
+        list(weighed(rows, tokenizer, stream=True))
+
+
 def test_what_does_not_read_weights_says_so(caplog):
+    check_formatted(Dataset.from_list([{"messages": chat(None, 1)}]), "train_dataset")
+    assert "makes text, and no `weight` of a message counts" in caplog.text
     tell_unread(Dataset.from_list([{"messages": chat(None, 1)}]), "domains", "TRL's trainer", "a")
     assert "`domains` has weights (`weight`, `token_weights`). TRL's trainer reads none" in (
         caplog.text

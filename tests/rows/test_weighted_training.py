@@ -154,11 +154,13 @@ def chats(weights, confidence=True):
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("name", ["sftmix", "nll"])
-def test_weights_of_turns_train_as_weights_of_their_tokens(make, name):
+@pytest.mark.parametrize(
+    ("name", "cuts"), [("sftmix", ["keep_end"]), ("nll", ["keep_start", "keep_end"])]
+)
+def test_weights_of_turns_train_as_weights_of_their_tokens(make, name, cuts):
     """Through all of TRL's preparation, cut at either end; in whole batches and in parts."""
     found = {}
-    for cut in ("keep_start", "keep_end"):
+    for cut in cuts:
         given = {"max_length": 35, "truncation_mode": cut, "assistant_only_loss": True}
         by_turn = make(name, chats([0.5, 2, None, 0.25]), **given)
         turns = [row["token_weights"] for row in by_turn.train_dataset]
@@ -173,7 +175,7 @@ def test_weights_of_turns_train_as_weights_of_their_tokens(make, name):
         ]
         by_token = finish(make(name, Dataset.from_list(rows)))
         assert by_token[0] == found[cut][0] and torch.equal(by_token[1], found[cut][1])
-    assert not torch.equal(found["keep_start"][1], found["keep_end"][1])
+    assert len({entry[0][0]["loss"] for entry in found.values()}) == len(cuts)
 
 
 def test_a_step_in_micro_batches_and_a_resumed_run(make, rows):
@@ -221,7 +223,10 @@ def test_weights_change_no_draw_of_a_mixture_and_no_filter(make, rows):
 def test_dco_takes_no_part_of_a_token(make):
     with pytest.raises(ValueError, match="row 0: .* is 0.5, and DCO needs p of a whole completion"):
         make("dco", chats([0.5, 1]))
-    trainer = make("dco", chats([0, 1]), assistant_only_loss=True)
+    plain = chats([None, None])  # though they have no weights, their turns alone are scored
+    trainer = make("dco", chats([0, 1]), evaluated=plain, assistant_only_loss=True)
+    scored = [sum(x != -100 for x in row["labels"]) for row in trainer.eval_dataset]
+    assert scored == [9, 9]
     assert [sum(x != -100 for x in row["labels"]) for row in trainer.train_dataset] == [7, 9]
     with pytest.raises(ValueError, match="`train_dataset`, row 1: `weight` is nan"):
         make("dco", Dataset.from_dict({"text": ["a", "b"], "weight": [1.0, float("nan")]}))

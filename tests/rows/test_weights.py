@@ -33,7 +33,7 @@ def test_numbers_and_bools_are_weights_and_nothing_is_one(given, expected):
 BAD = [
     ([1.0, math.nan], "row 1: `weight` is nan. Give a finite number"),
     ([math.inf, 1.0], "row 0: `weight` is inf"),
-    ([1.0, 1.0, -0.5], "row 2: `weight` is -0.5.*train with `UnlearnTrainer`"),
+    ([1.0, 1.0, -0.5], "row 2: `weight` is -0.5.*rows to forget of `UnlearnTrainer`"),
     (["0", "1"], "row 0: `weight` is '0', of type str"),
     ([[1.0], [1.0]], "row 0: `weight` is .1.0., of type list"),
     ([0, 0.0, False], "`weight` is 0 in all of its 3 rows"),
@@ -125,3 +125,4 @@ def test_weights_of_rows_and_tokens_are_one_product():
     # Two virtual tokens of an adapter stand before the row
     assert weights.of_tokens(torch.ones(2, 4))[:, 2:].tolist() == [[0.5, 1.0], [1.0, 0.0]]
     assert weights.times(torch.ones(2)).tolist() == [0.5, 2.0]  # of rows
+    assert Weights(weights.rows, tokens[:, :1]).times(torch.ones(2, 0)).shape == (2, 0)

@@ -223,6 +223,23 @@ def test_select_trains_on_the_tokens_that_another_model_finds_likelier(make, oth
     assert log[0]["token_losses/weight"] == pytest.approx(len(kept) / int(tokens))
 
 
+@pytest.mark.parametrize("settings", by_name(ALL))
+def test_a_row_of_weight_0_is_not_there_and_a_weight_scales_the_rest(
+    make, rows, other_model, settings
+):
+    """A step of four rows: the reference and the number selected are those of the others."""
+    given = {**settings, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    if settings is SELECT:
+        given["reference_model"] = other_model
+    data = rows.select(range(4)).remove_columns("confidence")
+    weighted = data.add_column("weight", [2.0, 0.0, 2.0, 2.0])
+    found, expected = (
+        finish(make(data=x, **given, learning_rate=rate, max_steps=1))
+        for x, rate in ((weighted, 0.05), (data.select([0, 2, 3]), 0.1))
+    )
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 def test_select_keeps_all_while_the_model_is_its_own_reference(make, peft, caplog):
     """In warm-up the second step begins as the first did."""

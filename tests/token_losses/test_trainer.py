@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from llmmix import SFTMixConfig, SFTMixTrainer, TokenLossConfig, TokenLossTrainer, attach_heads
+from llmmix.facts import note_run, read_facts
 from llmmix.token_losses.objective import TokenObjective
 
 SETTINGS = {
@@ -238,6 +239,8 @@ def test_what_was_asked_for_is_in_the_settings_that_are_saved(make, tmp_path):
         assert (saved.loss_type, saved.label_smoothing_factor) == ("label_smoothing", 0.2)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "the token loss label_smoothing" in card
+    note_run(trainer)  # for the report, where losses of other kinds have other units
+    assert read_facts(tmp_path)["method"] == "TokenLoss (label_smoothing)"
 
 
 def test_label_smoothing_is_that_of_transformers(make):

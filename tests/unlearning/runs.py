@@ -33,6 +33,10 @@ RETAIN = Dataset.from_dict(
         "answer": [str(2 * n + 3) * (n + 1) for n in range(7)],
     }
 )
+WEIGHED = (  # to forget and to retain
+    FORGET.add_column("weight", [1.0, 2.5, 0.5, 4.0, None, 1.0, 0.25, 1.0, 3.0, 1.0]),
+    RETAIN.add_column("weight", [1.0, 2.0, 0.5, 3.0, 1.0, 4.0, 0.25]),
+)
 PDU = {"epsilon": 1.0, "dual_step": 0.1, "dual_warmup_epochs": 0.0}
 METHODS = {name: {"loss": name} for name in LOSSES}
 METHODS["pdu"] |= PDU

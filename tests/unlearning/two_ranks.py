@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer
 
 from tests.uneven import finish
-from tests.unlearning.runs import FORGET, lora, prepare
+from tests.unlearning.runs import FORGET, RETAIN, WEIGHED, lora, prepare
 
 # Ten rows are two micro-batches of 4 and one of 2, of which the second rank has none
 UNEVEN = {"gradient_accumulation_steps": 2, "max_grad_norm": 1e9}
@@ -22,16 +22,20 @@ RUNS = {  # by method: settings, and whether an adapter is trained
     "npo-kl": ({}, True),
     "rmu": (EVALUATED, True),
 }
+OF_WEIGHED_ROWS = ("npo", "flat-retain", "rmu")
 
 
 def make(name: str, checkpoint: str, folder: Path, ranks: int) -> Trainer:
     """The trainer of a run, on so many ranks."""
     settings, adapter = RUNS[name]
+    rows, retain = WEIGHED if name in OF_WEIGHED_ROWS else (FORGET, RETAIN)
     torch.manual_seed(0)
     return prepare(
         name,
         folder / name,
         checkpoint,
+        rows,
+        retain,
         peft=lora() if adapter else None,
         per_device_train_batch_size=4 // ranks,
         per_device_eval_batch_size=4 // ranks,
