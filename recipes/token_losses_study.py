@@ -58,14 +58,14 @@ class StudyArguments:
         metadata={"help": f"Losses to compare, among {', '.join(CONTENDERS)}."},
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds."})
-    teach_steps: int = field(default=700, metadata={"help": "Steps of teaching."})
+    teach_steps: int = field(default=1000, metadata={"help": "Steps of teaching."})
     rows: int = field(default=400, metadata={"help": "Problems to go on with."})
     few_rows: int = field(default=32, metadata={"help": "Problems of the set with few rows."})
     wrong_share: float = field(
         default=0.4, metadata={"help": "Share of wrong answers in the set that has some."}
     )
     steps: int = field(default=60, metadata={"help": "Steps that follow, with each loss."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of these steps."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of these steps."})
     batch_size: int = field(default=32, metadata={"help": "Problems of a step."})
     test_rows: int = field(default=125, metadata={"help": "Held-out problems to sample."})
     num_samples: int = field(default=8, metadata={"help": "Samples of each: the N of pass@N."})

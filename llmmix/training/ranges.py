@@ -70,7 +70,8 @@ RANGES: dict[str, Range] = {
             *("max_problems", "max_rows", "num_samples", "n", "leak_n", "max_new_tokens"),
             *("token_budget", "relearn_steps", "relearn_batch_size", "batch_size"),
             *("hidden_size", "vocab_size", "rows", "draws", "prompts", "train_rows", "test_rows"),
-            *("steps", "teach_epochs", "epochs", "processes", "grid_steps"),
+            *("steps", "teach_epochs", "teach_steps", "few_rows", "epochs", "processes"),
+            "grid_steps",
             "psft_snapshot_steps",
         ),
         COUNT,
@@ -92,7 +93,7 @@ RANGES: dict[str, Range] = {
     "gem_beta": POSITIVE,
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_ONE),
     **dict.fromkeys(("lora_dropout",), BELOW_ONE),
-    **dict.fromkeys(("ref_model_mixup_alpha", "ld_alpha", "threshold_p"), SHARE),
+    **dict.fromkeys(("ref_model_mixup_alpha", "ld_alpha", "threshold_p", "wrong_share"), SHARE),
     **dict.fromkeys(("top_p", "relearn_share", "select_share"), PART),
     "gce_q": Range(-1),
     "eaft_top_k": Range(2, also=0),  # the entropy of one token is 0
