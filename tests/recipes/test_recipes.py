@@ -157,11 +157,11 @@ def test_token_losses_study_runs_small(checkpoint, tmp_path, monkeypatch, capsys
     sizes = {"rows": 8, "few_rows": 2, "batch_size": 2, "test_rows": 2, "num_samples": 2}
     steps = {"teach_steps": 1, "steps": 1, "wrong_share": 0.5}
     args = study.StudyArguments(
-        str(tmp_path / "out"), losses=["gce 0.3"], seeds=[5], **sizes, **steps
+        str(tmp_path / "out"), losses=["gce 0.7"], seeds=[5], **sizes, **steps
     )
     study.main(args)
     found = json.loads((tmp_path / "out" / "token_losses_study.json").read_text())
-    assert set(found) == {"before", "clean, gce 0.3", "wrong, gce 0.3", "few, gce 0.3"}
+    assert set(found) == {"before", "clean, gce 0.7", "wrong, gce 0.7", "few, gce 0.7"}
     assert (tmp_path / "out" / "token_losses_study.png").read_bytes().startswith(b"\x89PNG")
     assert "wrong: mean and range" in capsys.readouterr().out
     sets = study.prepare(args, seed=5)
