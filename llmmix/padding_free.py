@@ -53,8 +53,9 @@ def check_padding_free(model: Any) -> None:
         model: A causal language model, or a `PeftModel` around one.
 
     Raises:
-        ValueError: The model takes no position ids, carries a state from token to token, reads more
-            than tokens, is split over tensor-parallel ranks, or has a prompt that PEFT learns.
+        ValueError: The model takes no position ids, carries a state from token to token, attends
+            within chunks, reads more than tokens, is split over tensor-parallel ranks, or has a
+            prompt that PEFT learns.
     """
     base = model
     if is_peft_available():
@@ -70,6 +71,8 @@ def check_padding_free(model: Any) -> None:
         part in str(kind) for kind in kinds for part in STATEFUL
     ):
         _refuse(base, "carries a state from token to token, from one row to the next too")
+    if "chunked_attention" in kinds:  # longer than any batch that it could be compared on
+        _refuse(base, "attends within chunks, which would not begin with each row")
     if text is not base.config:
         _refuse(base, "reads more than tokens, whose places are those of a padded batch")
     if "position_ids" not in inspect.signature(type(backbone_of(base)).forward).parameters:

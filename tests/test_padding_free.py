@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -377,6 +378,9 @@ REFUSED = {
         vocab_size=61, hidden_size=16, num_hidden_layers=1
     ),
     "Lfm2ForCausalLM carries a state": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "Llama4ForCausalLM attends within chunks": Llama4TextConfig(
+        **SMALL, intermediate_size_mlp=16, head_dim=8, num_local_experts=2, pad_token_id=0
+    ),
 }
 
 
