@@ -22,7 +22,7 @@ from trl.data_utils import common_prefix_length
 
 from llmmix.processes import warn_once
 from llmmix.rows.message_spans import assistant_parts, written_parts
-from llmmix.rows.messages import ASKING, SPEAKERS, is_messages
+from llmmix.rows.messages import ASKING
 from llmmix.rows.prompts import encode, template_options
 from llmmix.rows.weights import (
     ROW,
@@ -34,6 +34,9 @@ from llmmix.rows.weights import (
     drop_weightless,
     has_column,
     row_weights,
+    speaker,
+    weighted_columns,
+    weighted_messages,
 )
 
 CHATS = ("messages", "conversations", "prompt", "completion")
@@ -80,10 +83,10 @@ def _has_message_weights(rows: Any) -> bool:
     if not isinstance(rows, Dataset | IterableDataset) or has_column(rows, "input_ids"):
         return False
     if isinstance(rows, IterableDataset):
-        return any(True for _ in _said(next(iter(rows), {})))
+        return any(True for _ in weighted_messages(next(iter(rows), {}), CHATS))
     if rows.format["type"] == "custom":
         return False
-    return any(True for row in _chats(rows) for _ in _said(row))
+    return any(True for row in _chats(rows) for _ in weighted_messages(row, CHATS))
 
 
 def weigh(
@@ -180,8 +183,9 @@ def _check_unpacked(rows: Rows, argument: str) -> None:
     if isinstance(rows, Dataset) and set(row_weights(rows, argument)) <= {0.0, 1.0}:
         return
     raise ValueError(
-        f"`packing=True` keeps no `{ROW}` of a row, and `{argument}` has some that are not 0 or 1. "
-        "Set `packing=False`; `padding_free=True` computes no padding either."
+        f"`packing=True` keeps no `{ROW}` of a row, and `{argument}` "
+        f"{'is a stream' if isinstance(rows, IterableDataset) else 'has some that are not 0 or 1'}."
+        " Set `packing=False`; `padding_free=True` computes no padding either."
     )
 
 
@@ -190,22 +194,8 @@ def _check_unpacked(rows: Rows, argument: str) -> None:
 
 def _chats(rows: Dataset) -> Iterator[Row]:
     """The columns of rows that may hold messages with weights."""
-    features = {c: str(rows.features[c]) for c in CHATS if c in rows.column_names}
-    columns = [c for c, told in features.items() if f"'{ROW}'" in told or "Json(" in told]
+    columns = weighted_columns(rows, CHATS)
     yield from rows.with_format(None).select_columns(columns) if columns else ()
-
-
-def _said(row: Mapping[str, Any]) -> Iterator[tuple[str, int, str, Any]]:
-    """(column, number, role, weight) of the messages of a row that have a weight."""
-    for column in CHATS:
-        cell = row.get(column)
-        messages = [cell] if isinstance(cell, dict) else cell
-        if not messages or not is_messages(cell):
-            continue
-        for number, message in enumerate(messages):
-            if message.get(ROW) is not None:
-                role = message.get("role") or message.get("from")
-                yield column, number, SPEAKERS.get(role, role), message[ROW]
 
 
 def _check_messages(rows: Rows, argument: str, scoring: Scoring) -> bool:
@@ -224,9 +214,10 @@ def _checked(row: Mapping[str, Any], number: int, argument: str, scoring: Scorin
         ValueError: One of them is refused.
     """
     found = []
-    for column, place, role, given in _said(row):
+    for column, place, message in weighted_messages(row, CHATS):
         what = f"`{argument}`, row {number}: `{ROW}` of message {place} of `{column}`"
-        found.append(as_weight(given, what))
+        found.append(as_weight(message[ROW], what))
+        role = speaker(message)
         if not scoring.takes(role, column == "prompt"):
             raise ValueError(
                 f"{what}, which {role!r} says, weighs what is not scored. Take it away, or score "

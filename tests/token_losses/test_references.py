@@ -182,6 +182,8 @@ def test_a_checkpoint_that_lacks_its_snapshot_is_refused(make, tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2}', encoding="utf-8")
     with pytest.raises(ValueError, match=f"holds no {FILE}.*step 2.*psft_snapshot_steps=3"):
         make(**PSFT).train(resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        make(**PSFT).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
