@@ -42,7 +42,7 @@ SEGMENTS, FLASH, POSITIONS, MASKS = "segments", "flash", "positions", "masks"
 # What a batch may bring that says where its tokens stand: it is run as it came
 PLACED = ("position_ids", "cache_position", "past_key_values")
 # Kinds of layers that see other tokens through a mask alone, or see none
-PLAIN = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp"}
+PLAIN = {"full_attention", "sliding_attention", "attention", "moe", "mlp"}
 # Lengths of the rows, padded on the right, on which the ways are compared with a padded batch
 LENGTHS = (9, 4, 6)
 
@@ -69,6 +69,8 @@ def check_padding_free(model: Any) -> None:
                 _refuse(model, "puts the virtual tokens of an adapter before each row")
     text = base.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
+    if "chunked_attention" in kinds:  # longer than any batch that it could be compared on
+        _refuse(base, "attends within chunks, which would not begin with each row")
     if odd := kinds - PLAIN or ({"state"} if base._is_stateful and not kinds else set()):
         _refuse(
             base,

@@ -19,10 +19,17 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmmix.rows.formats import check_rows_type, check_sft_dataset, read_shape
-from llmmix.rows.message_checks import has_message_weights
-from llmmix.rows.messages import check_asked, in_one_form, text_of
+from llmmix.rows.message_checks import CHATS, has_message_weights
+from llmmix.rows.messages import ASKING, check_asked, in_one_form, text_of
 from llmmix.rows.shapes import Cells, Shape
-from llmmix.rows.weights import ROW, as_weight, row_weights
+from llmmix.rows.weights import (
+    ROW,
+    as_weight,
+    row_weights,
+    speaker,
+    weighted_columns,
+    weighted_messages,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +65,7 @@ def split_steps(
     check_rows_type(dataset, "dataset")
     if not isinstance(dataset, Dataset):
         raise ValueError("`dataset` must be a map-style `Dataset`, whose steps are counted.")
-    if ROW in dataset.column_names:
-        row_weights(dataset, "dataset")  # an error names the row as it was given
+    _check_weights(dataset)  # before rows are read, so that an error names one as it was given
     dataset = _in_one_form(dataset)
     split, names = _splitter(dataset, tokenizer, separator)
     found = dataset.map(
@@ -83,6 +89,28 @@ def split_steps(
             found = whole
     logger.info("Split %d rows into %d steps.", len(dataset), len(found))
     return found
+
+
+def _check_weights(dataset: Dataset) -> None:
+    """Refuse weights of rows and messages that cannot be, and those of messages that are no step.
+
+    Raises:
+        ValueError: One of them is refused.
+    """
+    if ROW in dataset.column_names:
+        row_weights(dataset, "dataset")
+    columns = weighted_columns(dataset, CHATS)
+    if not columns:
+        return
+    for number, row in enumerate(dataset.with_format(None).select_columns(columns)):
+        for column, place, message in weighted_messages(row, columns):
+            what = f"`dataset`, row {number}: `{ROW}` of message {place} of `{column}`"
+            as_weight(message[ROW], what)
+            if (role := speaker(message)) in ASKING:
+                raise ValueError(
+                    f"{what}, which {role!r} says, weighs what is no step and not scored. Take it "
+                    "away."
+                )
 
 
 def _in_one_form(dataset: Dataset) -> Dataset:
@@ -153,10 +181,9 @@ def _is_step(message: dict) -> bool:
 def _split_messages(row: dict, kept: list[str]) -> list[dict]:
     """The weight of a message becomes one of its step's row."""
     messages = [{k: v for k, v in said.items() if k != ROW} for said in row["messages"]]
+    of_row = as_weight(row.get(ROW), f"`{ROW}` of a row")
     weights = [
-        as_weight(row.get(ROW), f"`{ROW}` of a row")
-        * as_weight(message.get(ROW), f"`{ROW}` of message {i} of `messages`")
-        for i, message in enumerate(row["messages"])
+        of_row * as_weight(message.get(ROW), f"`{ROW}` of a message") for message in row["messages"]
     ]
     return [
         {"prompt": messages[:i], "completion": [message], ROW: weights[i]}

@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -381,6 +382,9 @@ REFUSED = {
     "RwkvForCausalLM .* not plain attention .state.": RwkvConfig(**TINY),
     "Lfm2ForCausalLM .* not plain attention .conv.": Lfm2Config(
         **SMALL, layer_types=["conv", "full_attention"]
+    ),
+    "Llama4ForCausalLM attends within chunks": Llama4TextConfig(
+        **SMALL, intermediate_size_mlp=16, head_dim=8, num_local_experts=2, pad_token_id=0
     ),
 }
 

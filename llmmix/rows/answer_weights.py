@@ -6,7 +6,7 @@ weight of its own: `token_weights` are refused. A `weight` of a message is 0 or 
 it may be 0 in preferences alone, where it is a mask: see llmmix/rows/pair_masks.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 
 from llmmix.rows.formats import check_preference_dataset
-from llmmix.rows.messages import SPEAKERS, is_messages
+from llmmix.rows.messages import is_messages
 from llmmix.rows.pair_masks import PAIR, carry_masks
 from llmmix.rows.weights import (
     ROW,
@@ -25,9 +25,14 @@ from llmmix.rows.weights import (
     check_row_weights,
     drop_weightless,
     has_column,
+    messages_in,
+    speaker,
+    weighted_columns,
+    weighted_messages,
 )
 
 ANSWERED = ("completion", "messages", "conversations")  # whose last turn is the answer
+CHATS = (*PAIR, *ANSWERED, "prompt")
 ASKED = ("prompt", "conversations", "question", "instruction")  # beside a pair
 Row = Mapping[str, Any]
 
@@ -127,11 +132,8 @@ def _checked(rows: Any, argument: str, masks: bool) -> Any:
         return rows.filter(check, with_indices=True) if chats else rows
     if not isinstance(rows, Dataset) or rows.format["type"] == "custom":
         return rows
-    told = {name: str(feature) for name, feature in rows.features.items()}
-    weighed = [n for n in (*PAIR, *ANSWERED, "prompt") if f"'{ROW}'" in told.get(n, "")]
-    weighed += [n for n in (*PAIR, *ANSWERED, "prompt") if "Json(" in told.get(n, "")]
-    if weighed:
-        columns = [n for n in dict.fromkeys((*PAIR, *ANSWERED, *ASKED)) if n in told]
+    if weighted_columns(rows, CHATS):
+        columns = [n for n in dict.fromkeys((*CHATS, *ASKED)) if n in rows.features]
         for number, row in enumerate(rows.with_format(None).select_columns(columns)):
             check(row, number)
     return rows
@@ -143,15 +145,15 @@ def _check_messages(row: Row, number: int, argument: str, masks: bool) -> bool:
     Raises:
         ValueError: The weight of a message is refused.
     """
-    for column, place, given in _said(row):
+    for column, place, message in weighted_messages(row, CHATS):
         what = f"`{argument}`, row {number}: `{ROW}` of message {place} of `{column}`"
-        weight = as_weight(given, what)
+        weight = as_weight(message[ROW], what)
         if weight not in (0, 1):
             raise ValueError(
                 f"{what} is {weight:g}, and the loss is of whole answers. Give the row a `{ROW}`."
             )
         answered = _answered(row, column)
-        some = any(_messages(row, column)[n].get(ROW) != 0 for n in answered)
+        some = any(messages_in(row, column)[n].get(ROW) != 0 for n in answered)
         if weight == 0 and place in answered and not (masks and some):
             raise ValueError(
                 f"{what} is 0, and it is part of an answer, which the loss takes whole. Give the "
@@ -160,24 +162,9 @@ def _check_messages(row: Row, number: int, argument: str, masks: bool) -> bool:
     return True
 
 
-def _said(row: Row) -> Iterator[tuple[str, int, Any]]:
-    """(column, number, weight) of the messages of a row that have a weight."""
-    for column in (*PAIR, *ANSWERED, "prompt"):
-        for place, message in enumerate(_messages(row, column)):
-            if message.get(ROW) is not None:
-                yield column, place, message[ROW]
-
-
-def _messages(row: Row, column: str) -> list[dict[str, Any]]:
-    cell: Any = row.get(column)
-    if not is_messages(cell):
-        return []
-    return [cell] if isinstance(cell, dict) else cell
-
-
 def _answered(row: Row, column: str) -> range:
     """The numbers of a column's messages that are part of an answer."""
-    said = _messages(row, column)
+    said = messages_in(row, column)
     if column in PAIR:  # with the prompt in both where it has no column
         there = any(row.get(name) is not None for name in ASKED)
         return range(0 if there else _shared(row), len(said))
@@ -188,13 +175,12 @@ def _answered(row: Row, column: str) -> range:
 
 def _shared(row: Row) -> int:
     """How many messages two answers begin with alike."""
-    pairs = zip(_messages(row, "chosen"), _messages(row, "rejected"), strict=False)
+    pairs = zip(messages_in(row, "chosen"), messages_in(row, "rejected"), strict=False)
     alike = [{**a, ROW: None} == {**b, ROW: None} for a, b in pairs]
     return [*alike, False].index(False)
 
 
 def _last_answer(said: list[dict[str, Any]]) -> int:
     """The number of the assistant's last message, or -1."""
-    roles: list[Any] = [message.get("role") or message.get("from") for message in said]
-    answers = [n for n, role in enumerate(roles) if SPEAKERS.get(role, role) == "assistant"]
+    answers = [n for n, message in enumerate(said) if speaker(message) == "assistant"]
     return max(answers, default=-1)

@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 
-from llmmix.rows.messages import ASKING, SPEAKERS, is_messages
-from llmmix.rows.weights import ROW, Rows, as_weight, has_column
+from llmmix.rows.messages import ASKING
+from llmmix.rows.weights import (
+    ROW,
+    Rows,
+    as_weight,
+    has_column,
+    speaker,
+    weighted_columns,
+    weighted_messages,
+)
 
 CHATS = ("messages", "conversations", "prompt", "completion")
 Row = dict[str, Any]
@@ -52,30 +60,16 @@ def _has_message_weights(rows: Any) -> bool:
     if not isinstance(rows, Dataset | IterableDataset) or has_column(rows, "input_ids"):
         return False
     if isinstance(rows, IterableDataset):
-        return any(True for _ in _said(next(iter(rows), {})))
+        return any(True for _ in weighted_messages(next(iter(rows), {}), CHATS))
     if rows.format["type"] == "custom":
         return False
-    return any(True for row in _chats(rows) for _ in _said(row))
+    return any(True for row in _chats(rows) for _ in weighted_messages(row, CHATS))
 
 
 def _chats(rows: Dataset) -> Iterator[Row]:
     """The columns of rows that may hold messages with weights."""
-    features = {c: str(rows.features[c]) for c in CHATS if c in rows.column_names}
-    columns = [c for c, told in features.items() if f"'{ROW}'" in told or "Json(" in told]
+    columns = weighted_columns(rows, CHATS)
     yield from rows.with_format(None).select_columns(columns) if columns else ()
-
-
-def _said(row: Mapping[str, Any]) -> Iterator[tuple[str, int, str, Any]]:
-    """(column, number, role, weight) of the messages of a row that have a weight."""
-    for column in CHATS:
-        cell = row.get(column)
-        messages = [cell] if isinstance(cell, dict) else cell
-        if not messages or not is_messages(cell):
-            continue
-        for number, message in enumerate(messages):
-            if message.get(ROW) is not None:
-                role = message.get("role") or message.get("from")
-                yield column, number, SPEAKERS.get(role, role), message[ROW]
 
 
 def check_messages(rows: Rows, argument: str, scoring: Scoring) -> bool:
@@ -94,9 +88,10 @@ def check_row(row: Mapping[str, Any], number: int, argument: str, scoring: Scori
         ValueError: One of them is refused.
     """
     found = []
-    for column, place, role, given in _said(row):
+    for column, place, message in weighted_messages(row, CHATS):
         what = f"`{argument}`, row {number}: `{ROW}` of message {place} of `{column}`"
-        found.append(as_weight(given, what))
+        found.append(as_weight(message[ROW], what))
+        role = speaker(message)
         if not scoring.takes(role, column == "prompt"):
             raise ValueError(
                 f"{what}, which {role!r} says, weighs what is not scored. Take it away, or score "
@@ -127,7 +122,7 @@ def without_message_weights(rows: IterableDataset, argument: str) -> IterableDat
     """
 
     def plain(row: Row, number: int) -> bool:
-        if "input_ids" not in row and any(True for _ in _said(row)):
+        if "input_ids" not in row and any(True for _ in weighted_messages(row, CHATS)):
             raise ValueError(
                 f"`{argument}`, row {number}: a message has a `{ROW}`, and the first row of a "
                 "stream says whether messages have some. Give one of its messages a weight of 1."

@@ -155,8 +155,9 @@ def _check_unpacked(rows: Rows, argument: str) -> None:
     if isinstance(rows, Dataset) and set(row_weights(rows, argument)) <= {0.0, 1.0}:
         return
     raise ValueError(
-        f"`packing=True` keeps no `{ROW}` of a row, and `{argument}` has some that are not 0 or 1. "
-        "Set `packing=False`; `padding_free=True` computes no padding either."
+        f"`packing=True` keeps no `{ROW}` of a row, and `{argument}` "
+        f"{'is a stream' if isinstance(rows, IterableDataset) else 'has some that are not 0 or 1'}."
+        " Set `packing=False`; `padding_free=True` computes no padding either."
     )
 
 

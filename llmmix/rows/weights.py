@@ -12,7 +12,7 @@ llmmix/rows/message_weights.py finds the tokens of a message. Every trainer that
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from numbers import Real
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from transformers import Trainer
 
 from llmmix.processes import warn_once
+from llmmix.rows.messages import SPEAKERS, is_messages
 
 ROW, TOKENS = "weight", "token_weights"  # columns, and keys of a batch
 Rows = Dataset | IterableDataset
@@ -149,6 +150,36 @@ def has_column(rows: Any, column: str) -> bool:
     if not isinstance(rows, Dataset | IterableDataset):
         return False
     return column in (rows.column_names or next(iter(rows), {}))
+
+
+def weighted_columns(rows: Dataset, columns: Sequence[str]) -> list[str]:
+    """Those among some columns whose messages may have a `weight`, as their types say."""
+    types = {column: str(rows.features[column]) for column in columns if column in rows.features}
+    return [column for column, told in types.items() if f"'{ROW}'" in told or "Json(" in told]
+
+
+def weighted_messages(
+    row: Mapping[str, Any], columns: Sequence[str]
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(column, number, message) of the messages of a row that have a `weight`."""
+    for column in columns:
+        for number, message in enumerate(messages_in(row, column)):
+            if message.get(ROW) is not None:
+                yield column, number, message
+
+
+def messages_in(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """The messages of a cell; none where it is text or not there."""
+    cell: Any = row.get(column)
+    if not is_messages(cell):
+        return []
+    return [cell] if isinstance(cell, dict) else cell
+
+
+def speaker(message: Mapping[str, Any]) -> Any:
+    """Who says a message, by the name that chat templates know."""
+    role = message.get("role") or message.get("from")
+    return SPEAKERS.get(role, role)  # type: ignore[arg-type]
 
 
 def _cell(argument: str, row: int, column: str) -> str:

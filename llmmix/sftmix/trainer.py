@@ -127,8 +127,10 @@ class SFTMixTrainer(SFTTrainer):
     Logs, beside TRL's metrics, `sftmix/ntp_loss`, `sftmix/mixup_loss`, `sftmix/lam` (mean share of
     the confident example), `sftmix/mixed_tokens` (share of response tokens that took part) and
     `sftmix/confidence_gap` (mean NLL of the unconfident half minus that of the confident half), and
-    `nll_per_token` (NLL of a scored token). Where rows have weights, they multiply the
-    cross-entropy of each token and of each part of the mixed targets, and `weight/mean` is logged.
+    `nll_per_token` (NLL of a scored token); with a `loss_type` also `token_losses/weight` and
+    `token_losses/prob` (mean weight and probability of a scored token). Where rows have weights,
+    they multiply the loss of each token and the cross-entropy of each part of the mixed targets,
+    and `weight/mean` is logged.
 
     Args:
         model: Checkpoint, or a loaded model.
@@ -189,7 +191,11 @@ class SFTMixTrainer(SFTTrainer):
         attach_heads(self, padding_free=args.padding_free, **self.objective.head)
         carry_sft_weights(self)
         end_unless_finite(self)
-        tell_if_unmoved(self)
+        if args.loss_type == "nll":
+            tell_if_unmoved(self)
+        else:
+            tell_if_unmoved(self, "nll_per_token")
+            self.objective.tell_scale(args)
         sign(self)
         keep_token_count(self)
         if args.dco_n_samples > 1:
@@ -257,6 +263,9 @@ class SFTMixTrainer(SFTTrainer):
         log_probs, mask = recorder.output.log_probs, recorder.output.label_mask
         values: dict[str, Sums] = {"nll_per_token": (-log_probs.sum(), mask.sum())}
         values |= weights.mean(mask)
+        if self.args.loss_type != "nll":
+            arguments = self.objective.arguments(recorder.output)
+            values |= self.objective.measured(recorder.output, arguments)
         if not self.model.training and self.accelerator.num_processes > 1:
             # An evaluation weights the loss of each process by its rows
             loss = _mean_over_processes(self.accelerator, loss, mask.sum())

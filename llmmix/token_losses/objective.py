@@ -8,9 +8,13 @@ from torch import Tensor
 
 from llmmix.head import FusedHeadOutput, HeadObjective
 from llmmix.head_weights import HeadAtHand
+from llmmix.processes import say_once, warn_once
 from llmmix.token_losses.loss_table import LOSSES
 from llmmix.token_losses.settings import TokenLossSettings
 from llmmix.token_losses.weights import token_weight
+from llmmix.training.means import Sums
+
+WEIGHT, PROB = "token_losses/weight", "token_losses/prob"  # in the log
 
 
 class TokenObjective:
@@ -58,9 +62,26 @@ class TokenObjective:
         """(B, T) the loss of each token, zero where nothing is scored."""
         return self.loss.loss(**arguments) * mask
 
-    def weights(self, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:
-        """(B, T) the weight w of each token, detached, zero where nothing is scored."""
-        return token_weight(self.loss_type, **arguments) * mask
+    def measured(self, output: FusedHeadOutput, arguments: Mapping[str, Any]) -> dict[str, Sums]:
+        """(sum, count) of the weights w of a forward's tokens, and of their probabilities."""
+        mask = output.label_mask
+        weights = token_weight(self.loss_type, **arguments) * mask
+        probs = output.log_probs.detach().exp() * mask
+        return {WEIGHT: (weights.sum(), mask.sum()), PROB: (probs.sum(), mask.sum())}
+
+    def tell_scale(self, args: TokenLossSettings) -> None:
+        """Say once what a loss with weights does to the scale of the gradient, and of a bad q."""
+        if self.loss.weighs and args.max_grad_norm:
+            say_once(
+                f"`loss_type={self.loss_type!r}` scales the gradient of each token by its weight "
+                f"(`{WEIGHT}` in the log), while `max_grad_norm={args.max_grad_norm:g}` stays: "
+                "clipping acts on other steps than under nll."
+            )
+        if (args.gce_q or 0.0) < 0:
+            warn_once(
+                f"`gce_q={args.gce_q:g}` is below 0: the weight p^q of an unlikely token has no "
+                "bound. Use 0 (nll) or more, or clip by `max_grad_norm`."
+            )
 
     def _tempered(self, hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Any]:
         """Log-probabilities at gem's temperature; those that are logged need no gradient."""

@@ -19,6 +19,7 @@ from transformers import Trainer
 from llmmix.frozen import FrozenModel, frozen_copy, is_spread_out, switches_off
 from llmmix.head import FusedHeadOutput, HeadObjective, attach_head
 from llmmix.head_weights import HeadAtHand
+from llmmix.logprobs import HeadStatistics
 from llmmix.precision import evaluating
 from llmmix.processes import warn_once
 from llmmix.rows.weights import take_weights
@@ -27,8 +28,6 @@ from llmmix.token_losses.objective import scattered
 from llmmix.token_losses.reference_model import check_reference_model, load_reference_model
 from llmmix.token_losses.snapshot import Snapshot
 from llmmix.training.means import Sums
-
-LABELS = ("labels", "shift_labels")
 
 
 class TokenReference:
@@ -132,17 +131,16 @@ class ASFTReference(TokenReference):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[dict[str, Any], HeadObjective]:
         """Run the reference for the hidden states of its scored tokens, and compare in the head."""
-        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
         answered: list[tuple[Tensor, HeadAtHand]] = []
 
-        def hand_out(hidden: Tensor, _: Tensor, head: HeadAtHand) -> dict[str, Tensor]:
-            answered.append((hidden[(labels != -100).to(hidden.device)], head))
-            return {}
+        def hand_out(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Any]:
+            states = hidden[labels != -100]
+            answered.append((states, head))
+            # In place of its head's pass: what compares reads its weight
+            return {"statistics": HeadStatistics(states.new_zeros(len(states)))}
 
-        # Without a label its head is not run: what compares reads its weight
-        unscored = {name: torch.full_like(inputs[name], -100) for name in LABELS if name in inputs}
         with self._frozen.running(model) as reference:
-            reference(**{**inputs, **unscored}, fused_lm_head=True, head_objective=hand_out)
+            reference(**inputs, fused_lm_head=True, head_objective=hand_out)
         ((states, reference_head),) = answered
 
         def diverge(hidden: Tensor, labels: Tensor, head: HeadAtHand) -> dict[str, Any]:

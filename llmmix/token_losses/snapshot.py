@@ -73,7 +73,10 @@ class Snapshot(TrainerCallback):
         Raises:
             ValueError: The checkpoint holds none, and lies between two renewals.
         """
-        step = json.loads(Path(checkpoint, STATE).read_bytes())["global_step"]
+        state = Path(checkpoint, STATE)
+        if not state.is_file():
+            return  # transformers refuses it, or has nothing to go on from but weights
+        step = json.loads(state.read_bytes())["global_step"]
         if step % self._every == 0:
             return
         path = Path(checkpoint, FILE)

@@ -23,12 +23,12 @@ from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
 from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl
-from llmmix.processes import say_once, warn_once
+from llmmix.processes import warn_once
 from llmmix.rows.message_weights import carry_sft_weights
 from llmmix.rows.turns import turns_found
 from llmmix.rows.weights import take_weights
 from llmmix.token_losses.config import TokenLossConfig
-from llmmix.token_losses.objective import TokenObjective, together
+from llmmix.token_losses.objective import PROB, WEIGHT, TokenObjective, together
 from llmmix.token_losses.reference_model import check_reference_model
 from llmmix.token_losses.references import TokenReference, token_reference
 from llmmix.token_losses.settings import nll_for_trl
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 COLD = 0.05  # mean weight below which nearly nothing is learned
-WEIGHT, PROB = "token_losses/weight", "token_losses/prob"
 
 
 class TokenLossTrainer(SFTTrainer):
@@ -124,7 +123,7 @@ class TokenLossTrainer(SFTTrainer):
         self.means = Means(self)
         self.reference = token_reference(self, kwargs.get("peft_config"))
         self._told_cold = False
-        self._tell_scale()
+        self.objective.tell_scale(args)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the run to the Hub."""
@@ -167,13 +166,12 @@ class TokenLossTrainer(SFTTrainer):
         of_reference = None
         if self.reference is not None:
             needs, of_reference = self.reference.before(model, inputs)
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
 
         def token_loss(output: FusedHeadOutput) -> Tensor:
             arguments, mask = self.objective.arguments(output, needs), output.label_mask
             found["losses"] = weights.times(self.objective.losses(arguments, mask))
-            found["weights"] = self.objective.weights(arguments, mask)
-            found["taken"] = arguments.get("selected", mask)
+            found["arguments"], found["taken"] = arguments, arguments.get("selected", mask)
             return found["losses"]
 
         recorder = ForwardRecorder(
@@ -187,19 +185,17 @@ class TokenLossTrainer(SFTTrainer):
         return result
 
     def _measure(
-        self, output: FusedHeadOutput, found: dict[str, Tensor], extra: Mapping[str, Sums]
+        self, output: FusedHeadOutput, found: dict[str, Any], extra: Mapping[str, Sums]
     ) -> None:
         """Count what is logged of a micro-batch."""
-        log_probs, mask = output.log_probs.detach(), output.label_mask
-        losses, tokens, taken = found["losses"], mask.sum(), found["taken"].sum()
+        losses, tokens, taken = found["losses"], output.label_mask.sum(), found["taken"].sum()
         router = torch.zeros_like(losses.sum())
         if self.aux_loss_enabled and output.aux_loss is not None:
             router = self.router_aux_loss_coef * output.aux_loss
         self.means.add(
             {
-                WEIGHT: (found["weights"].sum(), tokens),
-                PROB: ((log_probs.exp() * mask).sum(), tokens),
-                "nll_per_token": (-log_probs.sum(), tokens),
+                **self.objective.measured(output, found["arguments"]),
+                "nll_per_token": (-output.log_probs.sum(), tokens),
                 **extra,
             },
             loss=[(losses.sum(), taken), (router * tokens, tokens)],
@@ -220,18 +216,3 @@ class TokenLossTrainer(SFTTrainer):
                     "does not know yet."
                 )
         super().log(logs, start_time)
-
-    def _tell_scale(self) -> None:
-        """Say once what a loss with weights does to the scale of the gradient, and of a bad q."""
-        args = self.args
-        if self.objective.loss.weighs and args.max_grad_norm:
-            say_once(
-                f"`loss_type={args.loss_type!r}` scales the gradient of each token by its weight "
-                f"(`{WEIGHT}` in the log), while `max_grad_norm={args.max_grad_norm:g}` stays: "
-                "clipping acts on other steps than under nll."
-            )
-        if (args.gce_q or 0.0) < 0:
-            warn_once(
-                f"`gce_q={args.gce_q:g}` is below 0: the weight p^q of an unlikely token has no "
-                "bound. Use 0 (nll) or more, or clip by `max_grad_norm`."
-            )

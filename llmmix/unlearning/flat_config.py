@@ -94,8 +94,8 @@ class FLATConfig(ForgetConfig):
         """Rows that may have no `weight`, and why."""
         if self.batch_reduction == "per_sequence":
             return {}
-        why = "`batch_reduction='batch_scalar'` has one loss for a batch, not one a row"
-        return {"forget": why}
+        why = "`batch_reduction='batch_scalar'` has one loss for a batch, not one a row."
+        return {"forget": f"{why} Set it to 'per_sequence'"}
 
 
 def check_retain(args: FLATConfig, retain: bool) -> None:

@@ -46,7 +46,8 @@ class PDU(Objective):
     """
 
     unweighted: ClassVar[Mapping[str, str]] = {
-        "retain": "the budget `epsilon` of pdu is an NLL a token, which they would change"
+        "retain": "the budget `epsilon` of pdu is an NLL a token, which they would change. Take "
+        "another loss"
     }
 
     def __init__(

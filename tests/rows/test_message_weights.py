@@ -178,6 +178,10 @@ def test_a_step_has_the_weight_of_its_message_and_of_its_row(tokenizer):
     steps = split_steps(rows, tokenizer)
     assert steps["weight"][:] == [1.5, 3.0]
     assert not any("weight" in said for row in steps for said in row["prompt"] + row["completion"])
+    for bad, message in ((chat(None, -1), "message 1 .* is -1"), (chat(0.5), "'user' says")):
+        rows = Dataset.from_list([{"messages": chat(None, None)}, {"messages": bad}])
+        with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+            split_steps(rows, tokenizer)
     rows = Dataset.from_list([{"prompt": "2+2?", "steps": ["4", "so 4"], "weight": 3}])
     assert split_steps(rows, tokenizer)["weight"][:] == [3, 3]
 

@@ -129,6 +129,26 @@ def test_a_step_is_the_same_in_micro_batches_of_any_size_without_padding(
     assert_same(finish(make(**given)), finish(make(**given, **other)))
 
 
+@pytest.mark.parametrize("settings", by_name(ALL))
+def test_a_first_token_behind_padding_is_scored_by_neither_model(make, settings):
+    """Rows of text that are padded on the left, run without the padding."""
+    trainer = make(**settings, padding_free=True)
+    ids = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    kept = torch.arange(9) >= torch.tensor([[0], [4]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": kept.long(),
+        "labels": ids.masked_fill(~kept, -100),
+    }
+    first = {**batch, "labels": batch["labels"].clone()}
+    first["labels"][1, 4] = -100
+    found = [
+        trainer.compute_loss(trainer.model, given, num_items_in_batch=torch.tensor(7))
+        for given in (batch, first)
+    ]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("settings", by_name([ASFT, PSFT]))
 def test_packed_rows_are_the_padded_ones(make, settings):
     """All rows in a step, in whatever order; the reference reads the packed row as the model."""
@@ -162,6 +182,8 @@ def test_a_checkpoint_that_lacks_its_snapshot_is_refused(make, tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2}', encoding="utf-8")
     with pytest.raises(ValueError, match=f"holds no {FILE}.*step 2.*psft_snapshot_steps=3"):
         make(**PSFT).train(resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        make(**PSFT).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])

@@ -272,6 +272,8 @@ def test_sftmix_takes_a_token_loss_for_its_next_tokens(make, loss_type):
     alone, expected = finish(make(loss_type=loss_type))
     assert losses(ours) == losses(alone)
     assert weights.equal(expected)
+    for name in ("token_losses/weight", "token_losses/prob", "eval_nll_per_token"):
+        assert [x[name] for x in ours if name in x] == [x[name] for x in alone if name in x], name
 
 
 def test_the_mixup_term_stays_cross_entropy(make):

@@ -181,12 +181,13 @@ MESSAGES = [
         (
             "flat",
             {"rows": weighed(FORGET, *[1] * 10), "batch_reduction": "batch_scalar"},
-            "`train_dataset` has a column `weight`, and `batch_reduction='batch_scalar'`",
+            "`train_dataset` has a column `weight`, and `batch_reduction='batch_scalar'`.*"
+            "Set it to 'per_sequence'; or remove the column",
         ),
         (
             "pdu",
             {"retain": weighed(RETAIN, *[2] * 7)},
-            "`retain_dataset` has a column `weight`, and the budget `epsilon` of pdu",
+            "`retain_dataset` has a column `weight`, and the budget `epsilon` of pdu.*another loss",
         ),
         (
             "npo",
