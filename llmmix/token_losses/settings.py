@@ -113,8 +113,8 @@ class TokenLossSettings(SFTConfig):
         names = set().union(*(kind.__annotations__ for kind in ours))
         for entry in fields(self):
             value, given = getattr(self, entry.name), get_args(entry.type) or (entry.type,)
-            if entry.name not in names or (value is None and type(None) in given):
-                continue
+            if entry.name not in names or (value is None and entry.default is None):
+                continue  # no look for None in the type: parsers of flags take it away
             kind, what = KINDS.get(given[0], (object, ""))
             if not isinstance(value, kind) or (isinstance(value, bool) and given[0] is not bool):
                 said = repr(value) if isinstance(value, str | Real | None) else type(value).__name__

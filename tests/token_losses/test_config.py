@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from llmmix import SFTMixConfig, TokenLossConfig, TokenLossTrainer
@@ -129,3 +130,11 @@ def test_a_weight_without_bound_is_told(checkpoint, math_rows, caplog):
 def test_a_setting_of_another_type_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         TokenLossConfig("out", use_cpu=True, **given)
+
+
+def test_a_parser_of_flags_makes_the_same_config():
+    """It takes None out of the types of the fields."""
+    (config,) = HfArgumentParser(TokenLossConfig).parse_args_into_dataclasses(
+        ["--output_dir", "out", "--loss_type", "gce", "--gce_q", "1", "--use_cpu", "true"]
+    )
+    assert (config.loss_type, config.gce_q, config.eaft_top_k) == ("gce", 1.0, None)
