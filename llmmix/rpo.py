@@ -36,6 +36,7 @@ from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.precision import evaluating
 from llmmix.rows.answer_weights import carry_answer_weights
 from llmmix.rows.pair_masks import carry_masks, mask_answers
+from llmmix.rows.prepared import log_dropped
 from llmmix.rows.weights import ROW, Rows, take_weights
 from llmmix.trainers import (
     ForwardRecorder,
@@ -43,7 +44,6 @@ from llmmix.trainers import (
     check_preference_datasets,
     default_to_cpu,
     keep_outputs_in_fp32,
-    log_dropped,
 )
 from llmmix.training.finite import end_unless_finite
 from llmmix.training.means import Means
