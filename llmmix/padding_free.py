@@ -85,6 +85,15 @@ def check_padding_free(model: Any) -> None:
         _refuse(base, "is split over tensor-parallel ranks")
 
 
+def runs_without_padding(model: Any) -> bool:
+    """Whether `check_padding_free` takes a model."""
+    try:
+        check_padding_free(model)
+    except ValueError:
+        return False
+    return True
+
+
 def _refuse(model: nn.Module, why: str) -> NoReturn:
     raise ValueError(
         f"`padding_free=True` joins the rows of a batch, and {type(model).__name__} {why}. Set it "

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.checkpoints.cards import sign
 from llmmix.head import FusedHeadOutput
+from llmmix.padding_free import runs_without_padding
 from llmmix.padding_free_setting import padded_by_trl
 from llmmix.processes import warn_once
 from llmmix.rows.message_weights import carry_sft_weights
@@ -118,7 +119,8 @@ class TokenLossTrainer(SFTTrainer):
         check_unsharded("A token loss", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
-        attach_heads(self, padding_free=args.padding_free, **self.objective.head)
+        packed = self.padding_free and runs_without_padding(self.model)  # TRL's: one row a batch
+        attach_heads(self, padding_free=args.padding_free or packed, **self.objective.head)
         carry_sft_weights(self)
         end_unless_finite(self)
         tell_if_unmoved(self, "nll_per_token")  # a loss of weights may rise, or stay near -1

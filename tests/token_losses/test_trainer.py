@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llmmix import SFTMixConfig, SFTMixTrainer, TokenLossConfig, TokenLossTrainer, attach_heads
 from llmmix.facts import note_run, read_facts
+from llmmix.segment_attention import attend
 from llmmix.token_losses.objective import TokenObjective
 
 SETTINGS = {
@@ -218,14 +219,23 @@ def test_a_loss_is_its_formula_on_the_models_own_logits(trained_on, loss_type):
     assert gradients and all(gradient.eq(0).all() for gradient in gradients)
 
 
-def test_packed_rows_are_the_padded_ones_in_a_full_batch(make):
-    """TRL packs; a step holds all rows, in whatever order."""
+def test_packed_rows_are_the_padded_ones_in_a_full_batch(make, monkeypatch):
+    """TRL packs; a step holds all rows, in whatever order, and each attends to itself alone."""
+    seen = []
+
+    def counting(query, key, value, segments, *args):
+        seen.append(len(segments.lengths))
+        return attend(query, key, value, segments, *args)
+
+    monkeypatch.setattr("llmmix.segment_attention.attend", counting)
     settings = {"loss_type": "gce", "per_device_train_batch_size": 16, "max_length": 64}
     settings |= {"gradient_accumulation_steps": 1, "max_steps": 2}
     padded, expected = finish(make(**settings))
     packed = make(packing=True, **settings)
     assert len(packed.train_dataset) < 16
+    seen.clear()  # the comparison as the head is attached
     log, weights = finish(packed)
+    assert set(seen) == {16}
     assert losses(log) == pytest.approx(losses(padded), rel=1e-5)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
