@@ -1,6 +1,7 @@
 """The settings of `TokenLossTrainer`."""
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 from llmmix.padding_free_setting import padding_free_field
 from llmmix.token_losses.settings import TokenLossSettings
@@ -49,12 +50,13 @@ class TokenLossConfig(TokenLossSettings):
 
     def __post_init__(self) -> None:
         if self.psft_clip is not None:
-            self.psft_clip = list(self.psft_clip)
-            if len(self.psft_clip) != 2:
+            two = isinstance(self.psft_clip, list | tuple) and len(self.psft_clip) == 2
+            if not two or not all(isinstance(number, Real) for number in self.psft_clip):
                 raise ValueError(
                     "`psft_clip` must be two numbers, how far below and above 1 a ratio may go, "
                     f"got {self.psft_clip}."
                 )
+            self.psft_clip = list(self.psft_clip)
             if not self.psft_clip[0] < 1:
                 raise ValueError(
                     "`psft_clip` must begin with a number below 1, how far a ratio may fall, got "

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from trl import SFTConfig
 
@@ -11,6 +12,13 @@ from llmmix.token_losses.loss_table import LOSSES
 from llmmix.token_losses.weights import KEEPS
 from llmmix.trainers import default_to_cpu
 from llmmix.training.ranges import check_settings
+
+KINDS = {  # of a setting: what a value of it is, and how that is said
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+}
 
 
 @dataclass
@@ -78,6 +86,7 @@ class TokenLossSettings(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         check_settings(self)
         self.loss_type = self.loss_type.strip().lower().replace("-", "_")
         if self.loss_type not in LOSSES:
@@ -96,6 +105,22 @@ class TokenLossSettings(SFTConfig):
             )
         default_to_cpu(self)
         super().__post_init__()
+
+    def _check_kinds(self) -> None:
+        """Refuse a token loss's setting of another type than its field's."""
+        package = __name__.rpartition(".")[0]
+        types: dict[str, Any] = {}  # not `field.type`, which a parser of flags changes
+        for owner in reversed(type(self).__mro__):
+            if owner.__module__.startswith(package):
+                types |= owner.__annotations__
+        for name, declared in types.items():
+            value, allowed = getattr(self, name), get_args(declared) or (declared,)
+            if value is None and type(None) in allowed:
+                continue
+            kind, what = KINDS.get(allowed[0], (object, ""))
+            if not isinstance(value, kind) or (isinstance(value, bool) and allowed[0] is not bool):
+                said = repr(value) if isinstance(value, str | Real | None) else type(value).__name__
+                raise ValueError(f"`{name}` must be {what}, got {said}.")
 
     def _check_owners(self) -> None:
         """Refuse a setting of another loss."""

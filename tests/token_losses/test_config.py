@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from llmmix import SFTMixConfig, TokenLossConfig, TokenLossTrainer
@@ -108,3 +109,32 @@ def test_a_weight_without_bound_is_told(checkpoint, math_rows, caplog):
     args = TokenLossConfig("out", loss_type="gce", gce_q=-0.5, use_cpu=True, bf16=False)
     TokenLossTrainer(checkpoint, args, train_dataset=math_rows)
     assert "`gce_q=-0.5` is below 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"padding_free": "false"}, "`padding_free` must be true or false, got 'false'"),
+        ({"loss_type": None}, "`loss_type` must be text, got None"),
+        ({"loss_type": "gce", "gce_q": "0.5"}, "`gce_q` must be a number, got '0.5'"),
+        ({"loss_type": "gce", "gce_q": True}, "`gce_q` must be a number, got True"),
+        ({"loss_type": "eaft", "eaft_top_k": 2.5}, "`eaft_top_k` must be a whole number, got 2.5"),
+        ({"loss_type": "select", "select_share": "all"}, "`select_share` must be a number"),
+        ({"loss_type": "asft", "reference_model": object()}, "must be text, got object"),
+        ({"loss_type": "psft", "psft_clip": 0.2}, "`psft_clip` must be two numbers.*got 0.2"),
+        ({"loss_type": "psft", "psft_clip": "0.2 0.28"}, "`psft_clip` must be two numbers"),
+        ({"loss_type": "psft", "psft_clip": ["a", "b"]}, "`psft_clip` must be two numbers"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLossConfig("out", use_cpu=True, **given)
+
+
+def test_a_parser_of_flags_makes_the_same_config():
+    """It changes the types that the fields are said to have."""
+    (config,) = HfArgumentParser(TokenLossConfig).parse_args_into_dataclasses(
+        ["--output_dir", "out", "--loss_type", "psft", "--psft_clip", "0.1", "1"]
+    )
+    assert (config.loss_type, config.psft_clip, config.gce_q) == ("psft", [0.1, 1.0], None)
