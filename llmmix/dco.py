@@ -33,6 +33,7 @@ from llmmix.checkpoints.cards import sign
 from llmmix.majority import check_votes, majority_loss, majority_weight
 from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.rows.message_weights import carry_sft_weights
+from llmmix.rows.prepared import log_dropped
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
 from llmmix.rows.weights import take_weights
@@ -45,7 +46,6 @@ from llmmix.trainers import (
     default_to_cpu,
     keep_outputs_in_fp32,
     length_limit,
-    log_dropped,
 )
 from llmmix.training.finite import end_unless_finite
 from llmmix.training.means import Mean, Means

@@ -284,7 +284,8 @@ def _router_loss(model: PreTrainedModel, backbone: Any, attention_mask: Tensor |
     if not logits or experts is None or each is None:
         raise ValueError(
             f"`output_router_logits=True` asks for a router loss that {type(model).__name__} does "
-            "not have. Set it to False, in the model's config too."
+            "not have. Set it to False, in the model's config too; TRL's trainers set it there "
+            "unless you give them `router_aux_loss_coef=0`."
         )
     return load_balancing_loss_func(logits, experts, each, attention_mask)
 

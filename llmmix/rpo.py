@@ -35,6 +35,7 @@ from llmmix.checkpoints.cards import sign
 from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.precision import evaluating
 from llmmix.rows.answer_weights import carry_answer_weights
+from llmmix.rows.prepared import log_dropped
 from llmmix.rows.weights import ROW, take_weights
 from llmmix.trainers import (
     ForwardRecorder,
@@ -42,7 +43,6 @@ from llmmix.trainers import (
     check_preference_datasets,
     default_to_cpu,
     keep_outputs_in_fp32,
-    log_dropped,
 )
 from llmmix.training.finite import end_unless_finite
 from llmmix.training.means import Means

@@ -23,7 +23,7 @@ from llmmix.processes import warn_once
 from llmmix.rows.answer_weights import read_pairs
 from llmmix.rows.formats import check_sft_dataset
 from llmmix.rows.message_weights import has_message_weights, weigh
-from llmmix.rows.turns import WHOLE_CHATS, log_scored, tokenize_turns
+from llmmix.rows.turns import WHOLE_CHATS, tokenize_turns
 
 Rows: TypeAlias = Dataset | IterableDataset
 TokenLoss: TypeAlias = Callable[[FusedHeadOutput], Tensor]
@@ -109,7 +109,7 @@ def check_sft_datasets(
     """
     if trainer_arguments.get("formatting_func") is not None:
         return train_dataset  # the function makes the text, from columns of any name
-    if _leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
+    if leaves_rows_alone(args) and trainer_arguments.get("data_collator") is not None:
         return train_dataset  # the collator makes the batch, from columns of any name
     tokenizer = _processing_class(args, model, trainer_arguments)
     given = (train_dataset, trainer_arguments.get("eval_dataset"))
@@ -170,7 +170,7 @@ def _check_evaluated(
     trainer_arguments["eval_dataset"] = checked
 
 
-def _leaves_rows_alone(args: SFTConfig) -> bool:
+def leaves_rows_alone(args: SFTConfig) -> bool:
     """Whether TRL is asked to take the rows as they are."""
     given = args.dataset_kwargs
     return isinstance(given, dict) and bool(given.get("skip_prepare_dataset"))
@@ -178,40 +178,7 @@ def _leaves_rows_alone(args: SFTConfig) -> bool:
 
 def length_limit(args: SFTConfig) -> int | None:
     """Tokens after which TRL cuts a row; None for no limit."""
-    return None if _leaves_rows_alone(args) else args.max_length
-
-
-def log_dropped(before: Rows | None, after: Any, max_length: int | None) -> None:
-    """Log which tokens are scored, and the rows that `max_length` left none of, or cut.
-
-    Args:
-        before: The rows that the trainer was given.
-        after: Its `train_dataset`.
-        max_length: Tokens after which it cuts a row.
-
-    Raises:
-        ValueError: `max_length` leaves no row.
-    """
-    if not isinstance(before, Dataset) or not isinstance(after, Dataset):
-        return
-    if len(after) == 0:
-        raise ValueError(
-            f"`max_length={max_length}` leaves no row of {len(before)} with a token to train on: "
-            "the prompts alone are as long. Raise `max_length`."
-        )
-    if dropped := len(before) - len(after):
-        warn_once(
-            f"Dropped {dropped} of {len(before)} rows: with max_length={max_length} no token of "
-            "the response is left."
-        )
-    log_scored(before, after)
-    if max_length is not None and "input_ids" in after.column_names:
-        ids = after.select_columns("input_ids").with_format("arrow")
-        lengths = (len(row) for row in ids[:]["input_ids"])
-        if full := sum(length >= max_length for length in lengths):
-            warn_once(
-                f"{full} of {len(after)} rows fill max_length={max_length} and may be cut short."
-            )
+    return None if leaves_rows_alone(args) else args.max_length
 
 
 def attach_heads(

@@ -26,6 +26,7 @@ from transformers import Trainer
 from llmmix.processes import warn_once
 
 ROW, TOKENS = "weight", "token_weights"  # columns, and keys of a batch
+LARGEST = torch.finfo(torch.float32).max  # losses are computed in fp32
 Rows = Dataset | IterableDataset
 
 
@@ -37,7 +38,7 @@ def as_weight(value: Any, what: str) -> float:
         what: Where it says so, the subject of an error.
 
     Raises:
-        ValueError: It is text or another type, NaN, infinite or negative.
+        ValueError: It is text or another type, NaN, infinite, above `LARGEST` or negative.
     """
     if value is None:
         return 1.0
@@ -51,6 +52,8 @@ def as_weight(value: Any, what: str) -> float:
     weight = float(value)
     if not math.isfinite(weight):
         raise ValueError(f"{what} is {weight}. Give a finite number, or null for 1.")
+    if weight > LARGEST:
+        raise ValueError(f"{what} is {weight:g}, and fp32 ends at {LARGEST:.3g}. Scale the column.")
     if weight < 0:
         raise ValueError(
             f"{what} is {weight:g}: a loss of negative weight has no lower bound. Give 0 to leave "
@@ -77,6 +80,7 @@ def check_row_weights(rows: Any, argument: str) -> Any:
     if not has_column(rows, ROW):
         return rows
     if isinstance(rows, IterableDataset):
+        warn_once(f"`{argument}`: the loss of a row is multiplied by its `{ROW}`.")
         return rows.filter(_Checked(argument), with_indices=True)
     weights = row_weights(rows, argument)
     if weights and not any(weights):
@@ -112,7 +116,10 @@ def drop_weightless(rows: Any, argument: str, *, weighed: bool = False) -> Any:
         return rows
     columns = [ROW] * by_row + ["labels"] * weighed
     if isinstance(rows, IterableDataset):
-        return rows.filter(_counts)
+        counted = rows.filter(_counts)
+        if next(iter(counted), None) is None:
+            raise ValueError(f"`{argument}`: the weights leave no token to score.")
+        return counted
     cells = rows.with_format(None).select_columns(columns)
     kept = [number for number, row in enumerate(cells) if _counts(row)]
     if not kept:

@@ -20,6 +20,7 @@ from llmmix.dco import dco_weight
 from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl, padding_free_field
 from llmmix.rows.message_weights import carry_sft_weights
+from llmmix.rows.prepared import log_dropped
 from llmmix.rows.turn_ends import score_what_is_sampled
 from llmmix.rows.turns import turns_found
 from llmmix.rows.weights import take_weights
@@ -41,7 +42,6 @@ from llmmix.trainers import (
     check_unsharded,
     keep_outputs_in_fp32,
     length_limit,
-    log_dropped,
     training_rows,
 )
 from llmmix.training.finite import end_unless_finite

@@ -25,6 +25,7 @@ from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl
 from llmmix.processes import say_once, warn_once
 from llmmix.rows.message_weights import carry_sft_weights
+from llmmix.rows.prepared import log_dropped, log_packed
 from llmmix.rows.turns import turns_found
 from llmmix.rows.weights import take_weights
 from llmmix.token_losses.config import TokenLossConfig
@@ -38,8 +39,8 @@ from llmmix.trainers import (
     check_sft_datasets,
     check_unsharded,
     keep_outputs_in_fp32,
+    leaves_rows_alone,
     length_limit,
-    log_dropped,
 )
 from llmmix.training.finite import end_unless_finite
 from llmmix.training.means import Means, Sums, log_of
@@ -111,7 +112,10 @@ class TokenLossTrainer(SFTTrainer):
         check_reference_model(args, kwargs["processing_class"])
         with turns_found(args, train_dataset), padded_by_trl(args), nll_for_trl(args):
             super().__init__(start, args=args, train_dataset=train_dataset, **kwargs)
-        log_dropped(train_dataset, self.train_dataset, length_limit(args))
+        if args.packing and not leaves_rows_alone(args):
+            log_packed(train_dataset, self.train_dataset, args)
+        else:
+            log_dropped(train_dataset, self.train_dataset, length_limit(args))
         check_unsharded("A token loss", self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
         self.objective = TokenObjective(args, self.model.config.get_text_config().vocab_size)
@@ -211,7 +215,9 @@ class TokenLossTrainer(SFTTrainer):
         logged = log_of(self, training=True)
         if self.model.training and not early and not self._told_cold and WEIGHT in logged:
             weight, prob = logged[WEIGHT][0], logged[PROB][0]
-            if weight < COLD and prob < 0.5:  # a model that knows the rows has little to learn
+            # Of losses that do not weigh, a small mean is no small gradient; and a model that knows
+            # the rows has little to learn
+            if self.objective.loss.weighs and weight < COLD and prob < 0.5:
                 self._told_cold = True
                 warn_once(
                     f"The mean weight of a token is {weight:.3g} under "

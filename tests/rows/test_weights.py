@@ -33,6 +33,7 @@ def test_numbers_and_bools_are_weights_and_nothing_is_one(given, expected):
 BAD = [
     ([1.0, math.nan], "row 1: `weight` is nan. Give a finite number"),
     ([math.inf, 1.0], "row 0: `weight` is inf"),
+    ([1.0, 1e39], "row 1: `weight` is 1e\\+39, and fp32 ends at 3.4e\\+38"),
     ([1.0, 1.0, -0.5], "row 2: `weight` is -0.5.*train with `UnlearnTrainer`"),
     (["0", "1"], "row 0: `weight` is '0', of type str"),
     ([[1.0], [1.0]], "row 0: `weight` is .1.0., of type list"),
@@ -58,6 +59,15 @@ def test_rows_of_weight_0_are_dropped_and_counted(caplog):
     assert "multiplied by its `weight` (mean 0.75)" in caplog.text
     assert "Dropped 2 of 4 rows of `train_dataset`: their weights leave no token" in caplog.text
     assert [r["text"] for r in drop_weightless(rows.to_iterable_dataset(), "x")] == ["b", "d"]
+
+
+def test_a_stream_tells_its_weights_and_is_refused_where_all_are_0(caplog):
+    rows = Dataset.from_dict({"text": ["a", "b"], "weight": [0, 0]}).to_iterable_dataset()
+    with caplog.at_level(logging.WARNING):
+        rows = check_row_weights(rows, "train_dataset")
+    assert "`train_dataset`: the loss of a row is multiplied by its `weight`." in caplog.text
+    with pytest.raises(ValueError, match="`train_dataset`: the weights leave no token to score"):
+        drop_weightless(rows, "train_dataset")
 
 
 def rows_of_tokens(**first):

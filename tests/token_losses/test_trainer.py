@@ -263,6 +263,21 @@ def test_a_cold_start_and_the_scale_are_told_once(make, caplog):
     caplog.clear()
     finish(make(loss_type="nll", max_grad_norm=0.97))
     assert "loss_type" not in caplog.text
+    finish(make(loss_type="gem", gem_beta=0.01, max_grad_norm=0.97))
+    assert "next to nothing is learned" not in caplog.text  # beta is no scale of the gradient
+
+
+@pytest.mark.parametrize(("strategy", "cut"), [("bfd", 4), ("wrapped", 0)])
+def test_packed_rows_are_not_called_dropped(make, rows, strategy, cut, caplog):
+    lengths = sorted(len(row["input_ids"]) for row in make().train_dataset)
+    limit = lengths[-cut] if cut else lengths[-1] + 1
+    cut = sum(length >= limit for length in lengths)
+    caplog.clear()
+    packed = make(packing=True, packing_strategy=strategy, max_length=limit).train_dataset
+    assert len(packed) < len(rows)
+    assert f"Packed {len(rows)} rows into {len(packed)}, each of at most" in caplog.text
+    assert "Dropped" not in caplog.text
+    assert (f"{cut} of {len(rows)} rows fill max_length={limit}" in caplog.text) == bool(cut)
 
 
 @pytest.mark.parametrize("loss_type", ["gce", "label_smoothing"])
