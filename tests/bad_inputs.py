@@ -222,6 +222,7 @@ COMMANDS = [
     (["run", "dco", "--accelerate_config", "x"], "`--accelerate_config` 'x' is neither"),
     (["run", "--n_samples", "3", "dco"], "unrecognized|invalid|no '3'"),
     (["run", "dco", "--n_sample", "3"], "did you mean 'n_samples'"),
+    (["run", "token_losses", "--use_dft_loss", "true"], "here it is .* --loss_type dft"),
     (["run", "dco", "--n_samples"], "`n_samples`: expected one argument"),
     (["run", "dco", "stray"], "unexpected 'stray'"),
     (["run", "dco", "--config"], "`config`: expected one argument"),

@@ -123,6 +123,21 @@ def test_bad_n_is_refused():
         DCOConfig("out", reduction="mean")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n_samples": "64"}, "`n_samples` must be a whole number, got '64'"),
+        ({"votes": 2.5}, "`votes` must be a whole number, got 2.5"),
+        ({"padding_free": "false"}, "`padding_free` must be true or false, got 'false'"),
+        ({"reduction": None}, "`reduction` must be text, got None"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        DCOConfig("out", **given)
+
+
 @pytest.mark.slow
 def test_training_for_pass_at_n_orders_coverage_and_accuracy():
     """Noisy 32-way answers: larger N covers more with 64 draws and hits less with one."""

@@ -30,6 +30,12 @@ NAMED = (
 )
 # Options that the recipes of mixtures have not
 OF_ONE_DATASET = ("dataset_name", "datasets", "streaming", "dataset_streaming", "test_split_size")
+# What other trainers call a loss of ours
+ELSEWHERE = {
+    **dict.fromkeys(("use_dft_loss", "enable_dft_loss"), "dft"),
+    **dict.fromkeys(("use_eaft_loss", "use_eaft"), "eaft"),
+    "use_asft_loss": "asft",
+}
 RESUME = (
     "auto: go on from the newest complete checkpoint, and start where there is none. true: refuse "
     "to start. Or a checkpoint's folder. By default the run starts."
@@ -267,4 +273,6 @@ def _check_keys(given: Iterable[str], known: Collection[str], where: str) -> Non
             if "domains" in known and key in OF_ONE_DATASET:
                 hint = ": name each dataset as a domain, `domains: [a=rows.jsonl, b=ORG/NAME]`"
                 hint += ", whose `validation_rows` are held out."
+            if key in ELSEWHERE:
+                hint = f": here it is `llmmix run token_losses --loss_type {ELSEWHERE[key]}`."
             raise UsageError(f"unknown option {key!r} in {where}{hint}")

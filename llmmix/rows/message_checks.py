@@ -6,17 +6,21 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 
+from llmmix.processes import warn_once
 from llmmix.rows.messages import ASKING
 from llmmix.rows.weights import (
     ROW,
     Rows,
     as_weight,
     has_column,
+    messages_in,
     speaker,
     weighted_columns,
     weighted_messages,
 )
 
+# Of rows, and of their messages: what others call a weight
+ELSEWHERE = (("weights", "loss_weight", "loss_scale"), ("loss", "loss_scale"))
 CHATS = ("messages", "conversations", "prompt", "completion")
 Row = dict[str, Any]
 
@@ -70,6 +74,20 @@ def _chats(rows: Dataset) -> Iterator[Row]:
     """The columns of rows that may hold messages with weights."""
     columns = weighted_columns(rows, CHATS)
     yield from rows.with_format(None).select_columns(columns) if columns else ()
+
+
+def tell_other_names(rows: Rows, argument: str) -> None:
+    """Log that the first row, or a message of it, has what others call a weight."""
+    row: Row = next(iter(rows), {})
+    said = [message for column in CHATS for message in messages_in(row, column)]
+    of_rows, of_messages = ELSEWHERE
+    found = [name for name in of_rows if row.get(name) is not None]
+    found += [name for name in of_messages if any(m.get(name) is not None for m in said)]
+    if found:
+        warn_once(
+            f"`{argument}` has `{found[0]}`, which is not read. A weight is called `{ROW}`, in a "
+            "row or a message; 0 masks."
+        )
 
 
 def check_messages(rows: Rows, argument: str, scoring: Scoring) -> bool:

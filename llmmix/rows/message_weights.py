@@ -28,6 +28,7 @@ from llmmix.rows.message_checks import (
     check_messages,
     check_row,
     has_message_weights,
+    tell_other_names,
     without_message_weights,
 )
 from llmmix.rows.message_spans import assistant_parts, written_parts
@@ -78,6 +79,7 @@ def weigh(
         packing = args.eval_packing
     scoring = Scoring.of(args, packing, masks_only)
     rows = check_row_weights(rows, argument)
+    tell_other_names(rows, argument)
     if packing and has_column(rows, ROW):
         _check_unpacked(rows, argument)
     by_token = has_column(rows, TOKENS)

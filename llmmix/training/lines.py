@@ -18,7 +18,10 @@ from transformers import (
     TrainingArguments,
 )
 
-FIRST = ("loss", "eval_loss", "nll_per_token", "eval_nll_per_token")
+FIRST = (
+    *("loss", "eval_loss", "nll_per_token", "eval_nll_per_token"),
+    *("token_losses/weight", "weight/mean"),  # how much of a gradient is left
+)
 LAST = ("grad_norm", "learning_rate", "entropy", "num_tokens", "mean_token_accuracy")
 LEFT_OUT = ("epoch", "total_flos")
 

@@ -1,12 +1,15 @@
-"""What the settings of all configs and scripts may be: one table of ranges, by name of the setting.
+"""What the settings of all configs and scripts may be: their types, and a table of their ranges.
 
 A setting whose range depends on others is checked by its own config. What a library would take and
 make nothing of, such as a negative `max_length`, is refused here.
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
+from os import PathLike
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 WHOLE = 2**31 - 1  # the largest whole number that any setting but a seed takes
 FLOAT = 3.4e38  # and the largest other number: what float32 holds
@@ -53,6 +56,14 @@ SHARE = Range(0, 1)
 PART = Range(0, 1, open=True)  # some of it
 BELOW_ONE = Range(0, 1, below=True)
 SEED = Range(0, 2**32 - 1)  # what numpy takes
+
+OURS = __name__.partition(".")[0]
+TYPES: dict[Any, tuple[Any, str]] = {  # what a value of a setting is, and how that is said
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: ((str, PathLike), "text"),
+}
 
 # By the name of a setting; `Class.name` is that of one class, where others have another range
 RANGES: dict[str, Range] = {
@@ -112,16 +123,19 @@ RANGES: dict[str, Range] = {
 
 
 def check_settings(args: Any) -> None:
-    """Refuse settings that are infinite, not a number, or out of their range.
+    """Refuse settings that are of another type, infinite, not a number, or out of their range.
 
-    The numbers of a list are each checked, those inside of dictionaries for being finite.
+    The numbers of a list are each checked, those inside of dictionaries for being finite. The type
+    is checked of settings of ours.
 
     Args:
         args: A dataclass of settings, before its parents' `__post_init__`.
 
     Raises:
-        ValueError: A setting is not a number, is infinite and no limit, or is out of its range.
+        ValueError: A setting is of another type than its field, is not a number, is infinite and no
+            limit, or is out of its range.
     """
+    _check_types(args)
     names = [kind.__name__ for kind in type(args).__mro__]
     for field in fields(args):
         name, value = field.name, getattr(args, field.name, None)
@@ -134,6 +148,22 @@ def check_settings(args: Any) -> None:
             most = WHOLE if isinstance(number, int) else FLOAT
             if abs(number) > most and limits is not SEED and number != math.inf:
                 raise ValueError(f"`{name}` must be at most {most}, got {value}.")
+
+
+def _check_types(args: Any) -> None:
+    types: dict[str, Any] = {}  # not `field.type`, which a parser of flags changes
+    for owner in reversed(type(args).__mro__):
+        if is_dataclass(owner) and owner.__module__.partition(".")[0] == OURS:
+            types |= owner.__annotations__
+    for name, declared in types.items():
+        either = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+        value = getattr(args, name, None)
+        if value is None and type(None) in either:
+            continue
+        kind, what = TYPES.get(either[0], (object, ""))
+        if not isinstance(value, kind) or (isinstance(value, bool) and either[0] in (int, float)):
+            said = repr(value) if isinstance(value, str | Real | None) else type(value).__name__
+            raise ValueError(f"`{name}` must be {what}, got {said}.")
 
 
 def _check_finite(name: str, number: float, value: Any) -> None:

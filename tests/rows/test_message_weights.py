@@ -192,6 +192,19 @@ def test_a_stream_whose_first_row_has_no_weights_must_have_none(tokenizer):
         list(weighed(rows, tokenizer, stream=True))
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"messages": [m | {"loss": m["role"] == "assistant"} for m in chat(None, None)]}, "loss"),
+        ({"prompt": "a", "completion": "b", "loss_weight": 0.5}, "loss_weight"),
+    ],
+    ids=["message", "row"],
+)
+def test_what_others_call_a_weight_is_not_passed_over_in_silence(tokenizer, caplog, row, name):
+    weighed([row], tokenizer)
+    assert f"has `{name}`, which is not read. A weight is called `weight`" in caplog.text
+
+
 def test_what_does_not_read_weights_says_so(caplog):
     check_formatted(Dataset.from_list([{"messages": chat(None, 1)}]), "train_dataset")
     assert "makes text, and no `weight` of a message counts" in caplog.text

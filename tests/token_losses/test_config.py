@@ -133,8 +133,8 @@ def test_a_setting_of_another_type_is_refused_by_name(given, message):
 
 
 def test_a_parser_of_flags_makes_the_same_config():
-    """It takes None out of the types of the fields."""
+    """It changes the types that the fields are said to have."""
     (config,) = HfArgumentParser(TokenLossConfig).parse_args_into_dataclasses(
-        ["--output_dir", "out", "--loss_type", "gce", "--gce_q", "1", "--use_cpu", "true"]
+        ["--output_dir", "out", "--loss_type", "psft", "--psft_clip", "0.1", "1"]
     )
-    assert (config.loss_type, config.gce_q, config.eaft_top_k) == ("gce", 1.0, None)
+    assert (config.loss_type, config.psft_clip, config.gce_q) == ("psft", [0.1, 1.0], None)
