@@ -120,7 +120,7 @@ def test_a_weight_without_bound_is_told(checkpoint, math_rows, caplog):
         ({"loss_type": "gce", "gce_q": True}, "`gce_q` must be a number, got True"),
         ({"loss_type": "eaft", "eaft_top_k": 2.5}, "`eaft_top_k` must be a whole number, got 2.5"),
         ({"loss_type": "select", "select_share": "all"}, "`select_share` must be a number"),
-        ({"loss_type": "asft", "reference_model": object()}, "must be text, got object"),
+        ({"loss_type": "asft", "reference_model": ["a"]}, "must be text, got list"),
         ({"loss_type": "psft", "psft_clip": 0.2}, "`psft_clip` must be two numbers.*got 0.2"),
         ({"loss_type": "psft", "psft_clip": "0.2 0.28"}, "`psft_clip` must be two numbers"),
         ({"loss_type": "psft", "psft_clip": ["a", "b"]}, "`psft_clip` must be two numbers"),
