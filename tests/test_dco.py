@@ -114,6 +114,23 @@ def test_nan_stays_nan():
     assert dco_loss(torch.tensor([float("nan")]), 4).isnan().all()
 
 
+def test_weights_multiply_the_loss_of_a_row_and_the_divisor_counts_rows():
+    """Rows of 4, 1, 3 and 3 tokens, one behind the other; the second has nothing scored."""
+    log_probs = [0, -0.5, -0.7, 0, 0, -0.25, -1.2, 0, -0.1, -0.2]  # of each token but the first
+    row_of = torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3, 3])
+    values = torch.tensor(log_probs, dtype=torch.float64)
+    logps = torch.zeros(4, dtype=torch.float64).index_add(0, row_of, values)
+    scored = torch.tensor([True, False, True, True])
+    losses = dco_loss(logps, 4) * scored
+    expected = [0.27242010352, 0, 0.420464750974, 0.00452271887885]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-10)
+    weights = torch.tensor([1, 1, 0.5, 2], dtype=torch.float64)
+    assert (losses.sum() / 3).item() == pytest.approx(0.232469191124, rel=1e-10)
+    assert ((weights * losses).sum() / 3).item() == pytest.approx(0.163899305588, rel=1e-10)
+    for n, mean in ((1, 0.983333333333), (16, 0.00573976592277)):
+        assert ((dco_loss(logps, n) * scored).sum() / 3).item() == pytest.approx(mean, rel=1e-10)
+
+
 def test_bad_n_is_refused():
     with pytest.raises(ValueError, match="`n_samples` must be at least 1, got 0"):
         dco_loss(torch.zeros(1), 0)
