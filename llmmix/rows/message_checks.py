@@ -14,6 +14,7 @@ from llmmix.rows.weights import (
     as_weight,
     has_column,
     messages_in,
+    parts_of,
     speaker,
     weighted_columns,
     weighted_messages,
@@ -56,8 +57,7 @@ def has_message_weights(*given: Any) -> bool:
     Args:
         *given: Rows, or rows by name, or None.
     """
-    parts = [p for some in given for p in (some.values() if isinstance(some, dict) else [some])]
-    return any(map(_has_message_weights, parts))
+    return any(map(_has_message_weights, parts_of(*given)))
 
 
 def _has_message_weights(rows: Any) -> bool:

@@ -5,7 +5,7 @@ TRL's tokenized rows to the batch, cut as TRL cuts the tokens, so that the log-p
 model and of the reference are both of what is left.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llmmix.rows.message_spans import written_parts
 from llmmix.rows.prompts import template_options
-from llmmix.rows.weights import ROW, Rows, Weighing, has_column, keep_columns
+from llmmix.rows.weights import ROW, Rows, Weighing, has_column, keep_columns, parts_of
 
 PAIR = ("chosen", "rejected")
 MASKS = ("chosen_mask", "rejected_mask")
@@ -52,11 +52,10 @@ def carry_masks(trainer: DPOTrainer, rows: Any) -> None:
         trainer: The trainer.
         rows: Rows of it, or rows by name, or None.
     """
-    parts: Iterable[Any] = rows.values() if isinstance(rows, dict) else [rows]
     collate: Any = trainer.data_collator
     weighing = isinstance(collate, Weighing)  # it stays the outer one
     inner = collate.collate if weighing else collate
-    if isinstance(inner, Masking) or not any(has_column(part, MASKS[0]) for part in parts):
+    if isinstance(inner, Masking) or not any(has_column(part, MASKS[0]) for part in parts_of(rows)):
         return
     args: Any = trainer.args
     cut = slice(None, args.max_length)

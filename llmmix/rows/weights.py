@@ -159,6 +159,11 @@ def has_column(rows: Any, column: str) -> bool:
     return column in (rows.column_names or next(iter(rows), {}))
 
 
+def parts_of(*given: Any) -> list[Any]:
+    """Rows of a trainer, each as they are, and those that stand under names one by one."""
+    return [p for some in given for p in (some.values() if isinstance(some, dict) else [some])]
+
+
 def weighted_columns(rows: Dataset, columns: Sequence[str]) -> list[str]:
     """Those among some columns whose messages may have a `weight`, as their types say."""
     types = {column: str(rows.features[column]) for column in columns if column in rows.features}
@@ -259,8 +264,7 @@ def carry_weights(trainer: Trainer, *given: Any) -> None:
         *given: Rows, or rows by name. Default: the trainer's own.
     """
     rows = given or (trainer.train_dataset, trainer.eval_dataset)
-    parts = [p for some in rows for p in (some.values() if isinstance(some, dict) else [some])]
-    weighted = any(has_column(part, column) for part in parts for column in (ROW, TOKENS))
+    weighted = any(has_column(part, column) for part in parts_of(*rows) for column in (ROW, TOKENS))
     if not weighted or isinstance(trainer.data_collator, Weighing):
         return
     cut = getattr(trainer.args, "truncation_mode", "keep_start")

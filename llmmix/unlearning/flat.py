@@ -33,12 +33,13 @@ from trl import SFTTrainer
 from llmmix.arguments import check_types, own_config, own_model
 from llmmix.head import FusedHeadOutput
 from llmmix.padding_free_setting import padded_by_trl
+from llmmix.precision import at_least_fp32
 from llmmix.trainers import check_own_loss
 from llmmix.training.windows import evaluated, window
 from llmmix.unlearning.divergences import DIVERGENCES, check_divergence
 from llmmix.unlearning.flat_config import FLATConfig, check_retain
 from llmmix.unlearning.guards import UnlearningGuard
-from llmmix.unlearning.losses import at_least_fp32, nll_loss, sequence_probs
+from llmmix.unlearning.losses import nll_loss, sequence_probs
 from llmmix.unlearning.parts import (
     count_window,
     forward_parts,
